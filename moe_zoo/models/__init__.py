@@ -1,0 +1,1 @@
+"""The models, one file a family. Importing this package registers every one of them with timm."""

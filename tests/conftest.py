@@ -1,0 +1,59 @@
+"""Fixtures of every test: fixed seeds, few threads, and the folders of real data where they exist."""
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# Two threads: the suite is sized for two cores, and sums keep one order from machine to machine.
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """Every test starts from the same random state, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def repository() -> Path:
+    """The checkout that these tests belong to."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope='session')
+def shared_data() -> Path:
+    """Folder of real test data: MOE_ZOO_TEST_DATA, or ../shared/data beside the repository."""
+    return _existing(_data_folder())
+
+
+@pytest.fixture(scope='session')
+def shared_parity() -> Path:
+    """Folder of recorded outputs of original implementations: parity/ beside the data folder."""
+    return _existing(_data_folder().parent / 'parity')
+
+
+def _data_folder() -> Path:
+    return Path(os.environ.get('MOE_ZOO_TEST_DATA') or REPOSITORY.parent / 'shared' / 'data')
+
+
+def _existing(folder: Path) -> Path:
+    if not folder.is_dir():
+        pytest.skip(f'{folder} is missing (set MOE_ZOO_TEST_DATA to the folder of test data)')
+    return folder.resolve()
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked gpu skip themselves where CUDA is missing."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason='needs CUDA')
+    for item in items:
+        if item.get_closest_marker('gpu'):
+            item.add_marker(skip)
