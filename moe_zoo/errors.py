@@ -1,0 +1,77 @@
+"""Errors a user can cause, and files that are never half-written. Standard library only.
+
+Library code raises `InputError` with one sentence that names the argument, its value and what would be accepted;
+a command line prints that sentence and exits with code 2 (`exit_on_input_error`).
+"""
+import contextlib
+import difflib
+import errno
+import functools
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Callable, Iterable, Iterator, Union
+
+
+class InputError(ValueError):
+    """What was given cannot be used. The message is one sentence that says what would be."""
+
+
+def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
+    """Name the entries of `choices` that look like `name`.
+
+    Returns:
+        `" Did you mean 'a' or 'b'?"` with a leading space, or an empty string where nothing is close.
+    """
+    found = difflib.get_close_matches(str(name), list(choices), n=count, cutoff=0.6)
+    if not found:
+        return ''
+    return ' Did you mean ' + ' or '.join(repr(f) for f in found) + '?'
+
+
+def exit_on_input_error(main: Callable) -> Callable:
+    """Turn an `InputError` of a command into one sentence on stderr and exit code 2."""
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except InputError as error:
+            print(f'error: {error}', file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print('interrupted', file=sys.stderr)
+            raise SystemExit(130) from None
+    return wrapped
+
+
+@contextlib.contextmanager
+def atomic_write(path: Union[str, os.PathLike]) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that is renamed onto it when the block ends without an error.
+
+    A reader sees the old file or the new one, never a part. On failure the old file stays and the temporary one goes.
+
+    Raises:
+        InputError: The disk is full (the old file is intact).
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.part')
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; the result is an ordinary one
+        yield temporary
+        with open(temporary, 'rb') as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise InputError(
+                f"No space left to write '{path}': free some and run again; what was there before is intact."
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,95 @@
+"""Auxiliary losses: pure functions of `Routing` records, and the one place that weighs and sums them."""
+from typing import Callable, Dict, Sequence
+
+import torch
+
+from ..errors import InputError, nearest
+from ..routing.types import Routing
+from .balance import (
+    gshard_loss,
+    importance_loss,
+    importance_loss_unbiased,
+    kl_loss,
+    load_loss,
+    squared_cv,
+    vmoe_load_loss,
+    z_loss,
+)
+
+__all__ = [
+    'LOSSES',
+    'auxiliary_losses',
+    'balance',
+    'gshard_loss',
+    'importance_loss',
+    'importance_loss_unbiased',
+    'kl_loss',
+    'load_loss',
+    'squared_cv',
+    'vmoe_load_loss',
+    'z_loss',
+]
+
+LOSSES: Dict[str, Callable[[Routing], torch.Tensor]] = {
+    'importance': importance_loss,
+    'importance_unbiased': importance_loss_unbiased,
+    'load': load_loss,
+    'vmoe_load': vmoe_load_loss,
+    'gshard': gshard_loss,
+    'switch': gshard_loss,
+    'z': z_loss,
+    'kl': kl_loss,
+}
+
+
+def auxiliary_losses(routings: Sequence[Routing]) -> Dict[str, torch.Tensor]:
+    """The weighted auxiliary losses that the records ask for, summed over layers, by name.
+
+    Args:
+        routings: Records of one forward, each with its (name, weight) pairs in `losses`.
+
+    Returns:
+        Name to a differentiable scalar; empty where no layer asks for one. Their sum is added to the task loss.
+
+    Raises:
+        InputError: A record names an unknown loss.
+    """
+    totals: Dict[str, torch.Tensor] = {}
+    for routing in routings:
+        for name, weight in routing.losses:
+            if name not in LOSSES:
+                raise InputError(f'Unknown auxiliary loss {name!r}.{nearest(name, LOSSES)} Known: {", ".join(LOSSES)}.')
+            value = weight * LOSSES[name](routing)
+            totals[name] = totals[name] + value if name in totals else value
+    return totals
+
+
+@torch.no_grad()
+def balance(routing: Routing) -> Dict[str, torch.Tensor]:
+    """How evenly one layer used its experts; for logs, not for gradients.
+
+    Returns:
+        share: (E,) share of the kept choices (of the gate mass, where every expert is mixed), summing to one.
+        cv: Coefficient of variation of the shares; 0 is perfect balance.
+        entropy: Entropy of the shares divided by ln E; 1 is perfect balance (1 where E = 1).
+        dropped: Share of the choices that found no slot.
+    """
+    experts = routing.num_experts
+    dropped = routing.logits.new_zeros(())
+    if routing.indices is None:
+        mass = routing.weights.float().sum(dim=0)
+    else:
+        chosen = torch.nn.functional.one_hot(routing.indices, experts).float()  # (T, K, E)
+        if routing.kept is not None:
+            dropped = 1.0 - routing.kept.float().mean()
+            chosen = chosen * routing.kept.unsqueeze(-1)
+        mass = chosen.sum(dim=(0, 1))
+    share = mass / mass.sum().clamp_min(1e-12)
+    entropy = -(share * share.clamp_min(1e-12).log()).sum()
+    full = torch.log(torch.tensor(float(experts)))
+    return {
+        'share': share,
+        'cv': squared_cv(share).sqrt(),
+        'entropy': entropy / full if experts > 1 else torch.ones_like(entropy),
+        'dropped': dropped,
+    }

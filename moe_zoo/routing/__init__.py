@@ -1,0 +1,45 @@
+"""How inputs meet experts: records, routers, capacity, dispatch. Pure tensor code that knows no image and no model."""
+from .capacity import compute_capacity, keep_within_capacity
+from .context import (
+    RoutingContext,
+    checkpoint_routed,
+    current_image_sizes,
+    record,
+    routing_context,
+    trace_routing,
+)
+from .dispatch import dispatch_padded, dispatch_reference, dispatch_sorted
+from .routers import (
+    NoisyTopKRouter,
+    SigmoidRouter,
+    SigmoidTopKRouter,
+    SoftmaxRouter,
+    SoftmaxTopKRouter,
+    check_num_selected,
+    end_step,
+    linear_float32,
+)
+from .types import Routing
+
+__all__ = [
+    'NoisyTopKRouter',
+    'Routing',
+    'RoutingContext',
+    'SigmoidRouter',
+    'SigmoidTopKRouter',
+    'SoftmaxRouter',
+    'SoftmaxTopKRouter',
+    'check_num_selected',
+    'checkpoint_routed',
+    'compute_capacity',
+    'current_image_sizes',
+    'dispatch_padded',
+    'dispatch_reference',
+    'dispatch_sorted',
+    'end_step',
+    'keep_within_capacity',
+    'linear_float32',
+    'record',
+    'routing_context',
+    'trace_routing',
+]

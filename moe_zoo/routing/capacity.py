@@ -1,0 +1,78 @@
+"""Capacity: how many items an expert takes, and who is dropped when it is full.
+
+Letters: T routed items, S items a group, E experts, K chosen experts, C slots an expert has in a group.
+"""
+import math
+from typing import Optional
+
+import torch
+
+from ..errors import InputError
+
+
+def compute_capacity(
+        num_items: int,
+        num_experts: int,
+        num_selected: int,
+        capacity_factor: float,
+        multiple_of: Optional[int] = 4,
+        rounding: str = 'ceil',
+) -> int:
+    """Slots an expert has in a group of `num_items` items: ceil(S K factor / E), raised to a multiple (V-MoE).
+
+    >>> compute_capacity(34, num_experts=4, num_selected=2, capacity_factor=0.6)  # ceil(10.2) = 11, raised to 12
+    12
+
+    Args:
+        multiple_of: Raise to a multiple of it; None or 1 does not.
+        rounding: 'ceil' or 'round'.
+
+    Raises:
+        InputError: No slot would be left, or the rounding is unknown.
+    """
+    if rounding not in ('ceil', 'round'):
+        raise InputError(f"capacity rounding {rounding!r}: use 'ceil' or 'round'.")
+    # The original's order of operations, so that ceil meets the same floating-point edge cases.
+    exact = num_items * num_selected * capacity_factor / num_experts
+    capacity = math.ceil(exact) if rounding == 'ceil' else round(exact)
+    if capacity < 1:
+        raise InputError(
+            f'capacity_factor={capacity_factor} leaves {capacity} slots for a group of {num_items} items with '
+            f'{num_selected} of {num_experts} experts: use at least {num_experts / (num_items * num_selected):.4g}.')
+    if multiple_of:
+        capacity = -(-capacity // multiple_of) * multiple_of
+    return capacity
+
+
+def keep_within_capacity(
+        indices: torch.Tensor,
+        weights: torch.Tensor,
+        num_experts: int,
+        capacity: int,
+        batch_priority: bool = False,
+) -> torch.Tensor:
+    """Which (item, expert) pairs of each group find a slot.
+
+    All first choices are served before all second ones. Within a rank of choice, items come in order of position, or,
+    with `batch_priority`, of falling largest weight, ties in order of position (V-MoE, algorithms 1 and 2). A dropped
+    choice falls through to nothing.
+
+    Args:
+        indices: (G, S, K) chosen experts, best first.
+        weights: (G, S, K) their gates, which decide the priority.
+        capacity: C.
+
+    Returns:
+        (G, S, K) bool, True where the pair is kept.
+    """
+    groups, size, selected = indices.shape
+    if batch_priority:
+        order = torch.argsort(weights.amax(dim=-1), dim=-1, descending=True, stable=True)  # (G, S)
+        indices = indices.gather(1, order.unsqueeze(-1).expand(-1, -1, selected))
+    choices = indices.transpose(1, 2).reshape(groups, selected * size)  # rank of choice first, then priority
+    mask = torch.nn.functional.one_hot(choices, num_experts)  # (G, K*S, E)
+    slot = (mask.cumsum(dim=1) * mask).sum(dim=-1) - 1  # (G, K*S) slots given before, at the chosen expert
+    kept = (slot < capacity).reshape(groups, selected, size).transpose(1, 2)
+    if batch_priority:
+        kept = torch.zeros_like(kept).scatter(1, order.unsqueeze(-1).expand(-1, -1, selected), kept)
+    return kept

@@ -1,0 +1,308 @@
+"""Routers: features in, `Routing` out. Always named for what they do, because the order of softmax and top-k differs.
+
+Letters: T routed items, D features, E experts, K chosen experts.
+
+| router | gates | source |
+| --- | --- | --- |
+| `SigmoidRouter` | sigmoid of every logit, all experts mixed | CondConv, Yang et al. 2019 |
+| `SoftmaxRouter` | tempered softmax, all experts mixed | Dynamic Convolution, Chen et al. 2020 |
+| `NoisyTopKRouter` | learned noise, top-k, **then** softmax over the k kept | Shazeer et al. 2017 |
+| `SoftmaxTopKRouter` | softmax over all experts, **then** top-k, not renormalised | V-MoE, Riquelme et al. 2021 |
+| `SigmoidTopKRouter` | sigmoid, top-k by gate plus bias, chosen gates normalised | loss-free balancing, Wang et al. 2024 |
+
+Router arithmetic is float32 whatever the autocast: differences between logits decide, and bfloat16 has three digits.
+"""
+import math
+from typing import Optional, Sequence, Tuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+from ..errors import InputError
+from .types import Routing
+
+Losses = Tuple[Tuple[str, float], ...]
+
+
+def check_num_selected(num_selected: int, num_experts: int) -> None:
+    """Raises: InputError: `num_selected` is not between 1 and `num_experts`."""
+    if num_experts < 1:
+        raise InputError(f'num_experts={num_experts}: a routed layer needs at least one expert.')
+    if not 1 <= num_selected <= num_experts:
+        raise InputError(
+            f'num_selected={num_selected} with num_experts={num_experts}: choose between 1 and {num_experts} experts.')
+
+
+def linear_float32(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """(T, D) features of any floating type to (T, E) float32 logits, outside autocast."""
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+
+
+class _Router(nn.Module):
+    """A linear map to logits, and what every router shares.
+
+    Args:
+        in_features: D.
+        num_experts: E.
+        num_selected: K; equals E where every expert is mixed.
+        bias: Whether the linear map has one.
+        losses: (name, weight) pairs written into the record.
+    """
+
+    def __init__(
+            self,
+            in_features: int,
+            num_experts: int,
+            num_selected: int,
+            bias: bool,
+            losses: Sequence[Tuple[str, float]] = (),
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        check_num_selected(num_selected, num_experts)
+        self.in_features = in_features
+        self.num_experts = num_experts
+        self.num_selected = num_selected
+        self.losses: Losses = tuple((str(name), float(weight)) for name, weight in losses if weight)
+        self.weight = nn.Parameter(torch.empty(num_experts, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Lecun normal, truncated at two standard deviations, as the original V-MoE; zero bias."""
+        std = 1.0 / math.sqrt(self.in_features) / 0.87962566103423978
+        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def compute_logits(self, x: torch.Tensor) -> torch.Tensor:
+        return linear_float32(x, self.weight, self.bias)
+
+    def sample_noise(self, logits: torch.Tensor) -> torch.Tensor:
+        """(T, E) standard normal noise; tests put recorded noise here."""
+        return torch.randn_like(logits)
+
+    def macs(self, num_items: int) -> int:
+        """MACs of the decision for `num_items` items."""
+        return num_items * self.in_features * self.num_experts
+
+    def extra_repr(self) -> str:
+        return f'{self.in_features}, num_experts={self.num_experts}, num_selected={self.num_selected}'
+
+
+class SigmoidRouter(_Router):
+    """a = sigmoid(x R + b); every expert is mixed, the weights need not sum to one (CondConv, section 3).
+
+    Initialised as timm's CondConv routing functions: Glorot uniform, zero bias, so that every gate starts near 1/2.
+    """
+
+    def __init__(self, in_features: int, num_experts: int, bias: bool = True, losses=(), device=None, dtype=None):
+        super().__init__(in_features, num_experts, num_experts, bias, losses, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> Routing:
+        """x: (T, D). Returns a record with (T, E) weights."""
+        logits = self.compute_logits(x)
+        gates = torch.sigmoid(logits)
+        return Routing(logits, gates, gates, shape=(x.shape[0],), losses=self.losses)
+
+
+class SoftmaxRouter(SigmoidRouter):
+    """a = softmax((x R + b) / temperature); every expert is mixed (Dynamic Convolution, eq. 2; CondConv's ablation)."""
+
+    def __init__(
+            self,
+            in_features: int,
+            num_experts: int,
+            temperature: float = 1.0,
+            bias: bool = True,
+            losses=(),
+            device=None,
+            dtype=None,
+    ):
+        super().__init__(in_features, num_experts, bias, losses, device=device, dtype=dtype)
+        if not temperature > 0:
+            raise InputError(f'temperature={temperature}: a softmax needs a temperature above 0.')
+        self.temperature = float(temperature)
+
+    def forward(self, x: torch.Tensor) -> Routing:
+        """x: (T, D). Returns a record with (T, E) weights that sum to one."""
+        logits = self.compute_logits(x)
+        gates = torch.softmax(logits / self.temperature, dim=-1)
+        return Routing(logits, gates, gates, shape=(x.shape[0],), losses=self.losses)
+
+
+class NoisyTopKRouter(_Router):
+    """Noisy top-k gating: softmax over the k largest noisy logits, after the choice (Shazeer et al. 2017, eq. 3 to 5).
+
+    H = x W_g + eps * (softplus(x W_noise) + noise_epsilon), eps standard normal, in training only. No biases; both
+    matrices start at zero, which gives every expert the same expected load.
+
+    With K = 1 the softmax over one logit is constantly 1; the weight is then p / p.detach() with p the softmax over
+    all experts, so that its value is 1 and the router still hears the task loss.
+
+    Args:
+        noise: Whether to learn and add noise; without it the noise matrix does not exist.
+        noise_epsilon: Added to the standard deviation (1e-2 in the authors' code).
+        zero_init: False draws the gate weights as `_Router` does, for gates without noise, where a zero matrix would
+            send everything to the first experts.
+    """
+
+    def __init__(
+            self,
+            in_features: int,
+            num_experts: int,
+            num_selected: int = 2,
+            noise: bool = True,
+            noise_epsilon: float = 1e-2,
+            zero_init: Optional[bool] = None,
+            losses: Sequence[Tuple[str, float]] = (('importance', 0.1), ('load', 0.1)),
+            device=None,
+            dtype=None,
+    ):
+        self.noise = noise
+        self.noise_epsilon = noise_epsilon
+        self.zero_init = noise if zero_init is None else zero_init
+        super().__init__(in_features, num_experts, num_selected, False, losses, device=device, dtype=dtype)
+        self.noise_weight = None
+        if noise:
+            self.noise_weight = nn.Parameter(torch.zeros(num_experts, in_features, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        if self.zero_init:
+            nn.init.zeros_(self.weight)
+        else:
+            super().reset_parameters()
+
+    def forward(self, x: torch.Tensor) -> Routing:
+        """x: (T, D). Returns a record with (T, K) weights that sum to one."""
+        logits = self.compute_logits(x)
+        noisy, std = None, None
+        if self.noise_weight is not None and self.training:
+            std = F.softplus(linear_float32(x, self.noise_weight)) + self.noise_epsilon
+            noisy = logits + self.sample_noise(logits) * std
+        deciding = logits if noisy is None else noisy
+        top, indices = torch.topk(deciding, self.num_selected, dim=-1)
+        if self.num_selected == 1:
+            chosen = torch.softmax(deciding, dim=-1).gather(1, indices)
+            weights = chosen / chosen.detach()
+        else:
+            weights = torch.softmax(top, dim=-1)
+        gates = torch.zeros_like(logits).scatter(1, indices, weights)
+        return Routing(
+            logits, gates, weights, indices, noisy_logits=noisy, noise_std=std,
+            shape=(x.shape[0],), losses=self.losses)
+
+
+class SoftmaxTopKRouter(_Router):
+    """V-MoE's router: softmax over all experts first, top-k after, not renormalised (Riquelme et al. 2021, eq. 2).
+
+    Noise of fixed standard deviation `noise_std / E` is added to the logits in training; the noisy gates choose,
+    rank and weigh, the clean ones enter the importance loss.
+
+    Args:
+        noise_std: Numerator of the noise's standard deviation; 0 switches it off.
+        renormalise: Divide the chosen gates by their sum; at K = 1 by a detached copy, so that the value is 1 and the
+            gradient stays. The original does not.
+    """
+
+    def __init__(
+            self,
+            in_features: int,
+            num_experts: int,
+            num_selected: int = 2,
+            noise_std: float = 1.0,
+            renormalise: bool = False,
+            losses: Sequence[Tuple[str, float]] = (('importance', 0.005), ('vmoe_load', 0.005)),
+            device=None,
+            dtype=None,
+    ):
+        super().__init__(in_features, num_experts, num_selected, False, losses, device=device, dtype=dtype)
+        self.noise_std = float(noise_std)
+        self.renormalise = renormalise
+
+    def forward(self, x: torch.Tensor) -> Routing:
+        """x: (T, D). Returns a record with (T, K) weights."""
+        logits = self.compute_logits(x)
+        gates = torch.softmax(logits, dim=-1)
+        noisy, std, deciding = None, None, gates
+        if self.training and self.noise_std > 0:
+            std = logits.new_full((), self.noise_std / self.num_experts)
+            noisy = logits + self.sample_noise(logits) * std
+            deciding = torch.softmax(noisy, dim=-1)
+        weights, indices = torch.topk(deciding, self.num_selected, dim=-1)
+        if self.renormalise:
+            weights = _normalise(weights)
+        return Routing(
+            logits, gates, weights, indices, noisy_logits=noisy, noise_std=std,
+            shape=(x.shape[0],), losses=self.losses)
+
+
+class SigmoidTopKRouter(_Router):
+    """Sigmoid gates, top-k by gate plus a bias per expert that counts for the choice only, chosen gates normalised.
+
+    The bias moves by `bias_rate` against the load after every optimiser step (`moe_zoo.routing.end_step(model)`):
+    up for experts below the mean, down for those above, over the loads of all ranks. It is a buffer, saved with the
+    model, and frozen in evaluation (auxiliary-loss-free balancing, Wang et al. 2024, arXiv 2408.15664, algorithm 1).
+    """
+
+    def __init__(
+            self,
+            in_features: int,
+            num_experts: int,
+            num_selected: int = 2,
+            bias_rate: float = 1e-3,
+            losses: Sequence[Tuple[str, float]] = (),
+            device=None,
+            dtype=None,
+    ):
+        super().__init__(in_features, num_experts, num_selected, False, losses, device=device, dtype=dtype)
+        self.bias_rate = bias_rate
+        # float32 and integers whatever the model's dtype: steps of 1e-3 vanish in bfloat16.
+        self.register_buffer('selection_bias', torch.zeros(num_experts, device=device, dtype=torch.float32))
+        self.register_buffer('load', torch.zeros(num_experts, device=device, dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> Routing:
+        """x: (T, D). Returns a record with (T, K) weights that sum to one."""
+        logits = self.compute_logits(x)
+        gates = torch.sigmoid(logits)
+        indices = torch.topk(gates.detach() + self.selection_bias.float(), self.num_selected, dim=-1).indices
+        weights = _normalise(gates.gather(1, indices))
+        if self.training:
+            with torch.no_grad():
+                # Out of place, then copied: re-computation under checkpointing doubles the count, which no sign sees.
+                counts = F.one_hot(indices.flatten(), self.num_experts).sum(dim=0)
+                self.load.copy_(self.load + counts)
+        return Routing(logits, gates, weights, indices, shape=(x.shape[0],), losses=self.losses)
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Move the bias against the load since the last call, summed over ranks, and start counting anew."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.load)
+        load = self.load.double()
+        self.selection_bias += self.bias_rate * torch.sign(load.mean() - load).to(self.selection_bias.dtype)
+        self.load.zero_()
+
+
+def _normalise(weights: torch.Tensor) -> torch.Tensor:
+    """(T, K) chosen gates to sum one; at K = 1 the value is 1 and the gradient that of log p."""
+    total = weights.sum(dim=-1, keepdim=True)
+    if weights.shape[-1] == 1:
+        total = total.detach()
+    return weights / total.clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def end_step(model: nn.Module) -> None:
+    """Tell every router that keeps a state between steps that an optimiser step has been taken."""
+    for module in model.modules():
+        if isinstance(module, SigmoidTopKRouter):
+            module.end_step()

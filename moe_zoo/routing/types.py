@@ -1,0 +1,53 @@
+"""The record of one routing decision.
+
+Letters: T routed items (images, tokens, map positions; flattened), E experts, K chosen experts an item.
+"""
+from typing import NamedTuple, Optional, Tuple
+
+import torch
+
+
+class Routing(NamedTuple):
+    """What a router decided for T items: the one currency between layers, losses, analysis and cost counting.
+
+    A named tuple: immutable, and a pytree, so that gradient checkpointing, DDP and torch.compile see its tensors.
+    All floating-point fields are float32, whatever the autocast.
+
+    Attributes:
+        logits: (T, E) router logits without noise.
+        gates: (T, E) the gate vector that the importance loss sums: softmax of the clean logits (V-MoE), the sparse
+            gates after noise and top-k (Shazeer), the sigmoids or softmax that mix the kernels (CondConv).
+        weights: combine weights, (T, K) beside `indices`, or (T, E) where every expert is mixed.
+        indices: (T, K) chosen experts, best first; None where every expert is mixed.
+        kept: (T, K) bool, False where capacity dropped the pair; None where nothing can be dropped.
+        noisy_logits: (T, E) the logits that decided, where noise was added; else None.
+        noise_std: () or (T, E) standard deviation of that noise; else None.
+        shape: Shape of the items before flattening: (B,) one decision an image, (B, N) tokens, (B, H, W) positions.
+        group_size: Items a group, in order, the last group may be shorter; None is one group.
+        losses: (name, weight) pairs of the auxiliary losses that the layer asks for; see `moe_zoo.losses.LOSSES`.
+    """
+    logits: torch.Tensor
+    gates: torch.Tensor
+    weights: torch.Tensor
+    indices: Optional[torch.Tensor] = None
+    kept: Optional[torch.Tensor] = None
+    noisy_logits: Optional[torch.Tensor] = None
+    noise_std: Optional[torch.Tensor] = None
+    shape: Tuple[int, ...] = ()
+    group_size: Optional[int] = None
+    losses: Tuple[Tuple[str, float], ...] = ()
+
+    @property
+    def num_experts(self) -> int:
+        return self.logits.shape[-1]
+
+    def combine_matrix(self) -> torch.Tensor:
+        """(T, E) weight of every expert for every item; zero where not chosen or dropped."""
+        if self.indices is None:
+            return self.weights
+        weights = self.weights if self.kept is None else self.weights * self.kept
+        return torch.zeros_like(self.logits).scatter(1, self.indices, weights.to(self.logits.dtype))
+
+    def detach(self) -> 'Routing':
+        """The same record without its graph."""
+        return Routing(*(f.detach() if isinstance(f, torch.Tensor) else f for f in self))
