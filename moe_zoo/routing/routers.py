@@ -8,7 +8,7 @@ Letters: T routed items, D features, E experts, K chosen experts.
 | `SoftmaxRouter` | tempered softmax, all experts mixed | Dynamic Convolution, Chen et al. 2020 |
 | `NoisyTopKRouter` | learned noise, top-k, **then** softmax over the k kept | Shazeer et al. 2017 |
 | `SoftmaxTopKRouter` | softmax over all experts, **then** top-k, not renormalised | V-MoE, Riquelme et al. 2021 |
-| `SigmoidTopKRouter` | sigmoid, top-k by gate plus bias, chosen gates normalised | loss-free balancing, Wang et al. 2024 |
+| `SigmoidTopKRouter` | sigmoid, top-k by gate plus bias, chosen gates normalised | Wang et al. 2024 |
 
 Router arithmetic is float32 whatever the autocast: differences between logits decide, and bfloat16 has three digits.
 """
