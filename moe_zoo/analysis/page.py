@@ -10,6 +10,7 @@ import html
 import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Sequence, Union
 
 from moe_zoo.errors import InputError, atomic_write
@@ -17,6 +18,7 @@ from moe_zoo.errors import InputError, atomic_write
 __all__ = ['Figure', 'Page', 'Section', 'Stats', 'Table']
 
 Cell = Union[str, int, float, None]
+STYLE = Path(__file__).with_name('page.css')
 STATUS = {  # what a section's badge says, and to whom the page still owes something
     'done': 'done',
     'running': 'running now',
@@ -111,7 +113,7 @@ class Page:
             '<meta name="color-scheme" content="light dark">',
             f'<title>{html.escape(self.title)}</title>',
             f'<link rel="icon" href="{_data_uri(_MARK.encode(), "image/svg+xml")}">',
-            f'<style>{_STYLE}</style>',
+            f'<style>{STYLE.read_text(encoding="utf-8")}</style>',
             '</head>',
             '<body>',
             '<header class="wrap">',
@@ -142,10 +144,10 @@ def _contents(sections: Sequence[Section]) -> str:
             f'<span class="state">{_state(section)}</span></li>'
         )
     closed = sum(s.status not in ('pending', 'running') for s in sections)
-    label = f'{closed} of {len(sections)} parts finished'
+    share = 100 * closed / len(sections)
     return (
-        f'<nav aria-label="Parts of this page"><p class="count">{label}</p>'
-        f'<div class="bar" role="img" aria-label="{label}"><i style="width:{100 * closed / len(sections):.0f}%"></i></div>'
+        f'<nav aria-label="Parts of this page"><p class="count">{closed} of {len(sections)} parts finished</p>'
+        f'<div class="bar" aria-hidden="true"><i style="width:{share:.0f}%"></i></div>'
         f'<ol>{"".join(items)}</ol></nav>'
     )
 
@@ -202,6 +204,9 @@ def _prose(text: str) -> str:
     return ''.join(parts)
 
 
+_UNIT = re.compile(r'(?<=\d) (?=(?:%|[kMGT]|s|ms|min|MB|GB|px)(?!\w))')  # the space that must not break: 98.2 %
+
+
 def _inline(text: str) -> str:
     """Escape everything, then mark `code`, **bold** and [links](https://...) up; code is taken literally."""
     pieces = re.split(r'`([^`]+)`', text)  # every second piece was between backticks
@@ -210,7 +215,7 @@ def _inline(text: str) -> str:
         if i % 2:
             pieces[i] = f'<code>{piece}</code>'
         else:
-            piece = re.sub(r'(?<=\d) (?=(?:%|[kMGTµm]|s|ms|min|MB|GB)(?!\w))', '\u00a0', piece)  # 98.2 % stays on one line
+            piece = _UNIT.sub('\u00a0', piece)
             piece = re.sub(r'\*\*(.+?)\*\*', r'<strong>\1</strong>', piece)
             pieces[i] = re.sub(r'\[([^\]]+)\]\((https?://[^\s)]+)\)', r'<a href="\2">\1</a>', piece)
     return ''.join(pieces)
@@ -297,79 +302,3 @@ _WATCH = (
     'try{b.checked=sessionStorage.watch!=="no";b.onchange=()=>{sessionStorage.watch=b.checked?"":"no"}}catch(e){}'
     'setInterval(()=>{if(b.checked)location.reload()},10000)})()</script>'
 )
-
-_STYLE = '''
-:root{color-scheme:light dark;--paper:#f5f7f8;--card:#fff;--ink:#16222c;--soft:#52616d;--line:#d8dfe4;--wash:#edf1f3;
---accent:#0b6f73;--good:#1c7a43;--warn:#9a5b00;--bad:#b3261e;
---expert-0:#0e8a8a;--expert-1:#d9822b;--expert-2:#4c6fd1;--expert-3:#b8448f;
---expert-4:#6a9a2d;--expert-5:#c4453c;--expert-6:#7a5cc0;--expert-7:#8a7440}
-@media(prefers-color-scheme:dark){:root{--paper:#0f161b;--card:#172027;--ink:#e4eaee;--soft:#9fb0bc;--line:#2c3942;
---wash:#1e2931;--accent:#5fc9c6;--good:#6fcf8f;--warn:#e9b25c;--bad:#ff8f84;
---expert-0:#3fb8b4;--expert-1:#eba04f;--expert-2:#86a2f2;--expert-3:#dd7fbb;
---expert-4:#98c65a;--expert-5:#ec7f75;--expert-6:#ab92ec;--expert-7:#c2ac74}}
-*{box-sizing:border-box}
-html{-webkit-text-size-adjust:100%;scroll-behavior:smooth}
-body{margin:0;background:var(--paper);color:var(--ink);line-height:1.55;
-font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","Liberation Sans",Arial,sans-serif}
-.wrap{max-width:60rem;margin:0 auto;padding:0 1.25rem}
-header{padding-top:2rem!important}
-.brand{display:flex;align-items:center;gap:.6rem;margin:0 0 1.5rem;color:var(--soft);
-font:600 1rem/1 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace}
-h1{font-size:clamp(1.75rem,1.2rem + 2.4vw,2.6rem);line-height:1.15;letter-spacing:-.02em;margin:0 0 .75rem;text-wrap:balance}
-h2{font-size:1.3rem;line-height:1.25;letter-spacing:-.01em;margin:0}
-p{margin:.75rem 0;max-width:44rem}
-.lead{font-size:1.1rem;color:var(--soft)}.lead p{margin-top:0}
-a{color:var(--accent);text-underline-offset:.15em}
-a:focus-visible,[tabindex]:focus-visible,input:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
-code{font:.9em ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace;background:var(--wash);
-padding:.1em .3em;border-radius:4px;overflow-wrap:anywhere}
-pre{background:var(--wash);border-radius:8px;padding:.8rem 1rem;overflow-x:auto;margin:.9rem 0}
-pre code{background:none;padding:0;overflow-wrap:normal}
-nav{margin:1.75rem 0 1rem}
-.count{margin:0 0 .4rem;font-size:.9rem;color:var(--soft)}
-.bar{height:6px;border-radius:3px;background:var(--line);overflow:hidden}.bar i{display:block;height:100%;background:var(--accent)}
-nav ol{list-style:none;margin:.9rem 0 0;padding:0;display:grid;gap:.1rem 2rem;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr))}
-nav li{padding:.4rem 0 .5rem 1.3rem;border-bottom:1px solid var(--line);position:relative;line-height:1.35}
-nav li::before{content:"";position:absolute;left:.1rem;top:.65rem;width:.6rem;height:.6rem;border-radius:50%;border:2px solid var(--soft)}
-nav li.done::before{background:var(--good);border-color:var(--good)}
-nav li.running::before{background:var(--accent);border-color:var(--accent)}
-nav li.failed::before{background:var(--bad);border-color:var(--bad);border-radius:2px}
-nav li.skipped::before{border-radius:2px;height:0;top:.9rem;border-width:0 0 3px}
-nav li a{color:var(--ink);text-decoration:none}nav li a:hover{text-decoration:underline}
-.state{display:block;font-size:.85rem;color:var(--soft)}
-.watch{font-size:.9rem;color:var(--soft)}.watch label{white-space:nowrap}
-section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:1.5rem;margin:1.25rem 0;scroll-margin-top:1rem}
-section>:last-child{margin-bottom:0}
-section.pending,section.skipped{background:none;border-style:dashed}
-.head{display:flex;flex-wrap:wrap;justify-content:space-between;align-items:baseline;gap:.25rem 1rem}
-.badge{font-size:.85rem;color:var(--soft)}
-.done .badge{color:var(--good)}.running .badge{color:var(--accent);font-weight:600}
-.failed .badge{color:var(--bad);font-weight:600}.skipped .badge{color:var(--warn)}
-.headline{font-size:1.1rem;margin:.6rem 0 1rem}
-.pending .headline,.skipped .headline{color:var(--soft);font-size:1rem;margin-bottom:0}
-.stats{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:1rem 1.5rem;margin:1.25rem 0}
-.stats div{display:flex;flex-direction:column-reverse;justify-content:flex-end;border-left:3px solid var(--accent);padding-left:.8rem}
-.stats dd{margin:0;font-size:1.6rem;font-weight:650;line-height:1.2;letter-spacing:-.02em;font-variant-numeric:tabular-nums}
-.stats dt{font-size:.88rem;color:var(--soft);line-height:1.35}
-.scroll{overflow-x:auto;margin:1.1rem 0;max-width:100%}
-table{border-collapse:collapse;width:100%;font-size:.94rem;font-variant-numeric:tabular-nums}
-caption{text-align:left;color:var(--soft);font-size:.9rem;padding-bottom:.5rem;caption-side:top}
-th,td{text-align:left;padding:.45rem .9rem .45rem 0;border-bottom:1px solid var(--line);vertical-align:baseline}
-thead th{font-size:.85rem;color:var(--soft);font-weight:600;border-bottom:2px solid var(--line);vertical-align:bottom}
-tbody th{font-weight:600;position:sticky;left:0;background:var(--card)}
-tbody tr:last-child>*{border-bottom:0}
-td+td,th+td,th+th{padding-left:.9rem}
-.n{text-align:right;padding-right:.2rem;white-space:nowrap}
-figure{margin:1.25rem 0}
-figcaption{font-size:.9rem;color:var(--soft);margin-top:.5rem;max-width:44rem}
-.drawing{overflow-x:auto}.drawing svg{display:block;max-width:100%;height:auto}
-.paper{display:block;max-width:100%;height:auto;background:#fff;border-radius:8px;padding:.5rem}
-footer{padding-top:1rem!important;padding-bottom:3rem!important;color:var(--soft);font-size:.9rem}
-footer h2{font-size:1rem;color:var(--ink);margin-bottom:.5rem}
-footer dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:.5rem 2rem;margin:0}
-footer dt{font-weight:600}footer dd{margin:0;overflow-wrap:anywhere}
-@media(max-width:36rem){section{padding:1.1rem;border-radius:10px}.wrap{padding:0 .8rem}
-.stats{grid-template-columns:1fr 1fr}.stats dd{font-size:1.3rem}tbody th{max-width:45vw}}
-@media print{body{background:#fff}section{break-inside:avoid}.watch{display:none}}
-@media(prefers-reduced-motion:reduce){html{scroll-behavior:auto}}
-'''
