@@ -25,6 +25,10 @@ from .types import Routing
 
 Losses = Tuple[Tuple[str, float], ...]
 
+# logits (T, E), gates (T, E), weights (T, K), indices (T, K), noisy logits, standard deviation of the noise
+Choice = Tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]
+
 
 def check_num_selected(num_selected: int, num_experts: int) -> None:
     """Raises: InputError: `num_selected` is not between 1 and `num_experts`."""
@@ -37,8 +41,21 @@ def check_num_selected(num_selected: int, num_experts: int) -> None:
 
 def linear_float32(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
     """(T, D) features of any floating type to (T, E) float32 logits, outside autocast."""
-    with torch.autocast(device_type=x.device.type, enabled=False):
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    bias = None if bias is None else bias.float()
+    if torch.jit.is_scripting():  # TorchScript has no autocast to leave
+        return F.linear(x.float(), weight.float(), bias)
+    else:
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            return F.linear(x.float(), weight.float(), bias)
+
+
+def top_k(values: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of the last axis and their indices, best first, ties to the lower index.
+
+    `torch.topk` breaks ties as it likes, and gates that underflow to zero do tie.
+    """
+    values, indices = torch.sort(values, dim=-1, descending=True, stable=True)
+    return values[..., :k], indices[..., :k]
 
 
 class _Router(nn.Module):
@@ -140,7 +157,23 @@ class SoftmaxRouter(SigmoidRouter):
         return Routing(logits, gates, gates, shape=(x.shape[0],), losses=self.losses)
 
 
-class NoisyTopKRouter(_Router):
+class _TopKRouter(_Router):
+    """A router that chooses K of E experts: `choose` holds its arithmetic, in the part of Python TorchScript reads."""
+
+    def choose(self, x: torch.Tensor) -> Choice:
+        """x: (T, D). Returns the fields of the record as a plain tuple."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def forward(self, x: torch.Tensor) -> Routing:
+        """x: (T, D). Returns a record with (T, K) weights."""
+        logits, gates, weights, indices, noisy, std = self.choose(x)
+        return Routing(
+            logits, gates, weights, indices, noisy_logits=noisy, noise_std=std,
+            shape=(x.shape[0],), losses=self.losses)
+
+
+class NoisyTopKRouter(_TopKRouter):
     """Noisy top-k gating: softmax over the k largest noisy logits, after the choice (Shazeer et al. 2017, eq. 3 to 5).
 
     H = x W_g + eps * (softplus(x W_noise) + noise_epsilon), eps standard normal, in training only. No biases; both
@@ -181,28 +214,30 @@ class NoisyTopKRouter(_Router):
             nn.init.zeros_(self.weight)
         else:
             super().reset_parameters()
+        if getattr(self, 'noise_weight', None) is not None:  # the first call comes from the base class
+            nn.init.zeros_(self.noise_weight)
 
-    def forward(self, x: torch.Tensor) -> Routing:
-        """x: (T, D). Returns a record with (T, K) weights that sum to one."""
+    def choose(self, x: torch.Tensor) -> Choice:
         logits = self.compute_logits(x)
-        noisy, std = None, None
-        if self.noise_weight is not None and self.training:
-            std = F.softplus(linear_float32(x, self.noise_weight)) + self.noise_epsilon
-            noisy = logits + self.sample_noise(logits) * std
-        deciding = logits if noisy is None else noisy
-        top, indices = torch.topk(deciding, self.num_selected, dim=-1)
+        deciding = logits
+        noisy: Optional[torch.Tensor] = None
+        std: Optional[torch.Tensor] = None
+        noise_weight = self.noise_weight
+        if noise_weight is not None and self.training:
+            std = F.softplus(linear_float32(x, noise_weight)) + self.noise_epsilon
+            deciding = logits + self.sample_noise(logits) * std
+            noisy = deciding
+        top, indices = top_k(deciding, self.num_selected)
         if self.num_selected == 1:
             chosen = torch.softmax(deciding, dim=-1).gather(1, indices)
             weights = chosen / chosen.detach()
         else:
             weights = torch.softmax(top, dim=-1)
         gates = torch.zeros_like(logits).scatter(1, indices, weights)
-        return Routing(
-            logits, gates, weights, indices, noisy_logits=noisy, noise_std=std,
-            shape=(x.shape[0],), losses=self.losses)
+        return logits, gates, weights, indices, noisy, std
 
 
-class SoftmaxTopKRouter(_Router):
+class SoftmaxTopKRouter(_TopKRouter):
     """V-MoE's router: softmax over all experts first, top-k after, not renormalised (Riquelme et al. 2021, eq. 2).
 
     Noise of fixed standard deviation `noise_std / E` is added to the logits in training; the noisy gates choose,
@@ -212,6 +247,7 @@ class SoftmaxTopKRouter(_Router):
         noise_std: Numerator of the noise's standard deviation; 0 switches it off.
         renormalise: Divide the chosen gates by their sum; at K = 1 by a detached copy, so that the value is 1 and the
             gradient stays. The original does not.
+        deterministic: True never adds noise, False adds it in evaluation too; None follows the training mode.
     """
 
     def __init__(
@@ -221,6 +257,7 @@ class SoftmaxTopKRouter(_Router):
             num_selected: int = 2,
             noise_std: float = 1.0,
             renormalise: bool = False,
+            deterministic: Optional[bool] = None,
             losses: Sequence[Tuple[str, float]] = (('importance', 0.005), ('vmoe_load', 0.005)),
             device=None,
             dtype=None,
@@ -228,25 +265,26 @@ class SoftmaxTopKRouter(_Router):
         super().__init__(in_features, num_experts, num_selected, False, losses, device=device, dtype=dtype)
         self.noise_std = float(noise_std)
         self.renormalise = renormalise
+        self.deterministic = deterministic
 
-    def forward(self, x: torch.Tensor) -> Routing:
-        """x: (T, D). Returns a record with (T, K) weights."""
+    def choose(self, x: torch.Tensor) -> Choice:
         logits = self.compute_logits(x)
         gates = torch.softmax(logits, dim=-1)
-        noisy, std, deciding = None, None, gates
-        if self.training and self.noise_std > 0:
-            std = logits.new_full((), self.noise_std / self.num_experts)
+        deciding = gates
+        noisy: Optional[torch.Tensor] = None
+        std: Optional[torch.Tensor] = None
+        deterministic = self.deterministic
+        if self.noise_std > 0 and (self.training if deterministic is None else not deterministic):
+            std = logits.new_full([], self.noise_std / self.num_experts)
             noisy = logits + self.sample_noise(logits) * std
             deciding = torch.softmax(noisy, dim=-1)
-        weights, indices = torch.topk(deciding, self.num_selected, dim=-1)
+        weights, indices = top_k(deciding, self.num_selected)
         if self.renormalise:
             weights = _normalise(weights)
-        return Routing(
-            logits, gates, weights, indices, noisy_logits=noisy, noise_std=std,
-            shape=(x.shape[0],), losses=self.losses)
+        return logits, gates, weights, indices, noisy, std
 
 
-class SigmoidTopKRouter(_Router):
+class SigmoidTopKRouter(_TopKRouter):
     """Sigmoid gates, top-k by gate plus a bias per expert that counts for the choice only, chosen gates normalised.
 
     The bias moves by `bias_rate` against the load after every optimiser step (`moe_zoo.routing.end_step(model)`):
@@ -270,18 +308,23 @@ class SigmoidTopKRouter(_Router):
         self.register_buffer('selection_bias', torch.zeros(num_experts, device=device, dtype=torch.float32))
         self.register_buffer('load', torch.zeros(num_experts, device=device, dtype=torch.int64))
 
-    def forward(self, x: torch.Tensor) -> Routing:
-        """x: (T, D). Returns a record with (T, K) weights that sum to one."""
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for state in (getattr(self, 'selection_bias', None), getattr(self, 'load', None)):
+            if state is not None:
+                nn.init.zeros_(state)
+
+    def choose(self, x: torch.Tensor) -> Choice:
         logits = self.compute_logits(x)
         gates = torch.sigmoid(logits)
-        indices = torch.topk(gates.detach() + self.selection_bias.float(), self.num_selected, dim=-1).indices
+        indices = top_k(gates.detach() + self.selection_bias.float(), self.num_selected)[1]
         weights = _normalise(gates.gather(1, indices))
         if self.training:
             with torch.no_grad():
                 # Out of place, then copied: re-computation under checkpointing doubles the count, which no sign sees.
                 counts = F.one_hot(indices.flatten(), self.num_experts).sum(dim=0)
                 self.load.copy_(self.load + counts)
-        return Routing(logits, gates, weights, indices, shape=(x.shape[0],), losses=self.losses)
+        return logits, gates, weights, indices, None, None
 
     @torch.no_grad()
     def end_step(self) -> None:
@@ -298,7 +341,7 @@ def _normalise(weights: torch.Tensor) -> torch.Tensor:
     total = weights.sum(dim=-1, keepdim=True)
     if weights.shape[-1] == 1:
         total = total.detach()
-    return weights / total.clamp_min(torch.finfo(weights.dtype).tiny)
+    return weights / total.clamp_min(1.2e-38)  # the smallest normal float32
 
 
 def end_step(model: nn.Module) -> None:
