@@ -30,18 +30,39 @@ def compute_capacity(
     Raises:
         InputError: No slot would be left, or the rounding is unknown.
     """
-    if rounding not in ('ceil', 'round'):
-        raise InputError(f"capacity rounding {rounding!r}: use 'ceil' or 'round'.")
     # The original's order of operations, so that ceil meets the same floating-point edge cases.
     exact = num_items * num_selected * capacity_factor / num_experts
-    capacity = math.ceil(exact) if rounding == 'ceil' else round(exact)
+    capacity = math.ceil(exact) if rounding == 'ceil' else _round(exact)
+    if torch.jit.is_scripting():
+        assert capacity >= 1, 'capacity_factor leaves no slot'
+    else:
+        _check_capacity(capacity, num_items, num_experts, num_selected, capacity_factor, rounding)
+    if multiple_of is not None and multiple_of > 1:
+        capacity = -(-capacity // multiple_of) * multiple_of
+    return capacity
+
+
+def _check_capacity(
+        capacity: int,
+        num_items: int,
+        num_experts: int,
+        num_selected: int,
+        capacity_factor: float,
+        rounding: str,
+) -> None:
+    if rounding not in ('ceil', 'round'):
+        raise InputError(f"capacity rounding {rounding!r}: use 'ceil' or 'round'.")
     if capacity < 1:
         raise InputError(
             f'capacity_factor={capacity_factor} leaves {capacity} slots for a group of {num_items} items with '
             f'{num_selected} of {num_experts} experts: use at least {num_experts / (num_items * num_selected):.4g}.')
-    if multiple_of:
-        capacity = -(-capacity // multiple_of) * multiple_of
-    return capacity
+
+
+def _round(value: float) -> int:
+    """Python's round, half to even, which TorchScript's is not."""
+    lower = math.floor(value)
+    rest = value - lower
+    return lower if rest < 0.5 or (rest == 0.5 and lower % 2 == 0) else lower + 1
 
 
 def keep_within_capacity(

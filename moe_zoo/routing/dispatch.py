@@ -1,14 +1,17 @@
 """Dispatchers move items to experts and back: one plain reference, and faster ones that tests hold to it.
 
-An expert function takes a list of inputs or a stack of them and does not know about routing. Here the experts are
-given as `run(inputs)`: a list of E tensors (T_e, D) to a list of E tensors (T_e, D_out), or, for the static paths,
-`run_stacked((E, C, D)) -> (E, C, D_out)`.
+An expert does not know about routing. Experts are given as `run(chunks)`: E tensors (T_e, D) in, and the tensors
+(T_e, D_out) of those that got an item out, in order; or, for the static buffer, as `run_stacked((E, C, D))`, which
+returns (E, C, D_out).
+
+Combine weights stay float32 whatever the experts compute in; the result has the type of the input.
 
 Letters: T routed items, D width, E experts, K chosen experts, C slots.
 """
-from typing import Callable, List, Sequence
+from typing import Callable, List, Optional, Tuple
 
 import torch
+from torch.nn import functional as F
 
 from .types import Routing
 
@@ -16,54 +19,37 @@ from .types import Routing
 def dispatch_reference(
         x: torch.Tensor,
         routing: Routing,
-        run_stacked: Callable[[torch.Tensor], torch.Tensor],
+        run: Callable[[List[torch.Tensor]], List[torch.Tensor]],
 ) -> torch.Tensor:
     """Every item through every expert, then the weighted sum: obviously right, shape-static, E / K times the cost.
 
     Args:
         x: (T, D).
-        run_stacked: (E, T, D) -> (E, T, D_out).
+        run: E tensors (T, D) to E tensors (T, D_out).
 
     Returns:
         (T, D_out), in the type of x.
     """
-    matrix = routing.combine_matrix()  # (T, E)
-    outputs = run_stacked(x.unsqueeze(0).expand(routing.num_experts, -1, -1))  # (E, T, D_out)
-    return torch.einsum('te,etd->td', matrix.to(outputs.dtype), outputs)
+    return combine_all(run([x] * routing.num_experts), routing.combine_matrix()).to(x.dtype)
 
 
 def dispatch_sorted(
         x: torch.Tensor,
         routing: Routing,
-        run: Callable[[Sequence[torch.Tensor]], List[torch.Tensor]],
+        run: Callable[[List[torch.Tensor]], List[torch.Tensor]],
 ) -> torch.Tensor:
     """Only the kept pairs, sorted by expert, one chunk an expert; the fast path on CPU.
 
     Args:
         x: (T, D).
-        run: E tensors (T_e, D), some of them empty, to E tensors (T_e, D_out).
+        run: E tensors (T_e, D), some of them empty, to the tensors (T_e, D_out) of the others.
 
     Returns:
         (T, D_out), in the type of x.
     """
-    num_items, selected = routing.indices.shape
-    experts = routing.indices.reshape(-1)  # (T * K)
-    if routing.kept is not None:
-        # Dropped pairs are sorted behind the last expert and never moved.
-        experts = torch.where(routing.kept.reshape(-1), experts, routing.num_experts)
-    order = torch.argsort(experts, stable=True)
-    sizes = torch.bincount(experts, minlength=routing.num_experts + 1).tolist()
-    num_kept = sum(sizes[:-1])
-    order = order[:num_kept]
-    items = order // selected
-    outputs = torch.cat(run(x.index_select(0, items).split(sizes[:-1])))  # (T_kept, D_out)
-    weights = routing.weights.reshape(-1).index_select(0, order).to(outputs.dtype)
-    outputs = outputs * weights.unsqueeze(-1)
-    if num_kept == num_items * selected:
-        # Undo the permutation and sum over choices: a gather, where index_add would serialise.
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(num_kept, device=order.device))
-        return outputs.index_select(0, inverse).view(num_items, selected, -1).sum(dim=1)
-    return outputs.new_zeros(num_items, outputs.shape[-1]).index_add(0, items, outputs)
+    items, position, sizes = sort_pairs(routing.indices, routing.kept, routing.num_experts)
+    outputs = run(list(x.index_select(0, items).split(sizes)))
+    return combine_sorted(outputs, position, routing.weights).to(x.dtype)
 
 
 def dispatch_padded(
@@ -72,7 +58,7 @@ def dispatch_padded(
         run_stacked: Callable[[torch.Tensor], torch.Tensor],
         capacity: int,
 ) -> torch.Tensor:
-    """Kept pairs in a buffer of `capacity` slots an expert: static shapes for compile and export.
+    """Kept pairs in a buffer of `capacity` slots an expert: static shapes for meta tensors, compile and export.
 
     Args:
         x: (T, D).
@@ -82,17 +68,67 @@ def dispatch_padded(
     Returns:
         (T, D_out), in the type of x.
     """
-    num_items, selected = routing.indices.shape
-    experts = routing.indices.reshape(-1)
-    mask = torch.nn.functional.one_hot(experts, routing.num_experts)  # (T * K, E)
+    selected = routing.indices.shape[1]
+    mask = F.one_hot(routing.indices.reshape(-1), routing.num_experts)  # (T * K, E)
     if routing.kept is not None:
         mask = mask * routing.kept.reshape(-1, 1)
     slot = (mask.cumsum(dim=0) * mask).sum(dim=-1) - 1  # -1 where dropped
-    # One slot more takes what was dropped.
-    position = torch.where(slot >= 0, experts * capacity + slot, routing.num_experts * capacity)
-    repeated = x.repeat_interleave(selected, dim=0)
-    buffer = x.new_zeros(routing.num_experts * capacity + 1, x.shape[-1]).index_copy(0, position, repeated)
+    # One slot more takes what was dropped, and gives zero back.
+    end = routing.num_experts * capacity
+    position = torch.where(slot >= 0, routing.indices.reshape(-1) * capacity + slot, end)  # (T * K)
+    buffer = x.new_zeros(end + 1, x.shape[-1]).index_copy(0, position, x.repeat_interleave(selected, dim=0))
     outputs = run_stacked(buffer[:-1].view(routing.num_experts, capacity, -1))
-    outputs = torch.cat([outputs.flatten(0, 1), outputs.new_zeros(1, outputs.shape[-1])])
-    gathered = outputs.index_select(0, position) * routing.weights.reshape(-1, 1).to(outputs.dtype)
-    return gathered.view(num_items, selected, -1).sum(dim=1)
+    return combine_sorted([outputs.flatten(0, 1)], position.view_as(routing.indices), routing.weights).to(x.dtype)
+
+
+def sort_pairs(
+        indices: torch.Tensor,
+        kept: Optional[torch.Tensor],
+        num_experts: int,
+) -> Tuple[torch.Tensor, torch.Tensor, List[int]]:
+    """Order the kept (item, expert) pairs by expert, and by item inside an expert.
+
+    Args:
+        indices: (T, K) chosen experts.
+        kept: (T, K) bool; None keeps all.
+
+    Returns:
+        items: (P,) the item of every kept pair, in the new order.
+        position: (T, K) where each pair went; P for those that were dropped.
+        sizes: Pairs an expert, E numbers that sum to P.
+    """
+    experts = indices.reshape(-1)
+    if kept is not None:
+        # Dropped pairs are sorted behind the last expert and never moved.
+        experts = torch.where(kept.reshape(-1), experts, num_experts)
+    order = torch.argsort(experts, stable=True)
+    sizes: List[int] = torch.bincount(experts, minlength=num_experts + 1)[:num_experts].tolist()
+    num_kept = sum(sizes)
+    position = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+    items = torch.div(order[:num_kept], indices.shape[1], rounding_mode='floor')
+    return items, position.clamp(max=num_kept).view_as(indices), sizes
+
+
+def combine_sorted(outputs: List[torch.Tensor], position: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Gather every item's outputs and sum them by weight.
+
+    Args:
+        outputs: Tensors (., D_out) that concatenate to P rows.
+        position: (T, K) row of each pair; P reads zero.
+        weights: (T, K) float32.
+
+    Returns:
+        (T, D_out) float32.
+    """
+    zero = torch.zeros(1, outputs[0].shape[-1], device=outputs[0].device, dtype=outputs[0].dtype)
+    rows = torch.cat(outputs + [zero])  # a gather from here, where adding into place would serialise
+    gathered = rows.index_select(0, position.reshape(-1)).view(weights.shape[0], weights.shape[1], rows.shape[-1])
+    return (gathered * weights.unsqueeze(-1)).sum(dim=1)
+
+
+def combine_all(outputs: List[torch.Tensor], matrix: torch.Tensor) -> torch.Tensor:
+    """Weighted sum of E outputs (T, D_out) by the columns of a (T, E) matrix, in float32."""
+    total = outputs[0] * matrix[:, :1]
+    for expert in range(1, len(outputs)):
+        total = total + outputs[expert] * matrix[:, expert:expert + 1]
+    return total
