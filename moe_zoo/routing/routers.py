@@ -125,10 +125,15 @@ class SigmoidRouter(_Router):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def mix(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """x: (T, D). Returns (T, E) logits and gates; the arithmetic, in the part of Python TorchScript reads."""
+        logits = self.compute_logits(x)
+        return logits, torch.sigmoid(logits)
+
+    @torch.jit.ignore
     def forward(self, x: torch.Tensor) -> Routing:
         """x: (T, D). Returns a record with (T, E) weights."""
-        logits = self.compute_logits(x)
-        gates = torch.sigmoid(logits)
+        logits, gates = self.mix(x)
         return Routing(logits, gates, gates, shape=(x.shape[0],), losses=self.losses)
 
 
@@ -150,11 +155,10 @@ class SoftmaxRouter(SigmoidRouter):
             raise InputError(f'temperature={temperature}: a softmax needs a temperature above 0.')
         self.temperature = float(temperature)
 
-    def forward(self, x: torch.Tensor) -> Routing:
-        """x: (T, D). Returns a record with (T, E) weights that sum to one."""
+    def mix(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """x: (T, D). Returns (T, E) logits and gates that sum to one."""
         logits = self.compute_logits(x)
-        gates = torch.softmax(logits / self.temperature, dim=-1)
-        return Routing(logits, gates, gates, shape=(x.shape[0],), losses=self.losses)
+        return logits, torch.softmax(logits / self.temperature, dim=-1)
 
 
 class _TopKRouter(_Router):
