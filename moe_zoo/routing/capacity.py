@@ -80,20 +80,23 @@ def keep_within_capacity(
 
     Args:
         indices: (G, S, K) chosen experts, best first.
-        weights: (G, S, K) their gates, which decide the priority.
+        weights: (G, S, K) their gates, the largest of which is the priority; (G, S, 1) will do.
         capacity: C.
 
     Returns:
         (G, S, K) bool, True where the pair is kept.
     """
+    if not batch_priority:
+        return _keep_first(indices, num_experts, capacity)
+    order = torch.argsort(weights.amax(dim=-1), dim=-1, descending=True, stable=True)  # (G, S)
+    index = order.unsqueeze(-1).expand_as(indices)
+    kept = _keep_first(indices.gather(1, index), num_experts, capacity)
+    return torch.zeros_like(kept).scatter(1, index, kept)
+
+
+def _keep_first(indices: torch.Tensor, num_experts: int, capacity: int) -> torch.Tensor:
     groups, size, selected = indices.shape
-    if batch_priority:
-        order = torch.argsort(weights.amax(dim=-1), dim=-1, descending=True, stable=True)  # (G, S)
-        indices = indices.gather(1, order.unsqueeze(-1).expand(-1, -1, selected))
-    choices = indices.transpose(1, 2).reshape(groups, selected * size)  # rank of choice first, then priority
+    choices = indices.transpose(1, 2).reshape(groups, selected * size)  # rank of choice first, then position
     mask = torch.nn.functional.one_hot(choices, num_experts)  # (G, K*S, E)
     slot = (mask.cumsum(dim=1) * mask).sum(dim=-1) - 1  # (G, K*S) slots given before, at the chosen expert
-    kept = (slot < capacity).reshape(groups, selected, size).transpose(1, 2)
-    if batch_priority:
-        kept = torch.zeros_like(kept).scatter(1, order.unsqueeze(-1).expand(-1, -1, selected), kept)
-    return kept
+    return (slot < capacity).reshape(groups, selected, size).transpose(1, 2)
