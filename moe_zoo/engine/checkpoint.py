@@ -1,0 +1,166 @@
+"""Checkpoints: timm's saver with atomic files, and reading that names what is wrong with a file.
+
+A file is written beside and renamed into place; a full disk leaves the old one. Files are read with
+`weights_only=True`: nothing in them is executed.
+"""
+import argparse
+import os
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional, Tuple, Union
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import clean_state_dict
+from timm.utils import CheckpointSaver
+from torch import nn
+
+from ..errors import InputError, atomic_write
+
+PathLike = Union[str, os.PathLike]
+
+
+class AtomicCheckpointSaver(CheckpointSaver):
+    """timm's checkpoint saver (names, ranking, history and content), whose files are never half-written.
+
+    Args:
+        run_state: Called at each save; what it returns is stored under `moe_zoo` (where in the run this is, random
+            states). Plain containers, numbers and tensors only.
+        Others: As timm's.
+    """
+
+    def __init__(self, *args, run_state: Callable[[], Dict[str, Any]], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.run_state = run_state
+
+    def _save(self, save_path: PathLike, epoch: int, metric: Optional[float] = None) -> None:
+        state = {
+            'epoch': epoch,
+            'arch': self.args.model,
+            'args': vars(self.args),  # a dict, where timm stores a Namespace: readable without timm
+            'optimizer': self.optimizer.state_dict(),
+            'version': 2,
+            **self.task.get_checkpoint_state(unwrap_fn=self.unwrap_fn),
+            **self.task.get_checkpoint_state(ema=True, unwrap_fn=self.unwrap_fn),
+            'saver': self.state_dict(epoch, metric),
+            'moe_zoo': self.run_state(),
+        }
+        if self.amp_scaler is not None:
+            state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
+        if metric is not None:
+            state['metric'] = metric
+        save_atomically(state, save_path)
+
+    def _replace(self, src: PathLike, dst: PathLike) -> None:
+        os.replace(src, dst)
+
+    def _duplicate(self, src: PathLike, dst: PathLike) -> None:
+        with atomic_write(dst) as temporary:
+            temporary.unlink()
+            try:
+                os.link(src, temporary)  # costs no space
+            except OSError:
+                shutil.copy2(src, temporary)
+
+
+def save_atomically(state: Any, path: PathLike) -> None:
+    """`torch.save` to a file beside `path`, then rename.
+
+    Raises:
+        InputError: No space is left; what was at `path` before is intact.
+    """
+    with atomic_write(path) as temporary, open(temporary, 'wb') as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            # torch closes its archive after a failed write, and that error hides the one of the file system.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def read_checkpoint(path: PathLike) -> Dict[str, Any]:
+    """A checkpoint as a dictionary: one of ours or timm's, a plain state dict, or a .safetensors file.
+
+    Raises:
+        InputError: The file is missing, truncated, not a checkpoint, or wants code to be executed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"There is no checkpoint file '{path}'.")
+    try:
+        if path.suffix == '.safetensors':
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location='cpu', weights_only=True)
+    except (SafetensorError, EOFError, RuntimeError, ValueError, KeyError, OSError, AttributeError) as error:
+        raise InputError(f"The checkpoint '{path}' cannot be read: {_damage(path)}.") from error
+    except Exception as error:  # pickle.UnpicklingError has many shapes
+        raise InputError(
+            f"The checkpoint '{path}' cannot be read: {_damage(path)} (files that need code to be executed are not"
+            ' loaded).') from error
+    if not isinstance(content, dict):
+        raise InputError(f"The checkpoint '{path}' holds a {type(content).__name__}, not weights by name.")
+    return content
+
+
+def _damage(path: Path) -> str:
+    size = path.stat().st_size
+    if not size:
+        return 'it is empty'
+    with open(path, 'rb') as file:
+        is_zip = file.read(2) == b'PK'
+    if is_zip and not zipfile.is_zipfile(path):
+        return f'it is truncated after {size:,} bytes'
+    if path.suffix == '.safetensors':
+        return f'its {size:,} bytes are truncated or not in the safetensors format'
+    return 'its content is damaged' if is_zip else f'its {size:,} bytes are not a checkpoint of torch'
+
+
+def find_weights(checkpoint: Dict[str, Any], path: PathLike, use_ema: bool = False) -> Dict[str, torch.Tensor]:
+    """The state dict inside a checkpoint, wrapper prefixes removed.
+
+    Raises:
+        InputError: There is none, or `use_ema` asks for averaged weights that were not saved.
+    """
+    if use_ema and 'state_dict_ema' not in checkpoint:
+        raise InputError(f"The checkpoint '{path}' has no averaged (EMA) weights.")
+    for key in ('state_dict_ema',) if use_ema else ('state_dict', 'model'):
+        if isinstance(checkpoint.get(key), dict):
+            return clean_state_dict(checkpoint[key])
+    tensors = {key: value for key, value in checkpoint.items() if isinstance(value, torch.Tensor)}
+    if not tensors or len(tensors) < len(checkpoint):
+        raise InputError(f"The checkpoint '{path}' holds no weights by name, only: {', '.join(list(checkpoint)[:5])}.")
+    return clean_state_dict(tensors)
+
+
+def check_fits(model: nn.Module, weights: Dict[str, torch.Tensor], path: PathLike, name: str) -> None:
+    """Compare names and shapes before anything is loaded.
+
+    Raises:
+        InputError: The classes differ in number, or the weights are of another model.
+    """
+    wanted = model.state_dict()
+    missing = [key for key in wanted if key not in weights]
+    unexpected = [key for key in weights if key not in wanted]
+    shapes = [key for key in wanted if key in weights and wanted[key].shape != weights[key].shape]
+    if not (missing or unexpected or shapes):
+        return
+    head = _classifier_prefixes(model)
+    if not (missing or unexpected) and head and all(key.startswith(head) for key in shapes):
+        saved, ours = weights[shapes[-1]].shape, wanted[shapes[-1]].shape
+        raise InputError(
+            f"The checkpoint '{path}' has another number of classes than the model: {shapes[-1]} is {tuple(saved)} there"
+            f' and {tuple(ours)} with num_classes={model.num_classes}.')
+    parts = [
+        f'{len(keys)} {what} (first {keys[0]!r})'
+        for what, keys in (('missing', missing), ('unknown', unexpected), ('of another shape', shapes)) if keys
+    ]
+    raise InputError(f"The checkpoint '{path}' does not fit the model {name!r}: {', '.join(parts)}.")
+
+
+def _classifier_prefixes(model: nn.Module) -> Tuple[str, ...]:
+    names = getattr(model, 'pretrained_cfg', {}).get('classifier') or ()
+    return tuple(f'{name}.' for name in ((names,) if isinstance(names, str) else names))

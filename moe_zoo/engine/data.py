@@ -1,0 +1,324 @@
+"""Images for training and evaluation: timm's datasets, transforms, mixup and loader, checked before they are used.
+
+`dataset: digits` is scikit-learn's handwritten digits; every other name, or a plain folder, is timm's business.
+"""
+import argparse
+import logging
+import struct
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, Mixup, create_dataset, create_loader
+from torch.utils.data import Dataset
+
+from ..errors import InputError, nearest
+
+_logger = logging.getLogger(__name__)
+
+PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')  # timm's dataset types
+LEFT_OUT = -1  # target that stands for an image which evaluation must not count
+SYNONYMS = {
+    'train': ('training',),
+    'validation': ('val', 'valid', 'eval', 'evaluation'),
+    'val': ('validation', 'valid', 'eval', 'evaluation'),
+}
+UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)  # what PIL raises on bad files
+
+
+class Loaders(NamedTuple):
+    """What one run draws from."""
+    train: Any
+    eval: Any
+    mixup: Optional[Mixup]  # applied by the loop; None where the loader's collate does it, or nothing
+
+
+class CheckedImages(ImageDataset):
+    """timm's image dataset, except that an image which cannot be read is named and counted.
+
+    In training the next readable image takes its place; in evaluation its target becomes `LEFT_OUT`.
+
+    Args:
+        reader: A reader of timm's, which knows files and targets.
+        training: Whether another image may take the place of a corrupt one.
+        strict: Refuse the first corrupt image instead.
+        input_img_mode: Mode that images are converted to.
+    """
+
+    def __init__(self, reader: Any, training: bool, strict: bool = False, input_img_mode: str = 'RGB'):
+        super().__init__(root=None, reader=reader, input_img_mode=input_img_mode)
+        self.training = training
+        self.strict = strict
+        # In shared memory, where worker processes write and this one reads.
+        self.corrupt = torch.zeros(len(reader), dtype=torch.bool).share_memory_()
+
+    def __getitem__(self, index: int):
+        for step in range(len(self.reader)):
+            position = (index + step) % len(self.reader)
+            if self.corrupt[position]:
+                continue
+            try:
+                file, target = self.reader[position]
+                with file:
+                    image = Image.open(file).convert(self.input_img_mode)
+            except UNREADABLE:
+                self.corrupt[position] = True
+                if self.strict:
+                    break
+                continue
+            if position != index and not self.training:
+                target = LEFT_OUT
+            return (image if self.transform is None else self.transform(image)), target
+        raise InputError(self.refusal())
+
+    def refusal(self) -> str:
+        """The sentence for data that cannot be used."""
+        names = self.corrupt_files()
+        if self.strict and names:
+            return (f"Corrupt image '{names[0]}': --strict-data refuses data with unreadable images; repair or remove it,"
+                    ' or leave the flag out to skip and count them.')
+        return f'All {len(self)} images are unreadable, the first is {self.filename(0, absolute=True)!r}.'
+
+    def corrupt_files(self) -> List[str]:
+        """Paths of the images found unreadable so far, on any rank and in any worker."""
+        flags = self.corrupt
+        if dist.is_available() and dist.is_initialized():
+            device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
+            shared = flags.to(device=device, dtype=torch.uint8)
+            dist.all_reduce(shared, dist.ReduceOp.MAX)
+            flags = shared.cpu().bool()
+        return [self.filename(i, absolute=True) for i in flags.nonzero().flatten().tolist()]
+
+
+def open_dataset(args: argparse.Namespace, training: bool, strict: bool = False, class_map: Any = None) -> Dataset:
+    """The training or evaluation images that a recipe names.
+
+    Args:
+        args: Options, see `moe_zoo.engine.config`.
+        training: Which split: `train_split` or `val_split`.
+        strict: Refuse unreadable images.
+        class_map: Class name to index; the training folder's, for the evaluation folder.
+
+    Raises:
+        InputError: The folder is missing or empty, or holds no such split.
+    """
+    split = args.train_split if training else args.val_split
+    if args.dataset == 'digits':
+        from ..data import DigitsDataset
+        return DigitsDataset(split)
+    folder = '/' not in args.dataset
+    known = ('', 'digits', 'folder', *PREFIXES)
+    if args.dataset.partition('/')[0] not in known:
+        raise InputError(
+            f'dataset={args.dataset!r} is not known.{nearest(args.dataset, known)} Leave it empty for a folder of images,'
+            f" or use 'digits' or timm's {', '.join(f'{p}/NAME' for p in PREFIXES)}.")
+    root = _find_split(args.data_dir, split, training) if folder else args.data_dir
+    try:
+        dataset = create_dataset(
+            '' if folder else args.dataset,
+            root=str(root) if root else None,
+            split=split,
+            is_training=training,
+            search_split=not folder,
+            class_map=class_map or args.class_map,
+            download=args.dataset_download,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            input_img_mode=image_mode(args),
+            input_key=args.input_key,
+            target_key=args.target_key,
+            num_samples=args.train_num_samples if training else args.val_num_samples,
+            trust_remote_code=args.dataset_trust_remote_code,
+        )
+    except (AssertionError, RuntimeError, FileNotFoundError) as error:
+        empty = 'Found 0 images' in str(error)
+        reason = f"The data folder '{root}' has no images in folders of classes." if empty else str(error)
+        raise InputError(reason if empty else f'The dataset cannot be opened: {reason}') from error
+    if isinstance(dataset, ImageDataset) and folder:
+        dataset = CheckedImages(dataset.reader, training, strict, image_mode(args))
+    return dataset
+
+
+def image_mode(args: argparse.Namespace) -> str:
+    """RGB for three channels, grey otherwise, unless `input_img_mode` says more."""
+    channels = args.input_size[0] if args.input_size else args.in_chans or 3
+    return args.input_img_mode or ('RGB' if channels == 3 else 'L')
+
+
+def _find_split(data_dir: Optional[str], split: str, training: bool) -> Path:
+    """The folder (or tar file) of a split."""
+    if not data_dir:
+        raise InputError(
+            f"No data: give --data-dir DIR, a folder with '{split}' in it, or dataset=digits for the embedded digits.")
+    root = Path(data_dir)
+    if not root.exists():
+        raise InputError(f"The data folder '{root}' does not exist.")
+    if root.is_file():
+        if root.suffix != '.tar':
+            raise InputError(f"The data '{root}' is a file: give a folder of class folders, or a .tar of them.")
+        return root
+    for name in (split, *SYNONYMS.get(split, ())):
+        if (root / name).is_dir():
+            return root / name
+    inside = sorted(p.name for p in root.iterdir() if p.is_dir())
+    if not training and inside and not {'train', 'training', 'test', 'val', 'validation'} & set(inside):
+        return root  # class folders directly, as timm's validate.py takes them
+    if not inside:
+        raise InputError(f"The data folder '{root}' is empty: it needs '{split}' with a folder for each class.")
+    option = 'train_split' if training else 'val_split'
+    raise InputError(
+        f"The data folder '{root}' has no folder '{split}', only: {', '.join(inside[:6])}"
+        f"{', ...' if len(inside) > 6 else ''}; name it with {option}=NAME.")
+
+
+def class_names(dataset: Dataset) -> Optional[Dict[str, int]]:
+    """Class name to index, or None where the dataset does not tell."""
+    reader = getattr(dataset, 'reader', dataset)
+    mapping = getattr(reader, 'class_to_idx', None)
+    if mapping is None and getattr(dataset, 'classes', None) is not None:
+        mapping = {str(name): index for index, name in enumerate(dataset.classes)}
+    return mapping or None
+
+
+def settle_num_classes(args: argparse.Namespace, train: Optional[Dataset], evaluation: Optional[Dataset]) -> None:
+    """Fill `args.num_classes` from the data where the recipe leaves it open, and hold it against them otherwise.
+
+    Raises:
+        InputError: Data and recipe differ in the number of classes.
+    """
+    dataset = evaluation if train is None else train
+    names = class_names(dataset)
+    if names is None:
+        return
+    highest = max(names.values()) + 1
+    if args.num_classes is None:
+        args.num_classes = highest
+    if highest > args.num_classes or (highest < args.num_classes and not args.class_map):
+        raise InputError(
+            f'The data have {highest} classes, but num_classes={args.num_classes}: set num_classes={highest}'
+            + (', or give class_map=FILE with the index of every class.' if highest < args.num_classes else '.'))
+
+
+def open_datasets(args: argparse.Namespace, strict: bool = False) -> tuple:
+    """(training, evaluation) datasets with one class index between them; evaluation is None where `val_split` is empty.
+
+    Raises:
+        InputError: See `open_dataset` and `settle_num_classes`; or the evaluation folder has a class that training lacks.
+    """
+    train = open_dataset(args, True, strict)
+    evaluation = open_dataset(args, False, strict) if args.val_split else None
+    if isinstance(train, CheckedImages) and evaluation is not None and not args.class_map:
+        names, own = class_names(train), class_names(evaluation)
+        extra = sorted(set(own) - set(names))
+        if extra:
+            raise InputError(
+                f"The evaluation folder '{evaluation.reader.root}' has classes that training lacks:"
+                f" {', '.join(extra[:5])}.")
+        if own != names:  # a class without evaluation images must not shift the index of those after it
+            evaluation = open_dataset(args, False, strict, class_map=names)
+    settle_num_classes(args, train, evaluation)
+    return train, evaluation
+
+
+def create_loaders(
+        args: argparse.Namespace,
+        data_config: Dict[str, Any],
+        train: Optional[Dataset],
+        evaluation: Optional[Dataset],
+        device: torch.device,
+) -> Loaders:
+    """timm's loaders, transforms and mixup for both datasets (either may be None).
+
+    Raises:
+        InputError: Fewer training images than a batch, or options that exclude each other.
+    """
+    common = dict(
+        input_size=data_config['input_size'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        num_workers=args.workers,
+        pin_memory=args.pin_mem,
+        img_dtype=getattr(torch, args.model_dtype or 'float32'),
+        device=device,
+        distributed=args.distributed,
+        use_prefetcher=args.prefetcher,
+        # New workers every epoch: their random states then follow from the epoch, not from the epochs before.
+        persistent_workers=False,
+    )
+    train_loader, mixup = (None, None) if train is None else _train_loader(args, data_config, train, common)
+    eval_loader = None
+    if evaluation is not None:
+        eval_loader = create_loader(
+            evaluation,
+            batch_size=args.validation_batch_size or args.batch_size,
+            interpolation=data_config['interpolation'],
+            crop_pct=data_config['crop_pct'],
+            crop_mode=data_config['crop_mode'],
+            **common,
+        )
+    return Loaders(train_loader, eval_loader, mixup)
+
+
+def _train_loader(args: argparse.Namespace, data_config: Dict[str, Any], dataset: Dataset, common: Dict[str, Any]):
+    per_batch = args.batch_size * args.world_size
+    if hasattr(dataset, '__len__') and 0 < len(dataset) < per_batch:
+        raise InputError(
+            f'The training data have {len(dataset)} images, fewer than one batch of {per_batch}: lower batch_size.')
+    if args.aug_repeats and not args.distributed:
+        raise InputError(f'aug_repeats={args.aug_repeats:g} needs several processes (torchrun): set it to 0.')
+    mixup, collate = _mixup(args), None
+    if mixup is not None and args.prefetcher:
+        if args.aug_splits:
+            raise InputError('aug_splits with mixup or cutmix needs no_prefetcher=true.')
+        mixup, collate = None, mixup
+    if args.aug_splits:
+        dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
+    plain = args.no_aug or not args.train_interpolation
+    loader = create_loader(
+        dataset,
+        batch_size=args.batch_size,
+        is_training=True,
+        no_aug=args.no_aug,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        re_split=args.resplit,
+        train_crop_mode=args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob,
+        gaussian_blur_prob=args.gaussian_blur_prob,
+        auto_augment=args.aa,
+        num_aug_repeats=args.aug_repeats,
+        num_aug_splits=args.aug_splits,
+        interpolation=data_config['interpolation'] if plain else args.train_interpolation,
+        collate_fn=collate,
+        worker_seeding=args.worker_seeding,
+        **common,
+    )
+    return loader, mixup
+
+
+def _mixup(args: argparse.Namespace) -> Optional[Mixup]:
+    """Mixup or CutMix; inside the collate function under the prefetcher."""
+    if args.mixup <= 0 and args.cutmix <= 0 and args.cutmix_minmax is None:
+        return None
+    if args.batch_size % 2:
+        raise InputError(f'batch_size={args.batch_size} with mixup or cutmix: images are mixed in pairs, give an even one.')
+    kind = FastCollateMixup if args.prefetcher else Mixup
+    return kind(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=args.num_classes,
+    )

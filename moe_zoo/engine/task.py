@@ -1,0 +1,108 @@
+"""timm's classification task with the auxiliary losses of routed models added once, inside the returned loss.
+
+Distribution, compilation, EMA, accumulation and checkpoint state are inherited. The task works in timm's train.py too
+(`moe-zoo run train.py`), which divides, scales and differentiates `result['loss']` and nothing else.
+Letters: B images, E experts.
+"""
+import logging
+import weakref
+from typing import Any, Dict, List, Optional
+
+import torch
+from timm.task import ClassificationTask, MultiLabelClassificationTask
+from timm.utils import unwrap_model
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ..losses import auxiliary_losses, balance
+from ..routing import Routing, end_step, trace_routing
+
+_logger = logging.getLogger(__name__)
+
+
+class MoEClassificationTask(ClassificationTask):
+    """Classification loss plus the auxiliary losses that the routed layers ask for.
+
+    A model without routed layers trains exactly as under timm's task. Arguments are those of timm's
+    `ClassificationTask`; the model's `set_aux_loss(True)` is called before anything wraps it. Routers that adapt
+    between steps (a selection bias moved against the load) are told of every step of an optimiser that holds the
+    model's parameters.
+    """
+
+    def __init__(self, model: nn.Module, *args, **kwargs):
+        super().__init__(model, *args, **kwargs)
+        if hasattr(unwrap_model(model), 'set_aux_loss'):
+            unwrap_model(model).set_aux_loss(True)
+        self._layers: List[str] = []
+        _end_step_after_optimizer(self)
+
+    def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs) -> 'MoEClassificationTask':
+        """As timm's; on CPU, DDP refuses `device_ids`, which timm's train.py passes always."""
+        return super().prepare_distributed(None if self.device.type == 'cpu' else device_ids, **ddp_kwargs)
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, Any]:
+        """One forward through the model and all losses.
+
+        Args:
+            input: (B, C, H, W).
+            target: (B,) class indices, or (B, classes) soft targets.
+
+        Returns:
+            loss: Task loss plus auxiliary losses, to differentiate.
+            output: (B, classes) logits.
+            task_loss, loss_NAME: What `loss` is the sum of, detached, for logs.
+            balance: Layer name to `moe_zoo.losses.balance` of its records; empty for a model without routed layers.
+        """
+        output = self.trainable_module(input)
+        routings: List[Routing] = []
+        if isinstance(output, tuple) and self.training:
+            if not self._layers:
+                self._layers = self._name_layers(input)
+            output, routings = output
+        task_loss = self.criterion(output, target)
+        auxiliary = auxiliary_losses(routings)
+        return {
+            'loss': sum(auxiliary.values(), task_loss),
+            'output': output,
+            'task_loss': task_loss.detach(),
+            **{f'loss_{name}': value.detach() for name, value in auxiliary.items()},
+            'balance': {name: balance(routing) for name, routing in zip(self._layers, routings)},
+        }
+
+    @torch.no_grad()
+    def _name_layers(self, input: torch.Tensor) -> List[str]:
+        """Names of the routed layers in the order of their records: one forward in evaluation, which draws nothing."""
+        model = unwrap_model(self.trainable_module)
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        with trace_routing(model) as trace:
+            model(input)
+        for module, training in modes:
+            module.training = training
+        return [name for name, records in trace.items() for _ in records] or ['']
+
+
+class MoEMultiLabelClassificationTask(MultiLabelClassificationTask, MoEClassificationTask):
+    """Independent binary targets, with auxiliary losses."""
+
+
+def _end_step_after_optimizer(task: MoEClassificationTask) -> None:
+    """Call `end_step` after each step of an optimiser of the model, whichever loop takes it.
+
+    A hook of torch's, because timm's loop offers the task no call after a step; it goes when the task does.
+    """
+    model = unwrap_model(task.trainable_module)
+    if not any(hasattr(module, 'end_step') for module in model.modules()):
+        return
+    watched = weakref.ref(model)
+
+    def hook(optimizer: torch.optim.Optimizer, *_) -> None:
+        model = watched()
+        if model is None:
+            handle.remove()
+            return
+        parameters = {id(p) for p in model.parameters()}
+        if any(id(p) in parameters for group in optimizer.param_groups for p in group['params'][:1]):
+            end_step(model)
+
+    handle = register_optimizer_step_post_hook(hook)
