@@ -45,6 +45,8 @@ def linear_float32(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.T
     if torch.jit.is_scripting():  # TorchScript has no autocast to leave
         return F.linear(x.float(), weight.float(), bias)
     else:
+        if x.is_meta:  # which has no autocast either
+            return F.linear(x.float(), weight.float(), bias)
         with torch.autocast(device_type=x.device.type, enabled=False):
             return F.linear(x.float(), weight.float(), bias)
 
