@@ -1,0 +1,399 @@
+"""`MoEMlp`: the feed-forward layer of V-MoE, drop-in for timm's `Mlp`.
+
+Letters: B images, D width, M hidden width of an expert, T routed tokens (of the whole batch), E experts, K chosen ones,
+S tokens a group, C slots an expert has in a group.
+"""
+import math
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
+
+import torch
+from timm.layers import Mlp, register_notrace_module, to_2tuple
+from torch import nn
+from torch.nn import functional as F
+
+from ..errors import InputError, nearest
+from ..losses import LOSSES
+from ..routing import (
+    NoisyTopKRouter,
+    Routing,
+    SigmoidTopKRouter,
+    SoftmaxTopKRouter,
+    compute_capacity,
+    dispatch_padded,
+    dispatch_reference,
+    dispatch_sorted,
+    keep_within_capacity,
+    record,
+)
+from ..routing.dispatch import combine_sorted, sort_pairs
+from .routed import RoutedLayer
+
+ROUTERS = {'vmoe': SoftmaxTopKRouter, 'shazeer': NoisyTopKRouter, 'sigmoid': SigmoidTopKRouter}
+
+
+class ExpertLinear(nn.Module):
+    """E linear maps in one stack: weight (E, out, in), bias (E, out).
+
+    The attribute is called `bias` so that timm exempts it from weight decay, as it does by name where ndim > 1.
+
+    Args:
+        same_init: All experts start from one draw, as in V-MoE, where routing alone breaks the symmetry.
+    """
+
+    def __init__(
+            self,
+            num_experts: int,
+            in_features: int,
+            out_features: int,
+            bias: bool = True,
+            same_init: bool = True,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.num_experts = num_experts
+        self.same_init = same_init
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, **dd))
+        self.bias = nn.Parameter(torch.empty(num_experts, out_features, **dd)) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Xavier uniform on an expert's own fans, biases N(0, 1e-6), as the original's MLP."""
+        draws = 1 if self.same_init else self.num_experts
+        for parameter in (self.weight, self.bias):
+            if parameter is None:
+                continue
+            drawn = torch.empty_like(parameter[:draws])
+            for one in drawn:
+                if one.ndim == 2:
+                    nn.init.xavier_uniform_(one)
+                else:
+                    nn.init.normal_(one, std=1e-6)
+            parameter.copy_(drawn.expand_as(parameter))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (E, C, in), row e for expert e. Returns (E, C, out)."""
+        weight = self.weight.transpose(1, 2)
+        bias = self.bias
+        if bias is None:
+            return torch.bmm(x, weight)
+        return torch.baddbmm(bias.unsqueeze(1), x, weight)
+
+    def unbind_weights(self) -> List[torch.Tensor]:
+        # One unbind, whose backward is one stack with zeros for experts that were not run. Indexing weight[e] instead
+        # would make every gradient a zero tensor of the whole stack.
+        return list(self.weight.unbind(0))
+
+    def unbind_biases(self) -> List[Optional[torch.Tensor]]:
+        biases: List[Optional[torch.Tensor]] = []
+        bias = self.bias
+        if bias is None:
+            for _ in range(self.num_experts):
+                biases.append(None)
+        else:
+            for each in bias.unbind(0):
+                biases.append(each)
+        return biases
+
+    def extra_repr(self) -> str:
+        experts, outs, ins = self.weight.shape
+        return f'{ins}, {outs}, num_experts={experts}, bias={self.bias is not None}'
+
+
+@register_notrace_module
+class MoEMlp(RoutedLayer):
+    """A sparse mixture of MLPs: every token goes through K of E experts, the sum weighted by their gates.
+
+    As in V-MoE (Riquelme et al. 2021, section 2), with its defaults, except that in evaluation nothing is dropped
+    unless `eval_capacity_factor` or `capacity` asks for it: then no image depends on another. The batch is cut into
+    groups of S consecutive tokens, image by image; capacity, priority and losses are per group. By default a group is
+    `group_images` images, and the last one of a batch may be smaller, with its own capacity.
+
+    A token whose choices were all dropped gets zero, so that only the residual connection around the layer passes it.
+    With K = 1 the output is scaled by a gate below 1; where a router normalises its gates the value is 1 and the
+    gradient that of p / p.detach(). An expert that received no token is not run and gets zero gradients.
+
+    Input and output are (B, ..., D) or, with `use_conv`, (B, D, H, W); float32 routing, whatever the autocast.
+
+    Args:
+        in_features: D.
+        hidden_features: M times `expert_ratio`; D if None.
+        out_features: D if None.
+        act_layer: Activation.
+        norm_layer: Norm of the hidden layer, one for all experts; None for none.
+        bias: Biases of the two layers.
+        drop: Dropout after the activation and after the output of an expert.
+        use_conv: Tokens are the positions of a (B, D, H, W) map.
+        num_experts: E.
+        num_selected: K.
+        router: 'vmoe' (softmax before top-k), 'shazeer' (noisy top-k before softmax), 'sigmoid' (normalised sigmoid
+            gates, choice corrected by a bias that balances the load).
+        router_args: Further keywords of that router, for example `dict(renormalise=True)`.
+        noise_std: Noise on the logits in training: numerator of the standard deviation `noise_std / E` for 'vmoe'; for
+            'shazeer', whose noise is learned, 0 switches it off; without meaning for 'sigmoid'.
+        losses: Weight of each auxiliary loss by name; None for the router's own, {} for none.
+        capacity_factor: Slots an expert has in training, relative to S K / E; None drops nothing.
+        eval_capacity_factor: The same in evaluation (the original used 4.0, which drops nothing either at E=8, K=2).
+        capacity: Slots an expert has in a group, training or not; overrides both factors.
+        capacity_multiple_of: A capacity that comes from a factor is raised to a multiple of it.
+        capacity_rounding: 'ceil' or 'round', before that.
+        batch_priority: Serve tokens by falling gate instead of by position.
+        group_images: Images a group.
+        group_size: Tokens a group instead, S; must divide the tokens of every batch.
+        num_shared_experts: Experts of the same width that every token uses, unweighted.
+        expert_ratio: r times as many experts of a width r times smaller, r times as many chosen: equal MACs.
+        same_init: All experts start equal, as in the original.
+        bfloat16_dispatch: Round what travels to and from the experts to bfloat16, as the original does on TPUs.
+
+    Raises:
+        InputError: K above E, a hidden width that `expert_ratio` does not divide, an unknown router, loss or rounding,
+            a capacity or group below 1; in forward, tokens that `group_size` does not divide.
+    """
+
+    def __init__(
+            self,
+            in_features: int,
+            hidden_features: Optional[int] = None,
+            out_features: Optional[int] = None,
+            act_layer: Type[nn.Module] = nn.GELU,
+            norm_layer: Optional[Type[nn.Module]] = None,
+            bias: Union[bool, Tuple[bool, bool]] = True,
+            drop: Union[float, Tuple[float, float]] = 0.,
+            use_conv: bool = False,
+            num_experts: int = 8,
+            num_selected: int = 2,
+            router: str = 'vmoe',
+            router_args: Optional[Dict[str, Any]] = None,
+            noise_std: float = 1.0,
+            losses: Optional[Mapping[str, float]] = None,
+            capacity_factor: Optional[float] = 1.05,
+            eval_capacity_factor: Optional[float] = None,
+            capacity: Optional[int] = None,
+            capacity_multiple_of: int = 4,
+            capacity_rounding: str = 'ceil',
+            batch_priority: bool = False,
+            group_images: int = 8,
+            group_size: Optional[int] = None,
+            num_shared_experts: int = 0,
+            expert_ratio: int = 1,
+            same_init: bool = True,
+            bfloat16_dispatch: bool = False,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        hidden_features = hidden_features or in_features
+        _check_at_least_one(
+            capacity=capacity, group_images=group_images, group_size=group_size, expert_ratio=expert_ratio)
+        _check_positive(capacity_factor=capacity_factor, eval_capacity_factor=eval_capacity_factor)
+        if hidden_features % expert_ratio:
+            raise InputError(
+                f'expert_ratio={expert_ratio} does not divide the hidden width {hidden_features}: use a divisor.')
+        if capacity_rounding not in ('ceil', 'round'):
+            raise InputError(f"capacity_rounding={capacity_rounding!r}: use 'ceil' or 'round'.")
+        self.in_features = in_features
+        self.hidden_features = hidden_features // expert_ratio  # M
+        self.out_features = out_features or in_features
+        self.use_conv = use_conv
+        self.num_experts = num_experts * expert_ratio
+        self.num_selected = num_selected * expert_ratio
+        self.num_shared_experts = num_shared_experts
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.capacity = capacity
+        self.capacity_multiple_of = capacity_multiple_of
+        self.capacity_rounding = capacity_rounding
+        self.batch_priority = batch_priority
+        self.group_images = group_images
+        self.group_size = group_size
+        self.bfloat16_dispatch = bfloat16_dispatch
+
+        self.router = create_router(
+            router, in_features, self.num_experts, self.num_selected, noise_std, losses, router_args, **dd)
+        bias = to_2tuple(bias)
+        drop = to_2tuple(drop)
+        self.fc1 = ExpertLinear(self.num_experts, in_features, self.hidden_features, bias[0], same_init, **dd)
+        self.act = act_layer()
+        self.drop1 = nn.Dropout(drop[0])
+        self.norm = norm_layer(self.hidden_features, **dd) if norm_layer is not None else nn.Identity()
+        self.fc2 = ExpertLinear(self.num_experts, self.hidden_features, self.out_features, bias[1], same_init, **dd)
+        self.drop2 = nn.Dropout(drop[1])
+        # n MLPs of width M that all tokens use are one of width n * M.
+        self.shared = Mlp(
+            in_features, num_shared_experts * self.hidden_features, self.out_features,
+            act_layer=act_layer, norm_layer=norm_layer, bias=bias, drop=drop, **dd,
+        ) if num_shared_experts else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, ..., D) to (B, ..., out_features); (B, D, H, W) with `use_conv`."""
+        if self.use_conv:
+            x = x.permute(0, 2, 3, 1)
+        tokens = x.reshape(-1, x.shape[-1])  # (T, D)
+        if torch.jit.is_scripting():
+            y = self._mix_scripted(tokens, self._group_size(x))
+        else:
+            y = self._mix(tokens, x)
+        if self.shared is not None:
+            y = y + self.shared(tokens)
+        y = y.reshape(list(x.shape[:-1]) + [y.shape[-1]])
+        return y.permute(0, 3, 1, 2) if self.use_conv else y
+
+    def _mix(self, tokens: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        group_size = self._group_size(x)
+        if self.group_size is not None and tokens.shape[0] % group_size:
+            raise InputError(
+                f'group_size={group_size} does not divide the {tokens.shape[0]} tokens of a batch of shape '
+                f'{tuple(x.shape[:-1])}: use a divisor, or leave it out for groups of {self.group_images} images.')
+        routing: Routing = self.router(tokens)
+        deciding = routing.logits if routing.noisy_logits is None else routing.noisy_logits
+        routing = routing._replace(
+            kept=self._keep(routing.indices, deciding, group_size),
+            shape=tuple(x.shape[:-1]),
+            group_size=group_size,
+        )
+        record(self, routing)
+        if not _wants_static_shapes(tokens):
+            return dispatch_sorted(tokens, routing, self.run_experts)
+        if routing.kept is None:
+            return dispatch_reference(tokens, routing, self.run_experts)
+        return dispatch_padded(tokens, routing, self.run_stacked, self._slots(tokens.shape[0], group_size))
+
+    def _mix_scripted(self, tokens: torch.Tensor, group_size: int) -> torch.Tensor:
+        """`_mix` without a record: TorchScript knows no variable-length tuple."""
+        logits, _, weights, indices, noisy, _ = self.router.choose(tokens)
+        kept = self._keep(indices, logits if noisy is None else noisy, group_size)
+        items, position, sizes = sort_pairs(indices, kept, self.num_experts)
+        outputs = self.run_experts(list(tokens.index_select(0, items).split(sizes)))
+        return combine_sorted(outputs, position, weights).to(tokens.dtype)
+
+    def run_experts(self, chunks: List[torch.Tensor]) -> List[torch.Tensor]:
+        """Chunk e, (T_e, D), through expert e. Returns (T_e, out_features) for the chunks that are not empty."""
+        nothing = True  # no token at all: run every expert on none, so that gradients exist
+        for chunk in chunks:
+            nothing = nothing and chunk.shape[0] == 0
+        weights1, biases1 = self.fc1.unbind_weights(), self.fc1.unbind_biases()
+        weights2, biases2 = self.fc2.unbind_weights(), self.fc2.unbind_biases()
+        outputs: List[torch.Tensor] = []
+        for e, chunk in enumerate(chunks):
+            if chunk.shape[0] > 0 or nothing:
+                y = F.linear(self._round(chunk), weights1[e], biases1[e])
+                y = self.norm(self.drop1(self.act(y)))
+                y = F.linear(y, weights2[e], biases2[e])
+                outputs.append(self._round(self.drop2(y)))
+        return outputs
+
+    def run_stacked(self, x: torch.Tensor) -> torch.Tensor:
+        """(E, C, D), row e through expert e, to (E, C, out_features)."""
+        y = self.norm(self.drop1(self.act(self.fc1(self._round(x)))))
+        return self._round(self.drop2(self.fc2(y)))
+
+    def _round(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(torch.bfloat16).to(x.dtype) if self.bfloat16_dispatch else x
+
+    def _group_size(self, x: torch.Tensor) -> int:
+        """S for a batch (B, ..., D)."""
+        group_size = self.group_size
+        if group_size is None:
+            group_size = self.group_images
+            for size in x.shape[1:-1]:
+                group_size = group_size * size
+        return group_size
+
+    def _capacity(self, num_tokens: int) -> int:
+        """C for a group of that many tokens; 0 where nothing is dropped."""
+        if self.capacity is not None:
+            return self.capacity
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if factor is None or factor * self.num_selected >= self.num_experts:
+            return 0  # an expert has a slot for every token
+        return compute_capacity(
+            num_tokens, self.num_experts, self.num_selected, factor, self.capacity_multiple_of, self.capacity_rounding)
+
+    def _slots(self, num_tokens: int, group_size: int) -> int:
+        """Slots an expert has in all groups together, never more than there are tokens."""
+        full, rest = num_tokens // group_size, num_tokens % group_size
+        return min(full * self._capacity(group_size) + (self._capacity(rest) if rest else 0), num_tokens)
+
+    def _keep(self, indices: torch.Tensor, deciding: torch.Tensor, group_size: int) -> Optional[torch.Tensor]:
+        """(T, K) bool: which pairs find a slot, group by group; None where nothing can be dropped."""
+        num_tokens = indices.shape[0]
+        if self._capacity(group_size) == 0 or num_tokens == 0:
+            return None
+        # The largest gate of the softmax decides the order; with V-MoE's router it is the first choice's weight.
+        priority = torch.softmax(deciding.detach(), dim=-1).amax(dim=-1, keepdim=True)  # (T, 1)
+        full = num_tokens // group_size * group_size
+        kept: List[torch.Tensor] = []
+        for start, stop, size in ((0, full, group_size), (full, num_tokens, num_tokens - full)):
+            if stop > start:
+                kept.append(keep_within_capacity(
+                    indices[start:stop].reshape(-1, size, self.num_selected), priority[start:stop].reshape(-1, size, 1),
+                    self.num_experts, self._capacity(size), self.batch_priority,
+                ).reshape(-1, self.num_selected))
+        return torch.cat(kept)
+
+    def expert_parameters(self) -> List[List[nn.Parameter]]:
+        return [[p] for layer in (self.fc1, self.fc2) for p in layer.parameters()]
+
+    def max_macs(self, input_shape: Sequence[int]) -> int:
+        """Router, K experts and the shared ones for every token; biases are free."""
+        num_tokens = math.prod(input_shape) // self.in_features
+        expert = self.hidden_features * (self.in_features + self.out_features)
+        return self.router.macs(num_tokens) + num_tokens * expert * (self.num_selected + self.num_shared_experts)
+
+    def extra_repr(self) -> str:
+        group = f'group_size={self.group_size}' if self.group_size else f'group_images={self.group_images}'
+        return (
+            f'num_experts={self.num_experts}, num_selected={self.num_selected}, '
+            f'capacity_factor={self.capacity_factor}, eval_capacity_factor={self.eval_capacity_factor}, '
+            f'batch_priority={self.batch_priority}, {group}')
+
+
+def create_router(
+        name: str,
+        in_features: int,
+        num_experts: int,
+        num_selected: int,
+        noise_std: float = 1.0,
+        losses: Optional[Mapping[str, float]] = None,
+        router_args: Optional[Dict[str, Any]] = None,
+        device=None,
+        dtype=None,
+) -> nn.Module:
+    """A router that chooses K of E experts, by name; see `MoEMlp`.
+
+    Raises:
+        InputError: The router or one of the losses is unknown.
+    """
+    if name not in ROUTERS:
+        raise InputError(f'router={name!r} is unknown.{nearest(name, ROUTERS)} Known: {", ".join(ROUTERS)}.')
+    args: Dict[str, Any] = dict(router_args or {})
+    if name == 'vmoe':
+        args.setdefault('noise_std', noise_std)
+    elif name == 'shazeer':
+        args.setdefault('noise', noise_std != 0)
+    if losses is not None:
+        for loss in losses:
+            if loss not in LOSSES:
+                raise InputError(f'losses has {loss!r}.{nearest(loss, LOSSES)} Known: {", ".join(LOSSES)}.')
+        args['losses'] = tuple(losses.items())
+    return ROUTERS[name](in_features, num_experts, num_selected, device=device, dtype=dtype, **args)
+
+
+def _wants_static_shapes(x: torch.Tensor) -> bool:
+    """True where no value can be read: meta tensors, compilation and export, tracing."""
+    return x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _check_at_least_one(**values: Optional[int]) -> None:
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise InputError(f'{name}={value}: use at least 1.')
+
+
+def _check_positive(**values: Optional[float]) -> None:
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise InputError(f'{name}={value}: use a number above 0, or None to drop nothing.')
