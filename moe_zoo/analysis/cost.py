@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torchvision.ops  # noqa: F401 - registers the operators of torch.ops.torchvision
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -98,17 +99,14 @@ def count(model: nn.Module, inputs: Any) -> Cost:
             model(*arguments)
 
     root = type(model).__name__
-    flops = {_relative(name, root): sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    total = flops.setdefault('', 0) // 2
-    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    executed = {name: flops[name] // 2 for name in sorted(flops, key=lambda name: order.get(name, len(order)))}
+    executed = _by_module(model, counter)
     at_most = _at_most(executed, routed)
     return Cost(
         images=_num_images(arguments),
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=_elements(model),
         active_parameters=active_parameters(model),
         macs_max=at_most[''],
-        macs_executed=total,
+        macs_executed=executed[''],
         by_module=executed,
         by_module_max=at_most,
         by_operator={_op_name(op): n // 2 for op, n in counter.get_flop_counts().get('Global', {}).items()},
@@ -137,10 +135,13 @@ def count_images(model: nn.Module, inputs: Iterable[Any]) -> ImageCosts:
 
 def active_parameters(model: nn.Module) -> int:
     """Parameters that one routed item meets: all of them, but only K of the E experts of each routed layer."""
-    idle = sum(
-        sum(p.numel() for p in layer.parameters()) - layer.active_parameters() for layer in _routed_layers(model).values()
-    )
-    return sum(p.numel() for p in model.parameters()) - idle
+    layers = _routed_layers(model).values()
+    idle = sum(_elements(layer) - layer.active_parameters() for layer in layers)
+    return _elements(model) - idle
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
@@ -183,18 +184,32 @@ def _routed_calls(model: nn.Module, counter: FlopCounterMode) -> Iterator[dict[s
             handle.remove()
 
 
+def _by_module(model: nn.Module, counter: FlopCounterMode) -> dict[str, int]:
+    """Executed MACs by module, in the order of the model; containers that are never called get their children's sum."""
+    root = type(model).__name__
+    macs = {_relative(name, root): sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
+    macs.setdefault('', 0)
+    modules = dict(model.named_modules())
+    for name, module in reversed(modules.items()):  # children come before their parents
+        if name not in macs:
+            inside = [macs[f'{name}.{child}'] for child, _ in module.named_children() if f'{name}.{child}' in macs]
+            if inside:
+                macs[name] = sum(inside)
+    order = {name: i for i, name in enumerate(modules)}
+    return {name: macs[name] for name in sorted(macs, key=lambda name: order.get(name, len(order)))}
+
+
 def _at_most(executed: dict[str, int], routed: dict[str, list[int]]) -> dict[str, int]:
     """Put the bound of every routed layer in the place of what it executed, up to the whole model."""
-    bound = {
-        name: macs for name, macs in executed.items()
-        if not any(layer == '' or name.startswith(f'{layer}.') for layer in routed)
-    }
+    inside = tuple(f'{layer}.' for layer in routed if layer)
+    bound = {name: macs for name, macs in executed.items() if not name.startswith(inside)}
+    if '' in routed:  # the model is a routed layer itself
+        bound = {'': executed['']}
     for layer, (ran, at_most) in routed.items():
         parts = layer.split('.') if layer else []
         for depth in range(len(parts) + 1):
             name = '.'.join(parts[:depth])
-            if name in bound:  # a ModuleList is never called, and has no row
-                bound[name] += at_most - ran
+            bound[name] = bound.get(name, 0) + at_most - ran
     return bound
 
 
@@ -241,7 +256,8 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         packet = getattr(func, '_overloadpacket', func)
         if packet not in self.counter.flop_registry and not _is_free(func, packet, args, kwargs):
-            self.uncounted[_op_name(packet)].add(max(self.counter.mod_tracker.parents - {'Global'}, key=len, default=''))
+            innermost = max(self.counter.mod_tracker.parents, key=lambda name: (name != 'Global', name.count('.')))
+            self.uncounted[_op_name(packet)].add(innermost)
         return func(*args, **kwargs)
 
 
@@ -302,10 +318,9 @@ def _attention(query, key, value, *args, **kwargs) -> int:
 
 
 def _trilinear(a, b, c, *args, **kwargs) -> int:
-    """nn.Bilinear: a (N, 1, I, 1), b (1, O, I, J), c (N, 1, 1, J); first b with a, then the result with c."""
-    n, _, i, _ = a
-    _, o, _, j = b
-    return 2 * n * o * j * (i + 1)
+    """nn.Bilinear, a (N, I), b (O, I, J), c (N, J): every matrix of b with a, then the rest with c."""
+    o, i, j = b
+    return 2 * a[0] * o * j * (i + 1)
 
 
 def _distances(a, b, *args, **kwargs) -> int:

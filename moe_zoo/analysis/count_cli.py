@@ -1,0 +1,336 @@
+"""`tools/count_flops.py`: what models cost, as a table and as JSON.
+
+A named model is counted on meta tensors: no memory, no weights, what the architecture can cost at most. What a routed
+model executes depends on its weights and on the images, so that needs `--images`, and `--weights` for a trained router.
+"""
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from timm.data import create_transform, resolve_model_data_config
+from timm.models import load_checkpoint
+from torch import nn
+
+import moe_zoo
+from moe_zoo.errors import InputError, atomic_write, exit_on_input_error, nearest
+
+from ..layers.routed import RoutedLayer
+from .cost import Cost, ImageCosts, count, count_images
+
+IMAGE_SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'}
+
+EXAMPLES = """
+examples:
+  %(prog)s condconv_resnet50 resnet50                     a routed model beside its dense twin
+  %(prog)s vmoe_vit_s --model-kwargs num_experts=16       with other keywords of the model
+  %(prog)s vit_small_patch16_224 --img-size 640           any timm model, at any size that it takes
+  %(prog)s vmoe_vit_s --images photos --weights best.pth.tar        what it executes on these images
+  %(prog)s --config-file configs/coco/retinanet_condconv_r50_fpn_1x.yaml --img-size 800 1216
+
+One unit: a multiply-accumulate is one MAC (twice that are FLOPs). Matrix products and convolutions count, attention
+included; normalisation, pooling, activations and moving data do not. "At most" is the router plus the chosen number of
+experts for every token or image, without padding; "executed" is what ran on the images. Operators that are neither
+counted nor known to be free are named.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One row: a model, its cost on one input of `input_size` (C, H, W), and on real images where they were given."""
+    name: str
+    input_size: tuple[int, ...]
+    routed: bool
+    cost: Cost
+    images: ImageCosts | None = None
+    counted: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+
+@exit_on_input_error
+def main(argv: list[str] | None = None) -> int:
+    """Count what the command line names and print it; returns the exit code."""
+    args = _parser().parse_args(argv)
+    if not args.names and not args.config_file:
+        raise InputError('Give the names of models, or --config-file with the config of a detector.')
+    if args.weights and not args.images:
+        raise InputError('--weights matters only for what is executed on images: give --images too.')
+    results = [_count_detector(args)] if args.config_file else [_count_named(name, args) for name in args.names]
+    depth = args.depth if args.depth is not None else int(len(results) == 1)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(cost_table(results))
+    for line in remarks(results):
+        console.print(line, highlight=False, markup=False)
+    for result in results if depth else ():
+        console.print(module_table(result, depth))
+    if args.json:
+        report = {'unit': 'MACs', 'moe_zoo': moe_zoo.__version__, 'timm': timm.__version__, 'torch': torch.__version__}
+        report['models'] = [_as_json(result) for result in results]
+        with atomic_write(args.json) as path:
+            path.write_text(json.dumps(report, indent=1) + '\n', encoding='utf-8')
+        console.print(f'wrote {args.json}', highlight=False, markup=False)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description='Parameters and MACs of models: at most, and as executed on images.',
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add('names', nargs='*', metavar='NAME', help='models of timm or moe_zoo; with --config-file: KEY VALUE overrides')
+    add('--config-file', metavar='F', help='a detectron2 config: counts the whole detector')
+    add('--images', metavar='DIR', help='count what is executed on every image below DIR: mean, spread, extremes')
+    add('--max-images', type=int, metavar='N', help='only the first N of them, by path')
+    add('--weights', metavar='W', help='checkpoint to execute with: what a router chooses depends on its weights')
+    add('--img-size', type=int, nargs='+', metavar='S', help="one side, or height and width (default: the model's own)")
+    add('--model-kwargs', nargs='*', default=[], metavar='K=V', help='keywords of the model, e.g. num_experts=4')
+    add('--depth', type=int, metavar='D', help='levels of modules to list (default: 1 for a single model, else 0)')
+    add('--json', metavar='OUT', help='write everything that was counted to this file')
+    return parser
+
+
+def count_model(name: str, img_size: tuple[int, int] | None = None, **kwargs: Any) -> Cost:
+    """Cost of a registered model on one image, counted on meta tensors (no weights, no memory).
+
+    Args:
+        name: A model of timm or moe_zoo.
+        img_size: (height, width); the model's own by default.
+        kwargs: Keywords of the model.
+
+    Raises:
+        InputError: No such model or keyword, or a size that the model does not take.
+    """
+    model = build_model(name, 'meta', img_size, **kwargs)
+    return _count_once(name, model, torch.empty(1, *_input_size(model, img_size), device='meta'))
+
+
+def build_model(name: str, device: str, img_size: tuple[int, int] | None = None, **kwargs: Any) -> nn.Module:
+    """`timm.create_model` without weights, at `img_size`, with one clear sentence where that cannot be.
+
+    Raises:
+        InputError: No such model or keyword, or a size that the model does not take.
+    """
+    if not name.startswith(('hf-hub:', 'local-dir:')) and not timm.is_model(name):
+        raise InputError(f'timm and moe_zoo have no model {name!r}.{nearest(name, timm.list_models())}')
+    try:
+        model = timm.create_model(name, device=device, **kwargs)
+        if img_size and hasattr(model, 'set_input_size'):
+            model.set_input_size(img_size=img_size)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        asked = ', '.join([*(f'{k}={v!r}' for k, v in kwargs.items()), *([f'img_size={img_size}'] if img_size else [])])
+        raise InputError(f'{name} cannot be built with {asked or "its defaults"}: {_first_line(error)}') from error
+    return model
+
+
+def _count_named(name: str, args: argparse.Namespace) -> Result:
+    kwargs, img_size = _keywords(args.model_kwargs), _img_size(args.img_size)
+    model = build_model(name, 'meta', img_size, **kwargs)
+    size = _input_size(model, img_size)
+    cost = _count_once(name, model, torch.empty(1, *size, device='meta'))
+    result = Result(name, size, is_routed(model), cost)
+    if not args.images:
+        return result
+    model = build_model(name, 'cpu', img_size, **kwargs)
+    if args.weights:
+        _load_weights(model, args.weights)
+    transform = create_transform(**resolve_model_data_config(model, {'input_size': size}), is_training=False)
+
+    def read(path: Path) -> torch.Tensor:
+        with Image.open(path) as image:
+            return transform(image.convert('RGB' if size[0] == 3 else 'L')).unsqueeze(0)
+
+    return _on_images(result, model, read, args)
+
+
+def _count_detector(args: argparse.Namespace) -> Result:
+    # detectron2 is an extra, and only moe_zoo.detection imports it.
+    from moe_zoo.detection import counting
+
+    size = _img_size(args.img_size)
+    detector = counting.load(args.config_file, args.names, args.weights)
+    inputs = counting.noise(detector, size)
+    name = Path(args.config_file).stem
+    cost = _count_once(name, detector.model, inputs)
+    result = Result(name, tuple(inputs[0]['image'].shape), is_routed(detector.model), cost)
+    if not args.images:
+        return result
+    return _on_images(result, detector.model, lambda path: counting.read(detector, path, size), args)
+
+
+def _on_images(result: Result, model: nn.Module, read: Callable[[Path], Any], args: argparse.Namespace) -> Result:
+    """Add what is executed on every readable image below `args.images`, one at a time."""
+    folder = Path(args.images)
+    if not folder.is_dir():
+        raise InputError(f"--images: '{folder}' is not a folder.")
+    paths = sorted(path for path in folder.rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES)[:args.max_images]
+    counted, skipped = [], []
+
+    def inputs():
+        for path in paths:
+            try:
+                x = read(path)
+            except (OSError, ValueError, SyntaxError) as error:  # what PIL raises for broken files
+                skipped.append(str(path))
+                print(f'skipped {path}: {_first_line(error)}', file=sys.stderr)
+                continue
+            counted.append(str(path))
+            yield x
+
+    costs = count_images(model, inputs())
+    if not counted:
+        kinds = ', '.join(sorted(IMAGE_SUFFIXES))
+        found = f'{len(skipped)} unreadable; looked for {kinds}'
+        raise InputError(f"--images: '{folder}' holds no readable image ({found}).")
+    return dataclasses.replace(result, images=costs, counted=tuple(counted), skipped=tuple(skipped))
+
+
+def _count_once(name: str, model: nn.Module, inputs: Any) -> Cost:
+    try:
+        return count(model, inputs)
+    except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
+        shape = tuple(inputs.shape) if isinstance(inputs, torch.Tensor) else 'its input'
+        raise InputError(f'{name} cannot be run on {shape}: {_first_line(error)}') from error
+
+
+def is_routed(model: nn.Module) -> bool:
+    """Has the model layers that state their own cost? Only then can executed and at most differ."""
+    return any(isinstance(module, RoutedLayer) for module in model.modules())
+
+
+def _load_weights(model: nn.Module, path: str) -> None:
+    try:
+        load_checkpoint(model, path, weights_only=True)
+    except Exception as error:  # a stranger's file can fail in any way: torch, pickle, safetensors, zip, key names
+        raise InputError(f"--weights: '{path}' cannot be loaded into this model: {_first_line(error)}") from error
+
+
+def _input_size(model: nn.Module, img_size: tuple[int, int] | None) -> tuple[int, ...]:
+    channels, *own = resolve_model_data_config(model)['input_size']
+    return (channels, *(img_size or own))
+
+
+def _img_size(values: list[int] | None) -> tuple[int, int] | None:
+    if values is None:
+        return None
+    if len(values) > 2 or min(values) < 1:
+        given = ' '.join(map(str, values))
+        raise InputError(f'--img-size: {given!r} is not one positive side, or a height and a width.')
+    return (values[0], values[-1])
+
+
+def _keywords(pairs: list[str]) -> dict[str, Any]:
+    """['num_experts=4', 'route_fn=softmax'] -> {'num_experts': 4, 'route_fn': 'softmax'}."""
+    keywords = {}
+    for pair in pairs:
+        key, equals, value = pair.partition('=')
+        if not equals or not key.isidentifier():
+            raise InputError(f'--model-kwargs: {pair!r} is not of the form key=value.')
+        try:
+            keywords[key] = json.loads({'True': 'true', 'False': 'false', 'None': 'null'}.get(value, value))
+        except json.JSONDecodeError:
+            keywords[key] = value
+    return keywords
+
+
+def cost_table(results: list[Result]) -> Table:
+    """One row a model."""
+    table = _table('cost of one image (MACs: multiply-accumulates)')
+    table.add_column('model', overflow='fold')
+    for heading in ('input', 'parameters', 'active', 'MACs at most', 'MACs executed'):
+        table.add_column(heading, justify='right', overflow='fold')
+    for result in results:
+        cost = result.cost
+        size = 'x'.join(map(str, result.input_size))
+        figures = (readable(n) for n in (cost.parameters, cost.active_parameters, cost.macs_max))
+        table.add_row(result.name, size, *figures, _executed(result))
+    return table
+
+
+def _executed(result: Result) -> str:
+    if result.images:
+        images = result.images
+        return f'{readable(images.mean)} +- {readable(images.std)}'
+    return '-' if result.routed else readable(result.cost.macs_executed)
+
+
+def remarks(results: list[Result]) -> list[str]:
+    """What has to be said beside the table: images, and what was not counted."""
+    lines = []
+    for result in results:
+        images = result.images
+        if images:
+            low, high = readable(min(images.executed)), readable(max(images.executed))
+            skipped = f', {len(result.skipped)} unreadable skipped' if result.skipped else ''
+            lines.append(f'{result.name}: executed on {len(images.executed)} images{skipped}, from {low} to {high}')
+        missing = {**result.cost.uncounted, **(images.uncounted if images else {})}
+        for op, where in sorted(missing.items()):
+            lines.append(f'{result.name}: NOT COUNTED {op}, in {", ".join(m or "the model itself" for m in where[:3])}')
+    if any(result.routed and not result.images for result in results):
+        lines.append('"-": what a routed model executes depends on weights and images; --images DIR measures it.')
+    return lines
+
+
+def module_table(result: Result, depth: int) -> Table:
+    """MACs at most by module, down to `depth` levels; rows that are at or below 0.005 % of the whole are left out."""
+    table = _table()
+    table.add_column(f'module of {result.name}', overflow='fold')
+    table.add_column('MACs at most', justify='right')
+    table.add_column('share', justify='right')
+    total = result.cost.macs_max or 1
+    for name, macs in result.cost.by_module_max.items():
+        level = name.count('.') + 1 if name else 0
+        if level <= depth and macs > 5e-5 * total:
+            table.add_row('  ' * level + (name or 'whole model'), readable(macs), f'{100 * macs / total:.2f} %')
+    return table
+
+
+def _table(title: str | None = None) -> Table:
+    return Table(title=title, title_justify='left', box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def readable(number: float) -> str:
+    """4208394048 -> '4.2084 G', five significant digits."""
+    for size, letter in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
+        if number >= size:
+            return f'{number / size:.5g} {letter}'
+    return f'{number:.5g}'
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    entry = {'name': result.name, 'input_size': result.input_size, **dataclasses.asdict(result.cost)}
+    if not result.routed:
+        return entry | _images_json(result)
+    # Counted on a blank input, the path that a router would not have taken: no figure for real images.
+    del entry['macs_executed'], entry['by_module'], entry['by_operator']
+    return entry | _images_json(result)
+
+
+def _images_json(result: Result) -> dict[str, Any]:
+    images = result.images
+    if images is None:
+        return {}
+    rows = [{'path': p, 'macs_executed': e, 'macs_max': m} for p, e, m in zip(
+        result.counted, images.executed, images.at_most)]
+    return {'executed': {
+        'mean': images.mean, 'std': images.std, 'min': min(images.executed), 'max': max(images.executed),
+        'uncounted': images.uncounted, 'skipped': result.skipped, 'images': rows,
+    }}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,345 @@
+"""Cost counting against closed forms that a reader can multiply out, against known models, and against fvcore.
+
+Letters: B images, N tokens, D width, E experts, K chosen.
+"""
+import math
+import re
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from fvcore.nn import FlopCountAnalysis
+from torch import nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from moe_zoo.analysis import count, count_images
+from moe_zoo.analysis.count_cli import count_model
+from moe_zoo.layers import RoutedLayer
+
+
+class Call(nn.Module):
+    """A function as a model."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
+def macs(function, *inputs):
+    """Executed MACs of a function or module; nothing may be left uncounted."""
+    cost = count(function if isinstance(function, nn.Module) else Call(function), inputs)
+    assert cost.uncounted == {}
+    assert cost.macs_max == cost.macs_executed == cost.by_module['']
+    assert sum(cost.by_operator.values()) == cost.macs_executed
+    return cost.macs_executed
+
+
+# Closed forms, one operator each.
+
+@pytest.mark.parametrize('device', ['cpu', 'meta'])
+def test_operators_against_closed_forms(device):
+    def t(*shape):
+        return torch.rand(*shape, device=device)
+
+    # 2 images, 3 -> 8 channels, 5x5 kernel; 9x9 with stride 2 and padding 2 -> 5x5: 2 * 5*5 * 8 * 3*5*5
+    assert macs(nn.Conv2d(3, 8, 5, 2, 2, device=device), t(2, 3, 9, 9)) == 2 * 25 * 8 * 75
+    # groups: every output channel sees 6 / 3 = 2 inputs: 4*4 positions * 9 outputs * 2*3*3
+    assert macs(nn.Conv2d(6, 9, 3, 1, 1, groups=3, device=device), t(1, 6, 4, 4)) == 16 * 9 * 18
+    # transposed: every input position meets the whole kernel: 3*3 * (4 * 6 * 2*2)
+    assert macs(nn.ConvTranspose2d(4, 6, 2, 2, device=device), t(1, 4, 3, 3)) == 9 * 96
+    # linear on tokens, bias free: 2 * 5 * 7 * 11
+    assert macs(nn.Linear(7, 11, device=device), t(2, 5, 7)) == 770
+    # batched product: 4 * (2x3 @ 3x5)
+    assert macs(torch.bmm, t(4, 2, 3), t(4, 3, 5)) == 4 * 30
+    # matrix by vector 6 * 7, dot 7, outer product free (elementwise)
+    assert macs(torch.mv, t(6, 7), t(7)) == 42
+    assert macs(torch.dot, t(7), t(7)) == 7
+    assert macs(torch.outer, t(6), t(7)) == 0
+    # einsum of two: a batched product, 2 * 3 * 4 * 5
+    assert macs(lambda a, b: torch.einsum('bij,bjk->bik', a, b), t(2, 3, 4), t(2, 4, 5)) == 120
+    # distances of 3 to 5 points of 4 coordinates in 2 sets
+    assert macs(torch.cdist, t(2, 3, 4), t(2, 5, 4)) == 2 * 3 * 5 * 4
+    # bilinear form, 6 rows: 5 outputs, 3x4 matrix each, then the remaining 4
+    assert macs(nn.Bilinear(3, 4, 5, device=device), t(6, 3), t(6, 4)) == 6 * 5 * (3 * 4 + 4)
+    # one LSTM layer, 3 steps of 2 rows: 4 gates of width 5 from 4 inputs and 5 hidden, both directions
+    assert macs(nn.LSTM(4, 5, bidirectional=True, device=device), t(3, 2, 4)) == 2 * 3 * 2 * 20 * (4 + 5)
+    # deformable convolution: as the plain one on its 4x4 outputs: 16 * 8 * 4*3*3
+    assert macs(torchvision.ops.deform_conv2d, t(1, 4, 6, 6), t(1, 18, 4, 4), t(8, 4, 3, 3)) == 16 * 8 * 36
+
+
+@pytest.mark.parametrize('device', ['cpu', 'meta'])
+def test_attention_counts_both_products(device):
+    q = torch.rand(2, 3, 5, 4, device=device)  # 2 images, 3 heads, 5 tokens, 4 channels a head
+    assert macs(F.scaled_dot_product_attention, q, q, q) == 2 * 3 * (5 * 5 * 4) * 2
+    # 8 channels, 5 tokens of 2 images. in 5*8*24, out 5*8*8, two products of 2 heads 5*5*4, an image; the fast path of
+    # nn.MultiheadAttention in evaluation mode would hide the products
+    x = torch.rand(5, 2, 8, device=device)
+    attention = nn.MultiheadAttention(8, 2, device=device).eval()
+    assert macs(attention, x, x, x) == 2 * (960 + 320 + 2 * 2 * 100)
+    # a whole encoder layer (a fast path of its own): attention as above, and an MLP of hidden width 16
+    layer = nn.TransformerEncoderLayer(8, 2, 16, device=device).eval()
+    assert macs(layer, x) == 2 * (960 + 320 + 400 + 2 * 5 * 8 * 16)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_convolution_per_image_costs_one_convolution_per_image():
+    # B images folded into groups, each with its own kernel: B * 4*4 positions * 6 outputs * 3*3*3
+    x, kernels = torch.rand(5, 3, 4, 4), torch.rand(5 * 6, 3, 3, 3)
+    assert macs(lambda x, w: F.conv2d(x.view(1, 15, 4, 4), w, padding=1, groups=5), x, kernels) == 5 * 16 * 6 * 27
+
+
+def test_grouped_matrix_product_counts_every_row_once():
+    ends = torch.tensor([4, 16], dtype=torch.int32)
+    a, b = torch.rand(16, 8), torch.rand(2, 8, 12)
+    assert macs(lambda a, b: F.grouped_mm(a, b, offs=ends), a, b) == 16 * 8 * 12
+    assert macs(lambda a, b: F.grouped_mm(a, b), torch.rand(2, 4, 8), b) == 2 * 4 * 8 * 12
+
+
+def test_moving_normalising_and_pooling_are_free():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.Hardswish(), nn.MaxPool2d(2), nn.PReLU(), nn.GroupNorm(2, 4),
+                          nn.Upsample(scale_factor=2), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.LayerNorm(16))
+    assert macs(model, torch.rand(2, 4, 8, 8)) == 0
+    rows, order = torch.rand(6, 4), torch.tensor([5, 0, 0])
+    assert macs(lambda x, i: x.index_add(0, i, x[i]).gather(0, x.argsort(0)).cumsum(0).topk(2).values, rows, order) == 0
+
+
+# What was not counted.
+
+@pytest.fixture(scope='module')
+def planted():
+    """An operator with a matrix product inside, which no counter knows."""
+    @torch.library.custom_op('moe_zoo_test::opaque', mutates_args=())
+    def opaque(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x @ weight
+
+    return torch.ops.moe_zoo_test.opaque
+
+
+class Planted(nn.Module):
+    def __init__(self, op):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.hidden = Call(lambda x: op(x, torch.eye(4)))
+
+    def forward(self, x):
+        return torch.fft.rfft(self.hidden(self.first(x)))
+
+
+def test_an_unknown_operator_is_named_with_its_module(planted):
+    cost = count(Planted(planted), torch.rand(3, 4))
+    assert cost.macs_executed == 3 * 4 * 4  # the linear layer alone
+    assert cost.uncounted == {'moe_zoo_test.opaque': ('hidden',), 'aten._fft_r2c': ('',)}
+
+
+def test_a_formula_registered_with_torch_is_used(planted):
+    register_flop_formula(planted)(lambda x, weight, out_shape=None: 2 * math.prod(x) * weight[1])
+    try:
+        cost = count(Planted(planted), torch.rand(3, 4))
+    finally:
+        del flop_registry[planted]
+    assert cost.macs_executed == 2 * 3 * 4 * 4
+    assert cost.uncounted == {'aten._fft_r2c': ('',)}
+
+
+# Parameters, modules, images, and the model left as it was.
+
+def test_rows_by_module_add_up_and_follow_the_model():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.late = nn.Linear(6, 2)
+            self.blocks = nn.ModuleList([nn.Linear(3, 6), nn.Linear(6, 6)])  # never called itself
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return self.late(x)
+
+    cost = count(Model(), torch.rand(4, 3))
+    assert list(cost.by_module.items()) == [
+        ('', 4 * (18 + 36 + 12)), ('late', 48), ('blocks', 4 * 54), ('blocks.0', 72), ('blocks.1', 144)]
+    assert cost.by_module_max == cost.by_module
+    assert cost.by_operator == {'aten.addmm': 264}
+    assert (cost.images, cost.parameters, cost.active_parameters) == (4, 14 + 24 + 42, 80)
+
+
+def test_the_model_is_left_as_it_was_even_when_it_fails():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(), Tokens())
+    model[0].weight.requires_grad_(False)
+    model[1].eval()
+    for x in (torch.rand(2, 3), torch.rand(2, 4)):
+        if x.shape[1] == 3:
+            count(model, x)
+        else:
+            with pytest.raises(RuntimeError, match='cannot be multiplied'):
+                count(model, x)
+        assert [m.training for m in model.modules()] == [True, True, False, True, True]
+        assert [p.requires_grad for p in model.parameters()] == [False, True, True]
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        assert torch.backends.mha.get_fastpath_enabled()
+        assert (model[0](torch.rand(2, 3))).requires_grad
+
+
+class Tokens(nn.Module):
+    """Hands a parameter to a module, as class-attention models do, and holds a routed layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 3))
+        self.inner = nn.Identity()
+
+    def forward(self, x):
+        return x + self.inner(self.token)
+
+
+# Routed layers.
+
+class Switch(RoutedLayer):
+    """Two of four linear experts for a row; capacity drops whatever is beyond `capacity` rows an expert."""
+
+    def __init__(self, width, num_experts=4, num_selected=2, capacity=None):
+        super().__init__()
+        self.num_experts, self.num_selected, self.capacity = num_experts, num_selected, capacity
+        self.router = nn.Linear(width, num_experts, bias=False)
+        self.weight = nn.Parameter(torch.rand(num_experts, width, width))
+
+    def expert_parameters(self):
+        return [[self.weight]]
+
+    def max_macs(self, input_shape):
+        rows, width = math.prod(input_shape[:-1]), input_shape[-1]
+        return rows * width * (self.num_experts + self.num_selected * width)
+
+    def forward(self, x):
+        if x.is_meta:  # shape-static: every expert on everything
+            return sum(self.router(x)[..., :1] * (x @ w) for w in self.weight.unbind())
+        chosen = self.router(x).topk(self.num_selected).indices
+        out = torch.zeros_like(x)
+        for e, weight in enumerate(self.weight.unbind()):
+            rows = (chosen == e).any(-1).nonzero().squeeze(-1)[:self.capacity]
+            out[rows] += x[rows] @ weight
+        return out
+
+
+def test_at_most_is_router_and_k_experts_whatever_path_runs():
+    # width 3, 10 rows: router 10*3*4, an expert 3*3 a row. at most 2 a row: 120 + 180; the linear layer before 10*3*3
+    model = nn.Sequential(nn.Linear(3, 3), Switch(3))
+    cost = count(model, torch.rand(10, 3))
+    assert cost.macs_max == cost.macs_executed == 90 + 300
+    assert cost.by_module_max == {'': 390, '0': 90, '1': 300}  # the inside of a routed layer is its own affair
+    assert cost.by_module == {'': 390, '0': 90, '1': 300, '1.router': 120}
+    # the static path runs all four experts and the router once for each
+    cost = count(model.to('meta'), torch.empty(10, 3, device='meta'))
+    assert cost.macs_max == 390
+    assert cost.macs_executed == 90 + 4 * (120 + 90)
+    # linear 12, router 12 and 2 of 4 experts of 9
+    assert (cost.parameters, cost.active_parameters) == (12 + 12 + 36, 12 + 12 + 18)
+
+
+def test_capacity_drops_show_in_executed_only():
+    # One row an expert, four experts: at least two of them are chosen, so 2 to 4 of 20 pairs of 9 MACs run.
+    cost = count(Switch(3, capacity=1), torch.rand(10, 3))
+    assert cost.macs_max == 120 + 20 * 9
+    assert 120 + 2 * 9 <= cost.macs_executed <= 120 + 4 * 9
+    assert cost.by_module_max == {'': 300}
+
+
+def test_every_call_of_a_shared_layer_counts_and_parameters_count_once():
+    layer = Switch(3)
+    model = Call(lambda x: layer(layer(x)))
+    model.layer = layer
+    cost = count(model, torch.rand(10, 3))
+    assert cost.macs_max == 2 * 300
+    assert (cost.parameters, cost.active_parameters) == (48, 30)
+
+
+def test_a_routed_layer_inside_another_is_covered_by_the_outer_bound():
+    class Outer(Switch):
+        def __init__(self):
+            super().__init__(3)
+            self.inner = Switch(3)
+
+        def max_macs(self, input_shape):
+            return 7
+
+        def forward(self, x):
+            return self.inner(x)
+
+    cost = count(nn.Sequential(Outer()), torch.rand(10, 3))
+    assert (cost.macs_max, cost.macs_executed) == (7, 300)
+
+
+def test_images_are_counted_one_at_a_time():
+    costs = count_images(nn.Conv2d(1, 1, 1), (torch.rand(1, 1, 1, n) for n in (2, 4, 9)))
+    assert costs.executed == costs.at_most == (2, 4, 9)
+    assert costs.mean == 5
+    assert costs.std == pytest.approx(math.sqrt((9 + 1 + 16) / 2))
+    assert count_images(nn.Conv2d(1, 1, 1), [torch.rand(1, 1, 1, 3)]).std == 0
+
+
+# Known models.
+
+KNOWN = {  # MACs of one 224 px image
+    'resnet50': 4_089_184_256,
+    'vit_small_patch16_224': 4_598_882_304,
+    'vit_base_patch16_224': 17_563_828_224,
+    'efficientnet_b0': 385_814_752,
+    'tf_efficientnet_cc_b0_4e': 396_513_888,
+    'tf_efficientnet_cc_b0_8e': 407_213_024,
+}
+
+
+@pytest.mark.parametrize('name', KNOWN)
+def test_known_models_on_the_meta_device(name):
+    cost = count_model(name)
+    assert cost.macs_max == cost.macs_executed == KNOWN[name]
+    assert cost.parameters == cost.active_parameters
+    assert cost.uncounted == {}
+
+
+def test_vit_small_by_hand():
+    # 196 patches of 768 values to D 384; 12 blocks on N 197: qkv, out, MLP 4x = 12 D^2 a token, attention 2 N^2 D; head
+    D, N = 384, 197
+    blocks = 12 * (N * 12 * D * D + 2 * N * N * D)
+    assert count_model('vit_small_patch16_224').macs_max == 196 * 768 * D + blocks + D * 1000
+
+
+def test_a_batch_costs_its_images_and_features_cost_no_classifier():
+    x = torch.empty(2, 3, 224, 224, device='meta')
+    cost = count(timm.create_model('tf_efficientnet_cc_b0_4e', device='meta'), x)
+    assert (cost.images, cost.macs_executed) == (2, 2 * KNOWN['tf_efficientnet_cc_b0_4e'])
+    features = count(timm.create_model('resnet50', features_only=True, device='meta'), x)
+    assert features.macs_executed == 2 * (KNOWN['resnet50'] - 2048 * 1000)
+
+
+# What fvcore counts beyond matrix products and convolutions, and what it must not have left out.
+BEYOND = re.compile('norm|pool|upsample|interpolate|grid_sampler')
+PRODUCT = re.compile('attention|mm|conv|linear|einsum|dot|lstm|gru|PythonOp|CallFunction')
+
+
+def agrees_with_fvcore(model, x):
+    """Our total is fvcore's without its normalisation, pooling and elementwise entries, to 0.1 %."""
+    analysis = FlopCountAnalysis(model.eval(), x).unsupported_ops_warnings(False)
+    products = sum(n for op, n in analysis.by_operator().items() if not BEYOND.search(op))
+    assert [op for op in analysis.unsupported_ops() if PRODUCT.search(op)] == []
+    assert count(model, x).macs_executed == pytest.approx(products, rel=1e-3)
+
+
+@pytest.mark.parametrize(('name', 'size'), [
+    ('resnet18', 64), ('mobilenetv3_small_050', 64), ('tf_efficientnet_cc_b0_4e', 64), ('convnext_atto', 64),
+    ('resmlp_12_224', 224), ('vit_tiny_patch16_224', 224),
+])
+def test_agrees_with_fvcore_within_a_thousandth(name, size):
+    x = torch.rand(1, 3, size, size)
+    model = timm.create_model(name)
+    fused = count(model, x).macs_executed
+    for module in model.modules():
+        if hasattr(module, 'fused_attn'):
+            module.fused_attn = False  # fvcore does not know the fused operator; for us it is the same
+    assert count(model, x).macs_executed == fused
+    agrees_with_fvcore(model, x)
