@@ -20,14 +20,14 @@ say() { printf '%s\n' "$*"; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
 supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
-version() { "$1" -c 'import platform; print(platform.python_version())' 2>/dev/null || echo 'none that runs'; }
+version() { "$1" -c 'import platform; print("Python", platform.python_version())' 2>/dev/null || echo 'nothing that runs'; }
 torch_version() { "$1" -c 'import torch; from importlib.metadata import version; print(version("torch"))' 2>/dev/null || true; }
 
 # The Python that makes .venv: the one asked for, or the first on the PATH that will do.
 choose_python() {
     local candidate
     if [[ -n ${PYTHON:-} ]]; then
-        supported "$PYTHON" || fail "PYTHON=$PYTHON is Python $(version "$PYTHON"); moe_zoo runs on 3.11, 3.12 and 3.13."
+        supported "$PYTHON" || fail "PYTHON=$PYTHON is $(version "$PYTHON"); moe_zoo runs on 3.11, 3.12 and 3.13."
         python=$PYTHON
         return
     fi
@@ -48,7 +48,7 @@ make_venv() {
     if [[ -n $(torch_version "$python") ]]; then
         system=(--system-site-packages)
     fi
-    say "Making .venv with Python $(version "$python") ($(command -v "$python"))"
+    say "Making .venv with $(version "$python") ($(command -v "$python"))"
     "$python" -m venv ${system[@]+"${system[@]}"} .venv \
         || fail "'$python -m venv' failed; on Debian and Ubuntu it needs the package python3-venv."
     if [[ -n ${system[*]-} && -z $(torch_version $venv_python) ]]; then
@@ -60,14 +60,19 @@ make_venv() {
 
 # Says what comes over the network before it does. Figures: x86-64 Linux, wheels of November 2026.
 announce() {
-    local size=0 minutes
-    if [[ $detection == detection ]]; then size=$((size + 150)); else size=$((size + 100)); fi
-    if [[ -z $torch ]]; then size=$((size + 2900)); fi
-    minutes=$((1 + size / 750))
-    if [[ -n $torch ]]; then say "Using the torch $torch that is already there."; fi
-    say "Downloading up to $size MB from your package index (less where pip has a cache): ${torch:+no }torch," \
-        "timm, scikit-learn, matplotlib, pytest$([[ $detection == detection ]] && echo ', detectron2 and its companions')."
-    say "That takes about $minutes minutes at 100 Mbit/s; an interrupted set-up is finished by the next run."
+    local rest='timm, scikit-learn, matplotlib, ruff, pytest and EfficientNet-Lite0 weights' megabytes=150
+    if [[ $detection == detection ]]; then
+        rest="detectron2 with its companions, $rest"
+        megabytes=240
+    fi
+    if [[ -n $torch ]]; then
+        say "Using the torch $torch that is already there."
+        say "Downloading at most $megabytes MB: $rest. About 1 minute at 100 Mbit/s."
+    else
+        say "Downloading about 3 GB for torch and its CUDA libraries, and $megabytes MB for $rest."
+        say 'About 6 minutes at 100 Mbit/s, 6 GB on disk.'
+    fi
+    say 'What pip has in its cache is not downloaded again; an interrupted set-up is finished by the next run.'
 }
 
 install_packages() {
@@ -118,6 +123,9 @@ before=$(cat $stamp 2>/dev/null || true)
 detection=${detection:-${before%% *}}
 detection=${detection:-detection}
 now="$detection $(cat pyproject.toml tools/setup.sh | cksum) $PWD"
+if [[ -x $venv_python && -n ${PYTHON:-} && $(version "$PYTHON") != "$(version $venv_python)" ]]; then
+    say "PYTHON=$PYTHON is not used: .venv is of $(version $venv_python). Remove .venv to make it anew."
+fi
 if [[ $before == "$now" && -x $venv_python ]]; then
     say 'Set-up: .venv is up to date, nothing to install.'
     exit
@@ -125,7 +133,9 @@ fi
 
 # An interrupted `python -m venv` is repaired by another one.
 $venv_python -m pip --version >/dev/null 2>&1 || make_venv
-supported $venv_python || fail ".venv is of Python $(version $venv_python), but moe_zoo runs on 3.11 to 3.13; remove .venv and run this again."
+supported $venv_python \
+    || fail ".venv is of $(version $venv_python); moe_zoo runs on 3.11, 3.12 and 3.13: remove .venv and run this again."
+[[ -w .venv ]] || fail "$PWD/.venv cannot be written to by $(id -un): run this as $(stat -c %U .venv), or remove .venv."
 torch=$(torch_version $venv_python)
 announce
 install_packages
