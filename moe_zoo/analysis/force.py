@@ -1,0 +1,122 @@
+"""Overrule the routers of any model for a while: force one expert, or apply a rule of your own.
+
+Letters: T routed items, E experts, K chosen experts.
+"""
+import contextlib
+from typing import Callable, Dict, Iterator, Optional
+
+import torch
+from torch import nn
+
+from ..errors import InputError, nearest
+from ..layers import RoutedLayer
+from ..routing import Routing
+
+
+def routed_layers(model: nn.Module) -> Dict[str, RoutedLayer]:
+    """Name to layer of every routed layer of a model.
+
+    Raises:
+        InputError: There is none.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, RoutedLayer)}
+    if not layers:
+        raise InputError(f'model: {type(model).__name__} has no routed layer.')
+    return layers
+
+
+@contextlib.contextmanager
+def rewrite_routing(
+        model: nn.Module,
+        rule: Callable[[str, Routing], Routing],
+        layer: Optional[str] = None,
+) -> Iterator[None]:
+    """Replace what routers decide by what a rule makes of it.
+
+    The rule sits between the router and its layer, so that dispatch, capacity and records follow it. A layer that
+    reuses the decision of another follows that one.
+
+    Args:
+        model: Any module that holds routed layers; uncompiled, because compiled code passes hooks by.
+        rule: Takes the name of the routed layer and the router's record, with `shape` (T,), and returns the record to
+            be used instead.
+        layer: Name of the only layer to be overruled; None for all.
+
+    Raises:
+        InputError: The model has no routed layer, or none of this name.
+    """
+    layers = routed_layers(model)
+    if layer is not None and layer not in layers:
+        raise InputError(
+            f'layer={layer!r} is no routed layer.{nearest(layer, layers)} Routed layers: {", ".join(layers)}.')
+    hooks = []
+    for name in layers if layer is None else [layer]:
+        def overrule(module, inputs, output, name=name):
+            return rule(name, output) if isinstance(output, Routing) else None
+        inner = [m for n, m in layers[name].named_modules() if not _inside_other(f'{name}.{n}', name, layers)]
+        hooks += [module.register_forward_hook(overrule) for module in inner]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _inside_other(path: str, name: str, layers: Dict[str, RoutedLayer]) -> bool:
+    """Whether a module under the layer `name` belongs to another routed layer, nested in it."""
+    return any(
+        other != name and other.startswith(f'{name}.' if name else '') and f'{path.lstrip(".")}.'.startswith(f'{other}.')
+        for other in layers)
+
+
+def force_expert(model: nn.Module, expert: int, layer: Optional[str] = None, keep_mass: bool = False):
+    """Send every item to one expert, in every routed layer or in one; a context manager.
+
+    >>> with force_expert(model, 2):
+    ...     logits = model(images)
+
+    Sparse layers run this expert on all items; layers that mix their experts use its kernel alone.
+
+    Args:
+        model: Any module that holds routed layers.
+        expert: Index of the expert.
+        layer: Name of the only layer to be forced; None forces all.
+        keep_mass: Give the expert the sum of the item's combine weights instead of 1. The same where weights sum to one
+            (softmax after top-k); where they do not (the sigmoids of CondConv, V-MoE's gates), it keeps the scale that
+            the following layers were trained with.
+
+    Raises:
+        InputError: A forced layer has no such expert, the model has no routed layer, or none of this name.
+    """
+    for name, module in routed_layers(model).items():
+        if layer in (None, name) and not 0 <= expert < module.num_experts:
+            raise InputError(
+                f'expert={expert}: layer {name!r} has {module.num_experts} experts, 0 to {module.num_experts - 1}.')
+
+    def rule(name: str, routing: Routing) -> Routing:
+        experts = torch.full(routing.logits.shape[:1], expert, dtype=torch.int64, device=routing.logits.device)
+        return assign(routing, experts, keep_mass)
+    return rewrite_routing(model, rule, layer)
+
+
+def assign(routing: Routing, experts: torch.Tensor, keep_mass: bool = False) -> Routing:
+    """A record in which every item goes to one given expert.
+
+    Args:
+        routing: The record to start from; logits and everything that is not a choice stay.
+        experts: (T,) expert of every item.
+        keep_mass: See `force_expert`.
+
+    Returns:
+        A record of the same kind: one-hot (T, E) weights where experts are mixed; (T, K) choices where they are chosen,
+        the given expert first and K - 1 others with weight 0, because layers may rely on K.
+    """
+    mass = routing.combine_matrix().sum(dim=1) if keep_mass else torch.ones_like(routing.weights[:, 0])
+    one_hot = nn.functional.one_hot(experts, routing.num_experts).to(mass.dtype) * mass[:, None]
+    if routing.indices is None:
+        return routing._replace(gates=one_hot, weights=one_hot, noisy_logits=None, noise_std=None)
+    others = torch.arange(routing.indices.shape[1], device=experts.device)
+    indices = (experts[:, None] + others) % routing.num_experts  # (T, K)
+    weights = torch.where(others == 0, mass[:, None], torch.zeros_like(mass[:, None]))
+    return routing._replace(
+        gates=one_hot, weights=weights, indices=indices, kept=None, noisy_logits=None, noise_std=None)
