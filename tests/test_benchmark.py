@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_zoo.analysis.benchmark import Ratio, alternate, main, make_run, ratio
+from moe_zoo.analysis.benchmark_cli import Ratio, alternate, main, make_run, ratio
 from moe_zoo.errors import InputError
 
 

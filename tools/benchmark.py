@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a checkout that is not installed
 
-from moe_zoo.analysis.benchmark import main  # noqa: E402
+from moe_zoo.analysis.benchmark_cli import main  # noqa: E402
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -32,7 +32,7 @@ IMAGE_SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.we
 EXAMPLES = """
 examples:
   %(prog)s condconv_resnet50 resnet50                     a routed model beside its dense twin
-  %(prog)s vmoe_vit_s --model-kwargs num_experts=16       with other keywords of the model
+  %(prog)s vmoe_vit_s --model-kwargs num_experts=16      with other keywords of the model
   %(prog)s vit_small_patch16_224 --img-size 640           any timm model, at any size that it takes
   %(prog)s vmoe_vit_s --images photos --weights best.pth.tar        what it executes on these images
   %(prog)s --config-file configs/coco/retinanet_condconv_r50_fpn_1x.yaml --img-size 800 1216
@@ -46,10 +46,13 @@ counted nor known to be free are named.
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One row: a model, its cost on one input of `input_size` (C, H, W), and on real images where they were given."""
+    """One row: a model, its cost on a blank input of `input_size` (C, H, W), and on images where they were given.
+
+    `open_ended`: what is executed depends on weights and images, so that the blank input says nothing of it.
+    """
     name: str
     input_size: tuple[int, ...]
-    routed: bool
+    open_ended: bool
     cost: Cost
     images: ImageCosts | None = None
     counted: tuple[str, ...] = ()
@@ -93,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     add('--images', metavar='DIR', help='count what is executed on every image below DIR: mean, spread, extremes')
     add('--max-images', type=int, metavar='N', help='only the first N of them, by path')
     add('--weights', metavar='W', help='checkpoint to execute with: what a router chooses depends on its weights')
-    add('--img-size', type=int, nargs='+', metavar='S', help="one side, or height and width (default: the model's own)")
+    add('--img-size', type=int, nargs='+', metavar='S', help="one side, or height and width (default: the model's own;"
+        ' for a detector, the smallest test size of the config by 1.5 times that, and images are resized as it says)')
     add('--model-kwargs', nargs='*', default=[], metavar='K=V', help='keywords of the model, e.g. num_experts=4')
     add('--depth', type=int, metavar='D', help='levels of modules to list (default: 1 for a single model, else 0)')
     add('--json', metavar='OUT', help='write everything that was counted to this file')
@@ -138,7 +142,7 @@ def _count_named(name: str, args: argparse.Namespace) -> Result:
     model = build_model(name, 'meta', img_size, **kwargs)
     size = _input_size(model, img_size)
     cost = _count_once(name, model, torch.empty(1, *size, device='meta'))
-    result = Result(name, size, is_routed(model), cost)
+    result = Result(name, size, depends_on_input(model, cost), cost)
     if not args.images:
         return result
     model = build_model(name, 'cpu', img_size, **kwargs)
@@ -154,18 +158,14 @@ def _count_named(name: str, args: argparse.Namespace) -> Result:
 
 
 def _count_detector(args: argparse.Namespace) -> Result:
-    # detectron2 is an extra, and only moe_zoo.detection imports it.
-    from moe_zoo.detection import counting
+    from moe_zoo.detection import count_inputs as detection  # an extra: imported where it is asked for
 
-    size = _img_size(args.img_size)
-    detector = counting.load(args.config_file, args.names, args.weights)
-    inputs = counting.noise(detector, size)
+    cfg, model = detection.load(args.config_file, args.names, args.weights)
+    inputs = detection.noise(cfg, _img_size(args.img_size))
     name = Path(args.config_file).stem
-    cost = _count_once(name, detector.model, inputs)
-    result = Result(name, tuple(inputs[0]['image'].shape), is_routed(detector.model), cost)
-    if not args.images:
-        return result
-    return _on_images(result, detector.model, lambda path: counting.read(detector, path, size), args)
+    cost = _count_once(name, model, inputs)
+    result = Result(name, tuple(inputs[0]['image'].shape), depends_on_input(model, cost), cost)
+    return _on_images(result, model, lambda path: detection.read(cfg, path), args) if args.images else result
 
 
 def _on_images(result: Result, model: nn.Module, read: Callable[[Path], Any], args: argparse.Namespace) -> Result:
@@ -203,9 +203,10 @@ def _count_once(name: str, model: nn.Module, inputs: Any) -> Cost:
         raise InputError(f'{name} cannot be run on {shape}: {_first_line(error)}') from error
 
 
-def is_routed(model: nn.Module) -> bool:
-    """Has the model layers that state their own cost? Only then can executed and at most differ."""
-    return any(isinstance(module, RoutedLayer) for module in model.modules())
+def depends_on_input(model: nn.Module, cost: Cost) -> bool:
+    """Can what is executed differ from what was counted? Where experts are chosen, or the counted path pads."""
+    layers = [module for module in model.modules() if isinstance(module, RoutedLayer)]
+    return any(layer.num_selected < layer.num_experts for layer in layers) or cost.macs_executed != cost.macs_max
 
 
 def _load_weights(model: nn.Module, path: str) -> None:
@@ -252,16 +253,15 @@ def cost_table(results: list[Result]) -> Table:
     for result in results:
         cost = result.cost
         size = 'x'.join(map(str, result.input_size))
-        figures = (readable(n) for n in (cost.parameters, cost.active_parameters, cost.macs_max))
+        figures = (f'{n:,}' for n in (cost.parameters, cost.active_parameters, cost.macs_max))
         table.add_row(result.name, size, *figures, _executed(result))
     return table
 
 
 def _executed(result: Result) -> str:
     if result.images:
-        images = result.images
-        return f'{readable(images.mean)} +- {readable(images.std)}'
-    return '-' if result.routed else readable(result.cost.macs_executed)
+        return f'{result.images.mean:,.0f} +- {result.images.std:,.0f}'
+    return '-' if result.open_ended else f'{result.cost.macs_executed:,}'
 
 
 def remarks(results: list[Result]) -> list[str]:
@@ -270,13 +270,14 @@ def remarks(results: list[Result]) -> list[str]:
     for result in results:
         images = result.images
         if images:
-            low, high = readable(min(images.executed)), readable(max(images.executed))
+            low, high = min(images.executed), max(images.executed)
             skipped = f', {len(result.skipped)} unreadable skipped' if result.skipped else ''
-            lines.append(f'{result.name}: executed on {len(images.executed)} images{skipped}, from {low} to {high}')
+            on = f'{len(images.executed)} images{skipped}'
+            lines.append(f'{result.name}: executed on {on}, from {low:,} to {high:,} MACs')
         missing = {**result.cost.uncounted, **(images.uncounted if images else {})}
         for op, where in sorted(missing.items()):
             lines.append(f'{result.name}: NOT COUNTED {op}, in {", ".join(m or "the model itself" for m in where[:3])}')
-    if any(result.routed and not result.images for result in results):
+    if any(result.open_ended and not result.images for result in results):
         lines.append('"-": what a routed model executes depends on weights and images; --images DIR measures it.')
     return lines
 
@@ -291,7 +292,7 @@ def module_table(result: Result, depth: int) -> Table:
     for name, macs in result.cost.by_module_max.items():
         level = name.count('.') + 1 if name else 0
         if level <= depth and macs > 5e-5 * total:
-            table.add_row('  ' * level + (name or 'whole model'), readable(macs), f'{100 * macs / total:.2f} %')
+            table.add_row('  ' * level + (name or 'whole model'), f'{macs:,}', f'{100 * macs / total:.2f} %')
     return table
 
 
@@ -299,33 +300,19 @@ def _table(title: str | None = None) -> Table:
     return Table(title=title, title_justify='left', box=box.SIMPLE_HEAD, pad_edge=False)
 
 
-def readable(number: float) -> str:
-    """4208394048 -> '4.2084 G', five significant digits."""
-    for size, letter in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
-        if number >= size:
-            return f'{number / size:.5g} {letter}'
-    return f'{number:.5g}'
-
-
 def _as_json(result: Result) -> dict[str, Any]:
     entry = {'name': result.name, 'input_size': result.input_size, **dataclasses.asdict(result.cost)}
-    if not result.routed:
-        return entry | _images_json(result)
-    # Counted on a blank input, the path that a router would not have taken: no figure for real images.
-    del entry['macs_executed'], entry['by_module'], entry['by_operator']
-    return entry | _images_json(result)
-
-
-def _images_json(result: Result) -> dict[str, Any]:
+    if result.open_ended:
+        del entry['macs_executed'], entry['by_module'], entry['by_operator']  # of a blank input: no figure to quote
     images = result.images
-    if images is None:
-        return {}
-    rows = [{'path': p, 'macs_executed': e, 'macs_max': m} for p, e, m in zip(
-        result.counted, images.executed, images.at_most)]
-    return {'executed': {
-        'mean': images.mean, 'std': images.std, 'min': min(images.executed), 'max': max(images.executed),
-        'uncounted': images.uncounted, 'skipped': result.skipped, 'images': rows,
-    }}
+    if images:
+        columns = zip(result.counted, images.executed, images.at_most)
+        entry['executed'] = {
+            'mean': images.mean, 'std': images.std, 'min': min(images.executed), 'max': max(images.executed),
+            'uncounted': images.uncounted, 'skipped': result.skipped,
+            'images': [{'path': p, 'macs_executed': e, 'macs_max': m} for p, e, m in columns],
+        }
+    return entry
 
 
 def _first_line(error: Exception) -> str:

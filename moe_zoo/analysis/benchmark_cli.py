@@ -30,7 +30,7 @@ from moe_zoo.errors import InputError, atomic_write, exit_on_input_error
 
 from ..losses import auxiliary_losses
 from .cost import count
-from .count_cli import build_model, readable
+from .count_cli import build_model
 
 MODES = {'forward': 'evaluation mode, no gradients', 'train': 'forward, losses, backward and an SGD step'}
 
@@ -196,7 +196,7 @@ def _table(rows: list[dict]) -> Table:
     for heading in ('model / twin', 'mode', 'images', 'MACs ratio', 'time ratio', 'model', 'twin'):
         table.add_column(heading, overflow='fold')
     for row in rows:
-        times = (f'{readable(1e3 * statistics.median(row[key]))} ms' for key in ('seconds', 'twin_seconds'))
+        times = (f'{1e3 * statistics.median(row[key]):.4g} ms' for key in ('seconds', 'twin_seconds'))
         table.add_row(
             f'{row["model"]} / {row["twin"]}', row['mode'], str(row['batch_size']), f'{row["macs_ratio"]:.3f}',
             str(Ratio(**row['time_ratio'])), *times)
