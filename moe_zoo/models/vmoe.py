@@ -1,0 +1,617 @@
+"""V-MoE: vision transformers whose MLPs are sparse mixtures of experts (sizes are the original's: S is 8 blocks x 512).
+
+Paper: `Scaling Vision with Sparse Mixture of Experts`, Riquelme et al., NeurIPS 2021, https://arxiv.org/abs/2106.05974
+Original code: https://github.com/google-research/vmoe (JAX, Apache-2.0); numerically equal given the same weights.
+
+What differs from timm's VisionTransformer: in some blocks the MLP is a `MoEMlp`; GELU is the tanh approximation; an
+optional tanh layer before the head; initialisation; position tables are resized as the original does; the final norm
+precedes pooling always.
+
+Letters: B images, N tokens, D width, E experts, K chosen experts.
+"""
+import inspect
+import math
+import re
+from collections import OrderedDict
+from functools import partial
+from typing import Any, Dict, Final, List, Mapping, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import torch
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.layers import (
+    Attention,
+    AttentionPoolLatent,
+    Mlp,
+    get_device_dtype,
+    lecun_normal_,
+    register_notrace_function,
+    resample_abs_pos_embed,
+    use_reentrant_ckpt,
+)
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    named_apply,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
+from torch import nn
+
+from ..checkpoints import import_vmoe
+from ..errors import InputError, nearest
+from ..layers.moe_mlp import MoEMlp
+from ..layers.routed import RoutedModel
+from ..routing import checkpoint_routed
+
+__all__ = ['VMoE', 'from_config']
+
+GELU_TANH = partial(nn.GELU, approximate='tanh')
+
+# How the original resizes a position table: linear, corner to corner.
+ZOOM = dict(interpolation='bilinear', antialias=False, align_corners=True)
+
+# Keywords of the model that go to every routed MLP as they are.
+MOE_KEYWORDS = tuple(inspect.signature(MoEMlp).parameters)[
+    tuple(inspect.signature(MoEMlp).parameters).index('num_experts'):-2]
+
+
+class ScaleNormAttention(Attention):
+    """Attention whose query and key norms have a scale and no bias, as flax's."""
+
+    def __init__(self, *args, qk_norm: bool = False, device=None, dtype=None, **kwargs):
+        super().__init__(*args, qk_norm=qk_norm, device=device, dtype=dtype, **kwargs)
+        if qk_norm:
+            self.q_norm = nn.LayerNorm(self.head_dim, eps=1e-6, bias=False, device=device, dtype=dtype)
+            self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6, bias=False, device=device, dtype=dtype)
+
+
+class RoutedBlock(Block):
+    """timm's block, which checkpoints itself so that routing records leave the recomputed region as outputs of it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.grad_checkpointing = False
+
+    def forward(
+            self,
+            x: torch.Tensor,
+            attn_mask: Optional[torch.Tensor] = None,
+            is_causal: bool = False,
+    ) -> torch.Tensor:
+        """x: (B, N, D), same out."""
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            run = partial(self.run, attn_mask=attn_mask, is_causal=is_causal)
+            return checkpoint_routed(run, x, use_reentrant=use_reentrant_ckpt())
+        return self.run(x, attn_mask, is_causal)
+
+    def run(self, x: torch.Tensor, attn_mask: Optional[torch.Tensor], is_causal: bool) -> torch.Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class VMoE(RoutedModel, VisionTransformer):
+    """V-MoE.
+
+    Every keyword of timm's VisionTransformer that is not named here is accepted too, and every one of `MoEMlp` from
+    `num_experts` on (`num_selected`, `capacity_factor`, `eval_capacity_factor`, `batch_priority`, `noise_std`,
+    `group_size`, `group_images`, `router`, `losses`, ...).
+
+    Args:
+        moe_layers: Blocks with experts, counted from 0: their numbers, or as the original's descriptions say, 'last_2'
+            (the last two blocks of odd number) or 'every_2' (every second block, from the second on).
+        expert_drop_rate: Dropout inside experts; `proj_drop_rate` if None.
+        expert_mlp_ratio: Hidden width of an expert over D; `mlp_ratio` if None.
+        pos_embed: 'learn', 'sincos2d' (fixed, added to the patches only) or 'none'.
+        pos_temperature: Of 'sincos2d'.
+        representation_size: Width of the tanh layer before the head; 0 for none.
+        head_bias_init: Initial bias of the head; -log(num_classes) if None, a good start for a sigmoid loss.
+        head_zero_init: Start the head's weights at zero.
+        global_pool: 'token', 'avg', 'map' (attention pooling), or timm's others.
+        class_token: Without one, 'token' pools the first patch.
+        weight_init: '' is the original's, else a mode of timm's ('skip', 'jax', 'moco', 'reset').
+
+    Raises:
+        InputError: A block that does not exist is to be routed, the position table is unknown, or what `MoEMlp` raises.
+    """
+    dynamic_img_size: Final[bool]
+
+    def __init__(
+            self,
+            img_size: Union[int, Tuple[int, int]] = 224,
+            patch_size: Union[int, Tuple[int, int]] = 16,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'token',
+            embed_dim: int = 768,
+            depth: int = 12,
+            num_heads: int = 12,
+            mlp_ratio: float = 4.,
+            moe_layers: Union[str, Sequence[int]] = 'every_2',
+            expert_drop_rate: Optional[float] = None,
+            expert_mlp_ratio: Optional[float] = None,
+            qk_norm: bool = False,
+            class_token: bool = True,
+            pos_embed: str = 'learn',
+            pos_temperature: float = 10_000.,
+            representation_size: int = 0,
+            head_bias_init: Optional[float] = None,
+            head_zero_init: bool = True,
+            proj_drop_rate: float = 0.,
+            act_layer: Any = GELU_TANH,
+            mlp_layer: Any = Mlp,
+            weight_init: str = '',
+            device=None,
+            dtype=None,
+            **kwargs,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        if pos_embed not in ('learn', 'sincos2d', 'none', ''):
+            raise InputError(f"pos_embed={pos_embed!r} is unknown: use 'learn', 'sincos2d' or 'none'.")
+        if pos_embed == 'sincos2d' and (embed_dim % 4 or embed_dim < 8):
+            raise InputError(f"embed_dim={embed_dim} with pos_embed='sincos2d': use a multiple of 4, at least 8.")
+        routed = set(_moe_layers(moe_layers, depth))
+        moe_args = {name: kwargs.pop(name) for name in MOE_KEYWORDS if name in kwargs}
+
+        def routed_mlp(in_features: int, hidden_features: int, drop: float, **mlp_args) -> MoEMlp:
+            if expert_mlp_ratio is not None:
+                hidden_features = int(in_features * expert_mlp_ratio)
+            drop = drop if expert_drop_rate is None else expert_drop_rate
+            return MoEMlp(in_features, hidden_features, drop=drop, **mlp_args, **moe_args)
+
+        def block_fn(depth: int, mlp_layer: Any, **block_args) -> RoutedBlock:
+            return RoutedBlock(depth=depth, mlp_layer=routed_mlp if depth in routed else mlp_layer, **block_args)
+
+        first_token = global_pool == 'token' and not class_token  # which timm refuses
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool='' if first_token else global_pool,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            qk_norm=qk_norm,
+            class_token=class_token,
+            pos_embed='none' if pos_embed == 'sincos2d' else pos_embed,
+            proj_drop_rate=proj_drop_rate,
+            weight_init='skip',
+            act_layer=act_layer,
+            mlp_layer=mlp_layer,
+            **{'block_fn': block_fn, 'attn_layer': ScaleNormAttention, 'fc_norm': False, **kwargs},
+            **dd,
+        )
+        if first_token:
+            self.global_pool = global_pool
+        self.sincos2d = pos_embed == 'sincos2d'
+        self.pos_temperature = pos_temperature
+        if qk_norm and global_pool == 'map':
+            self.attn_pool = AttentionPoolLatent(
+                embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio, qk_norm=True,
+                norm_layer=partial(nn.LayerNorm, eps=1e-6), act_layer=act_layer, **dd)
+            self.attn_pool.q_norm = nn.LayerNorm(embed_dim // num_heads, eps=1e-6, bias=False, **dd)
+            self.attn_pool.k_norm = nn.LayerNorm(embed_dim // num_heads, eps=1e-6, bias=False, **dd)
+        self.head_bias_init = head_bias_init
+        self.head_zero_init = head_zero_init
+        self.pre_logits = nn.Identity()
+        if representation_size:
+            self.head_hidden_size = representation_size
+            self.pre_logits = nn.Sequential(OrderedDict(
+                fc=nn.Linear(embed_dim, representation_size, **dd), act=nn.Tanh()))
+            if num_classes > 0:
+                self.head = nn.Linear(representation_size, num_classes, **dd)
+        self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
+        if weight_init != 'skip':
+            self.init_weights(needs_reset=False)
+
+    @torch.no_grad()
+    def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
+        """Initialise as the original, or in one of timm's modes; see timm's VisionTransformer."""
+        mode = mode or self.weight_init_mode
+        if mode:
+            super().init_weights(mode, needs_reset)
+            return
+        named_apply(partial(_init_original, needs_reset=needs_reset), self)
+        if self.pos_embed is not None:
+            nn.init.normal_(self.pos_embed, std=.02)
+        for token in (self.cls_token, self.reg_token):
+            if token is not None:
+                nn.init.zeros_(token)
+        if self.attn_pool is not None and hasattr(self.attn_pool, 'latent'):
+            limit = math.sqrt(6. / (1 + self.embed_dim))  # Xavier on the fans of a (1, 1, D) array
+            nn.init.uniform_(self.attn_pool.latent, -limit, limit)
+        self._init_head()
+
+    @torch.no_grad()
+    def _init_head(self) -> None:
+        if not isinstance(self.head, nn.Linear):
+            return
+        if self.head_zero_init:
+            nn.init.zeros_(self.head.weight)
+        else:
+            lecun_normal_(self.head.weight)
+        bias = -math.log(self.num_classes) if self.head_bias_init is None else self.head_bias_init
+        nn.init.constant_(self.head.bias, bias)
+
+    @torch.jit.ignore
+    def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
+        """Load an .npz of the original's parameters (`moe_zoo.checkpoints.import_vmoe`)."""
+        with np.load(checkpoint_path, allow_pickle=False) as arrays:
+            weights = {key.removeprefix(prefix): arrays[key] for key in arrays if key.startswith(prefix)}
+        self.load_state_dict(checkpoint_filter_fn(import_vmoe(weights), self))
+
+    @torch.jit.ignore
+    def no_weight_decay(self):
+        """The original decays kernels only."""
+        return super().no_weight_decay() | {'attn_pool.latent'}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for block in self.blocks:
+            block.grad_checkpointing = enable
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """A new head on the pre-logits, initialised as the original; see timm's VisionTransformer."""
+        super().reset_classifier(num_classes, global_pool)
+        if num_classes > 0:
+            self.head = nn.Linear(self.head_hidden_size, num_classes, **get_device_dtype(self)).train(self.training)
+            self._init_head()
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Remove what these features do not need; see timm's VisionTransformer."""
+        take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_head:
+            self.pre_logits = nn.Identity()
+            self.head_hidden_size = self.embed_dim
+        return take_indices
+
+    def set_input_size(
+            self,
+            img_size: Optional[Tuple[int, int]] = None,
+            patch_size: Optional[Tuple[int, int]] = None,
+    ) -> None:
+        """Change the image or patch size; a learned position table is resized as the original does."""
+        table, grid = self.pos_embed, self.patch_embed.grid_size
+        super().set_input_size(img_size, patch_size)
+        if self.pos_embed is not table:
+            resized = resample_abs_pos_embed(
+                table.detach(), self.patch_embed.grid_size, grid, self._prefix_positions(), **ZOOM)
+            self.pos_embed = nn.Parameter(resized, requires_grad=table.requires_grad)
+
+    def _prefix_positions(self) -> int:
+        return 0 if self.no_embed_class else self.num_prefix_tokens
+
+    def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, D), or (B, H, W, D) where the size is dynamic, to (B, N + prefix, D) with positions."""
+        if self.dynamic_img_size:
+            B, H, W, D = x.shape
+            x = x.reshape(B, H * W, D)
+        else:
+            H, W = self.patch_embed.grid_size
+        if self.sincos2d:
+            x = x + sincos2d_table(H, W, x.shape[-1], self.pos_temperature, x)
+        table = self.pos_embed
+        if table is not None and self.dynamic_img_size:
+            table = resample_abs_pos_embed(
+                table, (H, W), self.patch_embed.grid_size, self._prefix_positions(),
+                interpolation='bilinear', antialias=False, align_corners=True)
+        if table is not None and self.no_embed_class:
+            x = x + table
+        prefix: List[torch.Tensor] = []
+        if self.cls_token is not None:
+            prefix.append(self.cls_token.expand(x.shape[0], -1, -1))
+        if self.reg_token is not None:
+            prefix.append(self.reg_token.expand(x.shape[0], -1, -1))
+        if len(prefix) > 0:
+            x = torch.cat(prefix + [x], dim=1)
+        if table is not None and not self.no_embed_class:
+            x = x + table
+        return self.pos_drop(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        x = self.fc_norm(self.pool(x))
+        x = self.head_drop(self.pre_logits(x))
+        return x if pre_logits else self.head(x)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def sincos2d_table(height: int, width: int, dim: int, temperature: float, like: torch.Tensor) -> torch.Tensor:
+    """(1, height * width, dim) of [sin x, cos x, sin y, cos y] at dim / 4 frequencies, both ends included.
+
+    The frequencies are temperature^(-j / (dim / 4 - 1)), as in MoCo v3 and the original; timm's table differs.
+    """
+    steps = torch.arange(dim // 4, device=like.device, dtype=torch.float32) / (dim // 4 - 1)
+    omega = 1. / (temperature ** steps)
+    x = torch.arange(width, device=like.device, dtype=torch.float32).unsqueeze(1) * omega  # (width, dim / 4)
+    y = torch.arange(height, device=like.device, dtype=torch.float32).unsqueeze(1) * omega
+    x = x.unsqueeze(0).expand(height, -1, -1)
+    y = y.unsqueeze(1).expand(-1, width, -1)
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=-1).reshape(1, height * width, dim).to(like.dtype)
+
+
+def _moe_layers(layers: Union[str, Sequence[int]], depth: int) -> Tuple[int, ...]:
+    """Numbers of the routed blocks; 'last_n' takes the last n of odd number, 'every_n' the blocks n-1, 2n-1, ..."""
+    if isinstance(layers, str):
+        found = re.fullmatch(r'(last|every)_?([1-9]\d*)', layers)
+        if not found:
+            raise InputError(f"moe_layers={layers!r}: use block numbers, 'last_n' or 'every_n', for example 'last_2'.")
+        n = int(found[2])
+        return tuple(range(1, depth, 2))[-n:] if found[1] == 'last' else tuple(range(n - 1, depth, n))
+    wrong = [layer for layer in layers if not 0 <= layer < depth]
+    if wrong:
+        raise InputError(f'moe_layers has {wrong[0]}, but the {depth} blocks are numbered 0 to {depth - 1}.')
+    return tuple(layers)
+
+
+def _init_original(module: nn.Module, name: str, needs_reset: bool) -> None:
+    """One module as in the original: Xavier kernels (each projection on its own fans), Lecun for patches and logits."""
+    if isinstance(module, nn.Linear):
+        if 'pre_logits' in name:
+            lecun_normal_(module.weight)
+        else:
+            # Queries, keys and values are separate kernels there.
+            parts = {'qkv': 3, 'kv': 2}.get(name.split('.')[-1], 1)
+            for kernel in module.weight.chunk(parts):
+                nn.init.xavier_uniform_(kernel)
+        if module.bias is not None:
+            nn.init.normal_(module.bias, std=1e-6) if '.mlp.' in name else nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        lecun_normal_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif needs_reset and hasattr(module, 'reset_parameters'):
+        module.reset_parameters()
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: VMoE) -> Dict[str, torch.Tensor]:
+    """As timm's for its ViTs, but position tables are resized as the original does, and the pre-logits stay."""
+    state_dict = state_dict.get('model', state_dict)
+    state_dict = state_dict.get('state_dict', state_dict)
+    pre_logits = {name: value for name, value in state_dict.items() if name.startswith('pre_logits.')}
+    return {**vit_checkpoint_filter_fn(state_dict, model, **ZOOM), **pre_logits}
+
+
+def from_config(entry: Mapping[str, Any], img_size: Union[None, int, Tuple[int, int]] = None, **kwargs) -> VMoE:
+    """Build any model of the original from the `model` entry of its configuration.
+
+    Args:
+        entry: Fields of `VisionTransformerMoe`, as in the original's configurations.
+        img_size: Image size, which the original takes from its first input. Without one the model takes any size, and
+            a learned position table has the size of the weights that are loaded.
+        kwargs: Further keywords of `VMoE`, which override the entry.
+
+    Returns:
+        The model. Unlike the registered models it keeps the capacity in evaluation, as the original does.
+
+    Raises:
+        InputError: A field is unknown, or names something that is not built here.
+    """
+    args = _model_args(_Fields(entry, 'model'))
+    args.update(kwargs)
+    if img_size is not None:
+        return VMoE(img_size=img_size, **args)
+    args.setdefault('dynamic_img_size', True)
+    patch_size = args['patch_size']
+    model = VMoE(img_size=tuple(14 * size for size in patch_size), **args)
+    model.register_load_state_dict_pre_hook(_adopt_table_size)
+    return model
+
+
+def _adopt_table_size(model: VMoE, state_dict: Mapping[str, torch.Tensor], prefix: str, *_) -> None:
+    """Before loading: give a model without an image size the (square) grid of the table that comes."""
+    table = state_dict.get(f'{prefix}pos_embed')
+    if table is None or model.pos_embed is None or table.shape == model.pos_embed.shape:
+        return
+    side = math.isqrt(table.shape[1] - model._prefix_positions())
+    if side * side == table.shape[1] - model._prefix_positions():
+        model.set_input_size(img_size=tuple(side * size for size in model.patch_embed.patch_size))
+
+
+class _Fields:
+    """A dictionary of which every entry must be asked for."""
+
+    def __init__(self, fields: Mapping[str, Any], name: str):
+        self.fields, self.name, self.known = dict(fields), name, []
+
+    def take(self, key: str, *default: Any) -> Any:
+        self.known.append(key)
+        if key not in self.fields and not default:
+            raise InputError(f'The {self.name} entry has no {key!r}.')
+        return self.fields.pop(key, *default)
+
+    def finish(self) -> None:
+        for key in self.fields:
+            raise InputError(
+                f'The {self.name} entry has an unknown field {key!r}.{nearest(key, self.known)} '
+                f'Known: {", ".join(self.known)}.')
+
+
+def _model_args(fields: _Fields) -> Dict[str, Any]:
+    """Keywords of `VMoE` from the fields of the original's VisionTransformerMoe."""
+    name = fields.take('name', 'VisionTransformerMoe')
+    if name != 'VisionTransformerMoe':
+        raise InputError(f"The model entry is named {name!r}: only 'VisionTransformerMoe' is built here.")
+    classifier = fields.take('classifier', 'token')
+    pools = {'token': 'token', '0': 'token', 'gap': 'avg', 'map': 'map'}
+    if classifier not in pools:
+        raise InputError(f'classifier={classifier!r} is unknown. Known: {", ".join(pools)}.')
+    patch_size = fields.take('patch_size')
+    encoder = _Fields(fields.take('encoder'), 'encoder')
+    width, hidden = fields.take('hidden_size'), encoder.take('mlp_dim')
+    args = dict(
+        num_classes=fields.take('num_classes') or 0,
+        patch_size=(patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size),
+        embed_dim=width,
+        global_pool=pools[classifier],
+        class_token=classifier == 'token',
+        representation_size=fields.take('representation_size', None) or 0,
+        head_bias_init=fields.take('head_bias_init', 0.),
+        head_zero_init=fields.take('head_kernel_zero_init', True),
+        depth=encoder.take('num_layers'),
+        num_heads=encoder.take('num_heads'),
+        mlp_ratio=_ratio(hidden, width),
+        proj_drop_rate=encoder.take('dropout_rate', 0.),
+        attn_drop_rate=encoder.take('attention_dropout_rate', 0.),
+        qk_norm=encoder.take('attention_qk_norm', False),
+    )
+    args['pos_drop_rate'] = args['proj_drop_rate']
+    position = _Fields(encoder.take('position_emb', None) or {}, 'position_emb')
+    kind = position.take('name', 'learned')
+    args['pos_embed'] = 'learn' if kind == 'learned' else kind
+    args['pos_temperature'] = position.take('temperature', 10_000.)
+    moe = _Fields(encoder.take('moe', None) or {}, 'moe')
+    args.update(_moe_args(moe, width, hidden) if moe.fields else dict(moe_layers=()))
+    for each in (fields, encoder, position, moe):
+        each.finish()
+    return args
+
+
+def _moe_args(moe: _Fields, width: int, hidden: int) -> Dict[str, Any]:
+    """Keywords for the routed blocks; the router's defaults are those of the original's class."""
+    router = _Fields(moe.take('router', None) or {}, 'router')
+    name = router.take('name', 'NoisyTopExpertsPerItemRouter')
+    if name != 'NoisyTopExpertsPerItemRouter':
+        raise InputError(f"The router {name!r} is not built here: only 'NoisyTopExpertsPerItemRouter' is.")
+    args = dict(
+        moe_layers=tuple(moe.take('layers', ())),
+        num_experts=moe.take('num_experts'),
+        group_size=moe.take('group_size', None),
+        expert_drop_rate=moe.take('dropout_rate', None),
+        expert_mlp_ratio=_ratio(moe.take('mlp_dim', hidden), width),
+        num_selected=router.take('num_selected_experts', 1),
+        noise_std=router.take('noise_std', 1.0),
+        router_args=dict(deterministic=router.take('deterministic', None)),
+        losses=dict(
+            importance=router.take('importance_loss_weight', 1.0),
+            vmoe_load=router.take('load_loss_weight', 1.0),
+            gshard=router.take('gshard_loss_weight', 0.0),
+        ),
+    )
+    split = moe.take('split_rngs', False)
+    args['same_init'] = not (split if isinstance(split, bool) else 'params' in split)
+    args.update(_dispatcher_args(_Fields(router.take('dispatcher', None) or {}, 'dispatcher')))
+    router.finish()
+    return args
+
+
+def _dispatcher_args(dispatcher: _Fields) -> Dict[str, Any]:
+    kind = dispatcher.take('name', 'einsum')
+    if kind not in ('einsum', 'indices'):
+        raise InputError(f"The dispatcher {kind!r} is unknown: use 'einsum' or 'indices', which give the same numbers.")
+    capacity, factor = dispatcher.take('capacity', None), dispatcher.take('capacity_factor', None)
+    if (capacity is None) == (factor is None):
+        raise InputError(
+            f'The dispatcher entry has capacity={capacity} and capacity_factor={factor}: give exactly one of the two.')
+    args = dict(
+        capacity=capacity,
+        capacity_factor=factor,
+        eval_capacity_factor=factor,
+        capacity_rounding=dispatcher.take('capacity_ceil_or_round', 'ceil'),
+        capacity_multiple_of=dispatcher.take('capacity_multiple_of', 4) or 1,
+        batch_priority=dispatcher.take('batch_priority', False),
+        bfloat16_dispatch=dispatcher.take('bfloat16', False),
+    )
+    for placement in ('partition_spec', 'einsum_precision'):  # where and how TPUs compute, not what
+        dispatcher.take(placement, None)
+    dispatcher.finish()
+    return args
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """A ratio r with int(width * r) == hidden, whatever the rounding."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def _cfg(**kwargs) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': None,
+        'crop_pct': 0.875,
+        'interpolation': 'bilinear',
+        'fixed_input_size': True,
+        'mean': IMAGENET_INCEPTION_MEAN,  # values in [-1, 1]
+        'std': IMAGENET_INCEPTION_STD,
+        'first_conv': 'patch_embed.proj',
+        'classifier': 'head',
+        'license': 'apache-2.0',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'vmoe_vit_s': _cfg(),
+    'vmoe_vit_b': _cfg(),
+    'vmoe_vit_l': _cfg(),
+    'vmoe_vit_h': _cfg(),
+})
+
+# What the authors released in gs://vmoe_checkpoints, by the model that takes it.
+RELEASED = {
+    'vmoe_vit_s': 'vmoe_s32_last2_ilsvrc2012_randaug_light1',
+    'vmoe_vit_b': 'vmoe_b16_imagenet21k_randaug_strong',
+}
+
+
+def _create_vmoe(variant: str, pretrained: bool = False, **kwargs) -> VMoE:
+    if pretrained:
+        _check_weights(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    return build_model_with_cfg(
+        VMoE,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
+        **kwargs,
+    )
+
+
+def _check_weights(variant: str, pretrained_cfg: Any, overlay: Optional[Dict[str, Any]]) -> None:
+    """Raises: InputError: There is nothing to load."""
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
+    if cfg.has_weights or cfg.state_dict or cfg.source:
+        return
+    released = f" (the authors released '{RELEASED[variant]}')" if variant in RELEASED else ''
+    raise InputError(
+        f'pretrained=True: {variant} has no file to download; import parameters of the original V-MoE{released} with '
+        'moe_zoo.checkpoints.import_vmoe and pass them as pretrained_cfg_overlay=dict(state_dict=...).')
+
+
+@register_model
+def vmoe_vit_s(pretrained: bool = False, **kwargs) -> VMoE:
+    """V-MoE-S/32, Last 2: 8 blocks x 512, not timm's 12 x 384; experts in blocks 5 and 7; 56,999,400 parameters."""
+    model_args = dict(
+        patch_size=32, embed_dim=512, depth=8, num_heads=8, moe_layers='last_2', representation_size=512)
+    return _create_vmoe('vmoe_vit_s', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmoe_vit_b(pretrained: bool = False, **kwargs) -> VMoE:
+    """V-MoE-B/16, Every 2: 12 blocks x 768, experts in every second block."""
+    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, moe_layers='every_2')
+    return _create_vmoe('vmoe_vit_b', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmoe_vit_l(pretrained: bool = False, **kwargs) -> VMoE:
+    """V-MoE-L/16, Every 2: 24 blocks x 1024, experts in every second block."""
+    model_args = dict(patch_size=16, embed_dim=1024, depth=24, num_heads=16, moe_layers='every_2')
+    return _create_vmoe('vmoe_vit_l', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmoe_vit_h(pretrained: bool = False, **kwargs) -> VMoE:
+    """V-MoE-H/14, Last 5: 32 blocks x 1280, experts in blocks 23, 25, 27, 29, 31."""
+    model_args = dict(patch_size=14, embed_dim=1280, depth=32, num_heads=16, moe_layers='last_5')
+    return _create_vmoe('vmoe_vit_h', pretrained=pretrained, **dict(model_args, **kwargs))
