@@ -343,3 +343,54 @@ def test_agrees_with_fvcore_within_a_thousandth(name, size):
             module.fused_attn = False  # fvcore does not know the fused operator; for us it is the same
     assert count(model, x).macs_executed == fused
     agrees_with_fvcore(model, x)
+
+
+# Our models.
+
+CONDCONV = [  # model, keywords, parameters, MACs: base + E R + routers, worked out from the shapes of timm's layers
+    ('condconv_resnet50', {}, 129_872_800, 4_208_394_048),
+    ('condconv_resnet50', dict(num_experts=4), 70_267_888, 4_148_789_152),
+    ('condconv_resnet50', dict(cond_fc=False), 115_513_408, 4_191_985_664),
+    ('condconv_resnet50', dict(num_experts=4, cond_fc=False), 64_112_692, 4_140_584_960),
+    ('condconv_resnet18', {}, 81_353_120, 1_893_687_104),
+    ('condconv_resnet34', {}, 116_235_936, 3_771_688_768),
+    ('condconv_mobilenetv1_100', {}, 32_826_824, 601_413_952),
+    ('condconv_mobilenetv1_100', dict(num_experts=32), 130_847_840, 699_434_752),
+    ('condconv_mobilenetv1_050', dict(num_experts=32), 41_291_584, 190_743_040),
+    ('condconv_mobilenetv1_025', dict(num_experts=32), 14_624_816, 55_639_936),
+    ('condconv_mobilenetv2_100', {}, 27_457_768, 328_145_856),
+    ('condconv_mnasnet_a1', {}, 14_984_718, 324_261_184),
+    ('condconv_efficientnet_b0', dict(num_experts=4), 13_314_116, 396_513_888),
+    ('condconv_efficientnet_b0', {}, 24_013_284, 407_213_024),
+]
+
+
+@pytest.mark.parametrize(('name', 'keywords', 'parameters', 'at_most'), CONDCONV)
+def test_condconv_costs_exactly(name, keywords, parameters, at_most):
+    cost = count_model(name, **keywords)
+    assert (cost.parameters, cost.active_parameters) == (parameters, parameters)  # every expert is mixed
+    assert (cost.macs_max, cost.macs_executed, cost.uncounted) == (at_most, at_most, {})
+
+
+def test_condconv_resnet50_by_hand():
+    # layer4 convs and classifier with its bias: R = 14,894,056 mixed 8 times; routers 1024, 2048, 2048 and 2048 to 8
+    assert CONDCONV[0][3] == KNOWN['resnet50'] + 8 * 14_894_056 + 8 * (1024 + 3 * 2048)
+
+
+@pytest.mark.parametrize('batch', [1, 3, 9])
+def test_condconv_executes_what_it_may_whatever_the_path(batch):
+    # 1x1 convolutions run as batched products, 3x3 as grouped convolutions, 8 images at a time.
+    model = timm.create_model('condconv_mobilenetv1_025', num_experts=2)
+    x = torch.rand(batch, 3, 32, 32)
+    one = count(model, x[:1])
+    assert one.macs_executed == one.macs_max
+    # The classifier of a batch mixes 2 results instead of 2 matrices: 256 * 1000 fewer an image, 2 * 1000 more.
+    fewer = batch * (256_000 - 2_000) if batch > 1 else 0
+    for device in ('cpu', 'meta'):
+        cost = count(model.to(device), x.to(device))
+        assert (cost.macs_max, cost.macs_executed) == (batch * one.macs_max, batch * one.macs_max - fewer)
+
+
+@pytest.mark.parametrize('name', ['condconv_resnet18', 'condconv_efficientnet_b0'])
+def test_ours_agree_with_fvcore_within_a_thousandth(name):
+    agrees_with_fvcore(timm.create_model(name, num_experts=2), torch.rand(2, 3, 64, 64))
