@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from moe_zoo.errors import InputError
 from moe_zoo.layers.moe_stage import MoEStage
@@ -174,6 +175,9 @@ def test_cost_and_parameters_by_hand():
     expert = 6 * 4 * 9 + 6
     # Gate: 4 channels to 4 experts; an expert: 4x4 output positions of 6 x 4 x 9.
     assert stage.max_macs((3, 4, 8, 8)) == 3 * (4 * 4 + 2 * 16 * 6 * 4 * 9)
+    with FlopCounterMode(display=False) as counter:
+        stage.max_macs((3, 4, 8, 8))
+    assert counter.get_total_flops() == 0  # a cost asked for while something is counted does not count itself
     assert stage.active_parameters() == 2 * expert + 2 * 4 * 4  # the gate has a noise matrix of the same size
     assert [len(group) for group in stage.expert_parameters()] == [4, 4]
     assert next(stage.parameters()).device.type == 'cpu'

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from timm.layers import register_notrace_module
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import InputError
@@ -205,10 +206,10 @@ def _refuse_sync_batch_norm(experts: nn.Module) -> None:
 
 
 def _macs(module: nn.Module, input_shape: Tuple[int, ...]) -> int:
-    """MACs of one forward, counted on a copy without memory."""
+    """MACs of one forward, counted on a copy without memory, unseen by a counter that is running."""
     memo = {id(b): b.to('meta') for b in module.buffers()}
     memo.update({id(p): nn.Parameter(p.detach().to('meta'), requires_grad=False) for p in module.parameters()})
     ghost = copy.deepcopy(module, memo).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with _disable_current_modes(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         ghost(torch.empty(input_shape, device='meta'))
     return counter.get_total_flops() // 2  # it counts a multiply-add as two

@@ -1,0 +1,242 @@
+"""Backbones for detectron2: any hierarchical timm or moe_zoo model, and detectron2's ResNet with a routed last stage.
+
+Both stand under a feature pyramid P3 to P7, as RetinaNet wants it (Lin et al. 2017, arXiv 1708.02002).
+"""
+import logging
+from typing import Any, Dict, List, Optional
+
+import timm
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
+from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from timm.utils.model import freeze_batch_norm_2d
+from torch import nn
+
+from ..errors import InputError, nearest
+from ..layers.moe_stage import MoEStage
+
+STAGES = {4: 'res2', 8: 'res3', 16: 'res4', 32: 'res5'}  # stride -> the name that detectron2's parts look for
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """A timm or moe_zoo model, named by MOE.TIMM, under P3 to P7.
+
+    Raises:
+        InputError: Unknown model or keyword, strides other than 8, 16 and 32, or a config whose colour order, mean or
+            std are not the model's.
+    """
+    options = _options(cfg).TIMM
+    bottom_up = TimmBackbone(
+        options.NAME,
+        dict(options.ARGS),
+        in_chans=input_shape.channels,
+        pretrained=options.PRETRAINED,
+        checkpoint=options.CHECKPOINT,
+    )
+    if options.CHECK_INPUT:
+        _check_input(cfg, bottom_up)
+    frozen = options.FROZEN_BN or cfg.MODEL.BACKBONE.FREEZE_AT > 0
+    if frozen and not (options.PRETRAINED or options.CHECKPOINT or cfg.MODEL.WEIGHTS):
+        _warn_frozen('MOE.TIMM.FROZEN_BN False MODEL.BACKBONE.FREEZE_AT 0')
+    bottom_up.freeze(cfg.MODEL.BACKBONE.FREEZE_AT, options.FROZEN_BN)
+    return _pyramid(cfg, bottom_up)
+
+
+@BACKBONE_REGISTRY.register()
+def build_moe_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """detectron2's own ResNet whose res5 is a routed stage of E copies of it, under P3 to P7.
+
+    The closest precedent is the backbone variant of Pavlitska et al. 2022 (E = 4, K = 2, KL loss with weight 0.25).
+    Weights for the dense ResNet, a classifier's or a detector's, load as they are: res5 becomes every expert, moved a
+    little (MOE.RES5.PERTURB).
+
+    Raises:
+        InputError: K is not between 1 and E, res5 is not among OUT_FEATURES, or NORM is a synchronised one.
+    """
+    options = _options(cfg).RES5
+    resnet_options = cfg.MODEL.RESNETS
+    if 'res5' not in resnet_options.OUT_FEATURES:
+        raise InputError(f'MODEL.RESNETS.OUT_FEATURES {list(resnet_options.OUT_FEATURES)}: the routed stage is res5, '
+                         'add it.')
+    if 'Sync' in str(resnet_options.NORM):
+        raise InputError(f'MODEL.RESNETS.NORM {resnet_options.NORM!r}: experts see different images on every rank and '
+                         "cannot synchronise; use 'FrozenBN', 'BN' or 'GN'.")
+    if resnet_options.NORM == 'FrozenBN' and not cfg.MODEL.WEIGHTS:
+        _warn_frozen('MODEL.RESNETS.NORM BN MODEL.BACKBONE.FREEZE_AT 0')
+    resnet = build_resnet_backbone(cfg, input_shape)
+    stage = MoEStage.from_dense(
+        resnet.res5,
+        in_chs=resnet.res5[0].in_channels,
+        num_experts=options.NUM_EXPERTS,
+        num_selected=options.NUM_SELECTED,
+        noise=options.NOISE,
+        losses=[tuple(pair) for pair in options.LOSSES],
+        perturb=options.PERTURB,
+    )
+    resnet.res5 = resnet.stages[-1] = stage  # it is a child by name, and runs from the list
+    return _pyramid(cfg, resnet)
+
+
+class TimmBackbone(Backbone):
+    """The feature maps of a timm model by the names of detectron2's ResNet: res2 to res5 for strides 4 to 32.
+
+    Args:
+        name: Model name as in `timm.create_model`.
+        model_args: Its keywords.
+        in_chans: Channels of the image.
+        pretrained: Load the weights that timm knows for this name.
+        checkpoint: Or a classification checkpoint of this model.
+    """
+
+    def __init__(
+            self,
+            name: str,
+            model_args: Optional[Dict[str, Any]] = None,
+            in_chans: int = 3,
+            pretrained: bool = False,
+            checkpoint: str = '',
+    ):
+        super().__init__()
+        model_args = dict(model_args or {}, in_chans=in_chans)
+        infos = _create(name, model_args).feature_info.info
+        # The deepest map of each stride: some models list several.
+        index = {info['reduction']: i for i, info in enumerate(infos) if info['reduction'] in STAGES}
+        if not {8, 16, 32} <= set(index):
+            raise InputError(
+                f'MOE.TIMM.NAME {name!r} has feature maps of stride {[info["reduction"] for info in infos]}, and a '
+                'feature pyramid needs 8, 16 and 32: choose a hierarchical model (plain vision transformers have one '
+                'stride only).')
+        if checkpoint:
+            model_args['pretrained_cfg_overlay'] = dict(file=checkpoint)
+        strides = sorted(index)
+        self.net = _create(name, model_args, bool(pretrained or checkpoint), tuple(index[s] for s in strides))
+        self.pretrained_cfg = self.net.pretrained_cfg
+        self._out_features = [STAGES[stride] for stride in strides]
+        self._out_feature_strides = dict(zip(self._out_features, strides))
+        self._out_feature_channels = dict(zip(self._out_features, self.net.feature_info.channels()))
+        self._check_maps(name, in_chans)
+
+    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """x: (B, C, H, W), H and W multiples of 32. Returns name to (B, C', H / stride, W / stride)."""
+        return dict(zip(self._out_features, self.net(x)))
+
+    def freeze(self, freeze_at: int, frozen_bn: bool) -> None:
+        """Freeze as detectron2's ResNet: 1 is all before res2, 2 res2 as well, and so on to 5.
+
+        Parameters are frozen in the order of their registration, up to the end of that stage, which is their order of
+        use in timm's models. BatchNorm in a frozen part, or everywhere with `frozen_bn`, becomes a fixed affine map.
+        """
+        if frozen_bn:
+            self.net = freeze_batch_norm_2d(self.net)
+        if not freeze_at:
+            return
+        # Of several maps inside res2, the last ends it; what comes before its first parameter is the stem.
+        names = dict(zip(self._out_features, self.net.feature_info.module_name()))
+        stage = names[f'res{max(freeze_at, 2)}'] if f'res{max(freeze_at, 2)}' in names else None
+        modules = [name for name, module in self.net.named_modules() if next(module.parameters(recurse=False), None)
+                   is not None]
+        inside = [i for i, name in enumerate(modules) if stage and _is_inside(name, stage)]
+        if not inside:
+            raise InputError(f'MODEL.BACKBONE.FREEZE_AT {freeze_at}: the stages of this model cannot be told apart by '
+                             'module; use 0.')
+        for name in modules[:inside[-1] + 1 if freeze_at > 1 else inside[0]]:
+            module = self.net.get_submodule(name)
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                parent, _, child = name.rpartition('.')
+                setattr(self.net.get_submodule(parent), child, freeze_batch_norm_2d(module))
+
+    @torch.no_grad()
+    def _check_maps(self, name: str, in_chans: int) -> None:
+        """Run a small image through: layout, strides and free image sizes are what a pyramid builds on."""
+        training = self.training
+        try:
+            maps = self.eval()(torch.zeros(1, in_chans, 128, 192))
+        except Exception as error:  # a model of any origin may refuse in any way
+            raise InputError(
+                f'MOE.TIMM.NAME {name!r} cannot take images of any size ({str(error).splitlines()[0][:200]}): pass '
+                'what frees it in MOE.TIMM.ARGS, or choose another.') from error
+        finally:
+            self.train(training)
+        for key, value in maps.items():
+            stride, channels = self._out_feature_strides[key], self._out_feature_channels[key]
+            if value.shape != (1, channels, 128 // stride, 192 // stride):
+                raise InputError(
+                    f'MOE.TIMM.NAME {name!r} gives {tuple(value.shape)} for a 128 x 192 image at stride {stride}, '
+                    f'where {(1, channels, 128 // stride, 192 // stride)} is needed: choose another model.')
+
+
+def _create(name: str, model_args: Dict[str, Any], pretrained: bool = False, out_indices=None) -> nn.Module:
+    """timm.create_model with features_only, and its refusals as one sentence."""
+    if out_indices is not None:
+        model_args = dict(model_args, out_indices=out_indices)
+    try:
+        return timm.create_model(name, pretrained=pretrained, features_only=True, **model_args)
+    except Exception as error:
+        reason = ' '.join(str(error).split())[:300]
+        if not timm.is_model(name):
+            hint = nearest(name, timm.list_models())
+            raise InputError(f'MOE.TIMM.NAME {name!r} is no model of timm or moe_zoo.{hint}') from error
+        if 'pretrained_cfg_overlay' in model_args:
+            file = model_args['pretrained_cfg_overlay']['file']
+            raise InputError(f"MOE.TIMM.CHECKPOINT '{file}' cannot be loaded into {name}: {reason}") from error
+        shown = {k: v for k, v in model_args.items() if k not in ('in_chans', 'out_indices')}
+        raise InputError(f'MOE.TIMM.NAME {name!r} cannot be built as a backbone with MOE.TIMM.ARGS {shown}: {reason}'
+                         ) from error
+
+
+def _check_input(cfg: CfgNode, backbone: TimmBackbone) -> None:
+    """detectron2 defaults to BGR and Caffe's means; a timm model expects RGB and its own mean and std."""
+    mean = [255 * m for m in backbone.pretrained_cfg['mean']]
+    std = [255 * s for s in backbone.pretrained_cfg['std']]
+    remedy = 'MOE.TIMM.CHECK_INPUT False trusts the config as it is'
+    if cfg.INPUT.FORMAT != 'RGB':
+        raise InputError(f"INPUT.FORMAT {cfg.INPUT.FORMAT!r}: {backbone.pretrained_cfg['architecture']} expects 'RGB'; "
+                         f'{remedy}.')
+    for key, wanted in (('PIXEL_MEAN', mean), ('PIXEL_STD', std)):
+        given = list(cfg.MODEL[key])
+        if len(given) == len(wanted) and any(abs(g - w) > 0.5 for g, w in zip(given, wanted)):
+            raise InputError(
+                f"MODEL.{key} {given}: {backbone.pretrained_cfg['architecture']} expects "
+                f'{[round(w, 3) for w in wanted]} (in RGB, 0 to 255); {remedy}.')
+
+
+def _is_inside(name: str, stage: str) -> bool:
+    """A wrapped model calls `blocks.1` `blocks_1`, and may stand one level down."""
+    return any(f'.{name}.'.startswith(f'.{head}{form}.')
+               for form in (stage, stage.replace('.', '_', 1), stage.replace('.', '_')) for head in ('', 'model.'))
+
+
+def _pyramid(cfg: CfgNode, bottom_up: Backbone) -> FPN:
+    """P3 to P5 from res3 to res5, P6 and P7 by strided convolutions on res5."""
+    shapes = bottom_up.output_shape()
+    missing: List[str] = [name for name in cfg.MODEL.FPN.IN_FEATURES if name not in shapes]
+    if missing or not cfg.MODEL.FPN.IN_FEATURES:
+        raise InputError(f'MODEL.FPN.IN_FEATURES {list(cfg.MODEL.FPN.IN_FEATURES)}: this backbone gives '
+                         f"{list(shapes)}; RetinaNet takes ['res3', 'res4', 'res5'].")
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=channels,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelP6P7(shapes['res5'].channels, channels),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+
+
+def _options(cfg: CfgNode) -> CfgNode:
+    if 'MOE' not in cfg:
+        raise InputError('The config has no node MOE: call moe_zoo.detection.add_moe_config(cfg) after get_cfg(), '
+                         'or run the script through moe-zoo run.')
+    return cfg.MOE
+
+
+def _warn_frozen(remedy: str) -> None:
+    logging.getLogger(__name__).warning(
+        'MODEL.WEIGHTS is empty and BatchNorm is frozen: random weights without normalisation diverge within a few '
+        'iterations. Give weights, or train from scratch with %s.', remedy)

@@ -1,0 +1,170 @@
+"""COCO-style data: sets registered by name or from a user's own files, checked, and read past unreadable images."""
+import json
+import logging
+import os
+import struct
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.datasets import register_coco_instances
+
+from ..errors import InputError, nearest
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def register_coco(name: str, json_file: str, images: str) -> None:
+    """Let DATASETS.TRAIN and DATASETS.TEST use `name` for a COCO JSON and the folder of its images.
+
+    Nothing is read yet. A name registered before gets the new files.
+    """
+    if name in DatasetCatalog.list():
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    register_coco_instances(name, {}, str(json_file), str(images))
+
+
+def register_digit_scenes() -> None:
+    """`digit_scenes_train` and `digit_scenes_val`, as `moe_zoo.data.scenes.write_scenes` writes them, below
+    DETECTRON2_DATASETS (default: datasets) like detectron2's own sets."""
+    root = Path(os.environ.get('DETECTRON2_DATASETS', 'datasets')).expanduser() / 'digit_scenes'
+    for split in ('train', 'val'):
+        register_coco(f'digit_scenes_{split}', *_in_root(root, split))
+
+
+def register_user_data(cfg: CfgNode) -> None:
+    """Register what MOE.DATA names, and let DATASETS.TRAIN and DATASETS.TEST point to it."""
+    data = cfg.MOE.DATA
+    for key, split in (('TRAIN', 'train'), ('TEST', 'val')):
+        json_file, images = _in_root(Path(data.ROOT), split) if data.ROOT else ('', '')
+        json_file = data[f'{key}_JSON'] or json_file
+        images = data[f'{key}_IMAGES'] or images
+        if bool(json_file) != bool(images):
+            raise InputError(f'MOE.DATA.{key}_JSON and MOE.DATA.{key}_IMAGES come together, but only '
+                             f"'{json_file or images}' is given.")
+        if json_file:
+            name = f'{Path(json_file).stem} of {Path(json_file).resolve().parent}'
+            register_coco(name, json_file, images)
+            cfg.DATASETS[key] = (name,)
+
+
+def load_datasets(names: Sequence[str], num_classes: int, filter_empty: bool) -> List[Dict[str, Any]]:
+    """The images and objects of data sets in detectron2's format.
+
+    Raises:
+        InputError: A set is unknown, missing, or not COCO JSON; a category is out of range; the number of categories
+            is not `num_classes`.
+    """
+    for name in names:
+        if name not in DatasetCatalog.list():
+            raise InputError(f'Unknown data set {name!r}.{nearest(name, DatasetCatalog.list())} Own data: '
+                             'MOE.DATA.ROOT, or MOE.DATA.TRAIN_JSON with TRAIN_IMAGES.')
+        _check_files(name)
+    if not names:
+        raise InputError('No data set is named: set DATASETS.TRAIN and DATASETS.TEST, or MOE.DATA.ROOT.')
+    label = ', '.join(_json_file(name) or name for name in names)
+    try:
+        dicts = get_detection_dataset_dicts(list(names), filter_empty=filter_empty, check_consistency=len(names) > 1)
+    except KeyError as error:
+        raise InputError(f"'{label}': {_sentence(error)}") from error
+    except (AssertionError, ValueError, TypeError, IndexError) as error:
+        raise InputError(f"'{label}' is not usable COCO JSON: {_sentence(error)}") from error
+    for name in names:
+        classes = MetadataCatalog.get(name).get('thing_classes')
+        if classes is not None and len(classes) != num_classes:
+            raise InputError(f"'{_json_file(name) or name}' has {len(classes)} categories and "
+                             f'MODEL.RETINANET.NUM_CLASSES is {num_classes}: set it to {len(classes)}.')
+    return dicts
+
+
+class ReadableMapper(DatasetMapper):
+    """detectron2's mapper, which survives an unreadable image: it is named, written down once, and left out.
+
+    Worker processes and ranks share one list through the file `unreadable`, one name a line.
+
+    Args:
+        cfg: The config; MOE.DATA.STRICT refuses instead.
+        is_train: As in detectron2.
+        unreadable: File that receives the names.
+    """
+
+    def __init__(self, cfg: CfgNode, is_train: bool, unreadable: Optional[Path] = None):
+        super().__init__(cfg, is_train)
+        self.strict = cfg.MOE.DATA.STRICT
+        self.unreadable = unreadable
+        self.named = set()
+
+    def __call__(self, dataset_dict: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+        """The mapped image. Where it cannot be read: None in training, for which detectron2 draws another image, and an
+        empty dictionary in evaluation, where none may stand in for another."""
+        try:
+            return super().__call__(dataset_dict)
+        except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:  # as Pillow and detectron2 raise
+            name = dataset_dict['file_name']
+            reason = f"image '{name}' cannot be read ({_sentence(error)})"
+            if self.strict:
+                raise InputError(f'{reason}; MOE.DATA.STRICT is on: repair or remove it.') from error
+            if name not in self.named:
+                self.named.add(name)
+                _LOGGER.warning('%s and is skipped', reason)
+                if self.unreadable is not None:
+                    with open(self.unreadable, 'a') as file:
+                        file.write(f'{name}\n')
+            return None if self.is_train else {}
+
+
+def skipped_images(unreadable: Path) -> List[str]:
+    """The names that mappers wrote down, each once."""
+    return sorted(set(unreadable.read_text().splitlines())) if unreadable.exists() else []
+
+
+def _in_root(root: Path, split: str) -> Tuple[str, str]:
+    return str(root / 'annotations' / f'instances_{split}.json'), str(root / split)
+
+
+def _json_file(name: str) -> str:
+    return MetadataCatalog.get(name).get('json_file', '')
+
+
+def _check_files(name: str) -> None:
+    """Missing files and broken JSON, before anything is built on them."""
+    json_file, images = _json_file(name), MetadataCatalog.get(name).get('image_root')
+    if not json_file:
+        return
+    where = f"set DETECTRON2_DATASETS (now {os.environ.get('DETECTRON2_DATASETS', 'datasets')!r}) or MOE.DATA.ROOT"
+    if name.startswith('digit_scenes_'):
+        where += ", or write the scenes with moe_zoo.data.scenes.write_scenes('datasets/digit_scenes')"
+    if not Path(json_file).is_file():
+        raise InputError(f"Data set {name!r} is missing: there is no file '{json_file}'; {where}.")
+    if not Path(images).is_dir() or not any(Path(images).iterdir()):
+        raise InputError(f"Data set {name!r} has no images: '{images}' is missing or empty; {where}.")
+    if Path(json_file).stat().st_size < 50e6:  # COCO's own training file takes 10 s and needs no such check
+        try:
+            content = json.loads(Path(json_file).read_text())
+        except (ValueError, OSError) as error:
+            raise InputError(f"'{json_file}' is not JSON: {_sentence(error)}.") from error
+        _check_content(json_file, content)
+
+
+def _check_content(json_file: str, content: Any) -> None:
+    lacking = [key for key in ('images', 'annotations', 'categories')
+               if not isinstance(content, dict) or not isinstance(content.get(key), list)]
+    if lacking or not content['images']:
+        raise InputError(f"'{json_file}' is not COCO JSON: it lacks the list {' and '.join(lacking or ['of images'])}.")
+    known = {category.get('id') for category in content['categories']}
+    for annotation in content['annotations']:
+        if annotation.get('category_id') not in known:
+            raise InputError(
+                f"'{json_file}': annotation {annotation.get('id')} has category_id {annotation.get('category_id')}, "
+                f'which is not among the {len(known)} ids in categories (from {min(known)} to {max(known)}).')
+        box = annotation.get('bbox', ())
+        if len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
+            raise InputError(f"'{json_file}': annotation {annotation.get('id')} has bbox {list(box)}, which is not "
+                             'four numbers x, y, width, height.')
+
+
+def _sentence(error: BaseException) -> str:
+    text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+    return ' '.join(str(text).split()).rstrip('.') or type(error).__name__

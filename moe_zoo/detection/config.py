@@ -1,0 +1,145 @@
+"""The MOE keys of a detectron2 config, and configs read so that a mistake is one sentence.
+
+    cfg = get_cfg()
+    add_moe_config(cfg)
+    cfg.merge_from_file('configs/coco/retinanet_moe_res5_r50_fpn_1x.yaml')
+"""
+import functools
+from pathlib import Path
+from typing import Iterator, Sequence, Union
+
+import detectron2.config
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from ..errors import InputError, nearest
+from ..resources import folder
+from .coco import register_user_data
+
+
+def add_moe_config(cfg: CfgNode) -> None:
+    """Add the node MOE, which holds every key of ours. Call it between `get_cfg()` and `merge_from_file`."""
+    if 'MOE' in cfg:
+        return
+    moe = cfg.MOE = CfgNode()
+
+    # build_timm_fpn_backbone: any hierarchical model of timm or moe_zoo under an FPN.
+    moe.TIMM = CfgNode()
+    moe.TIMM.NAME = 'condconv_resnet50'
+    moe.TIMM.ARGS = CfgNode(new_allowed=True)  # keywords of timm.create_model, such as {num_experts: 4}
+    moe.TIMM.PRETRAINED = False  # weights that timm knows by the model's name
+    moe.TIMM.CHECKPOINT = ''  # or a classification checkpoint of this model, as tools/train_imagenet.py writes
+    moe.TIMM.FROZEN_BN = False  # BatchNorm as a fixed affine map: with pretrained weights only
+    # timm's models expect RGB and their own mean and std. False: trust INPUT.FORMAT, PIXEL_MEAN and PIXEL_STD as given.
+    moe.TIMM.CHECK_INPUT = True
+
+    # build_moe_resnet_fpn_backbone: detectron2's ResNet, its last stage routed by image.
+    moe.RES5 = CfgNode()
+    moe.RES5.NUM_EXPERTS = 4
+    moe.RES5.NUM_SELECTED = 2
+    moe.RES5.NOISE = True  # learned noise on the gate while training
+    moe.RES5.LOSSES = [['kl', 0.25]]  # (name, weight) pairs; names as in moe_zoo.losses.LOSSES
+    moe.RES5.PERTURB = 0.1  # how far copies of the dense stage are moved apart, relative to each weight's spread
+
+    # Own data, for the tools of moe_zoo: a folder with annotations/instances_{train,val}.json, train/ and val/, or the
+    # single pieces. They replace DATASETS.TRAIN and DATASETS.TEST.
+    moe.DATA = CfgNode()
+    moe.DATA.ROOT = ''
+    moe.DATA.TRAIN_JSON = ''
+    moe.DATA.TRAIN_IMAGES = ''
+    moe.DATA.TEST_JSON = ''
+    moe.DATA.TEST_IMAGES = ''
+    moe.DATA.STRICT = False  # refuse an unreadable image instead of skipping and counting it
+
+    moe.FIND_UNUSED_PARAMETERS = False  # DDP; our layers give every parameter a gradient, other models may not
+
+
+def load_config(config_file: Union[str, Path], opts: Sequence[str] = ()) -> CfgNode:
+    """Read a config with our keys, `_BASE_` and KEY VALUE overrides included, and register the data it names.
+
+    Unlike detectron2's own loading, python tags are refused: only plain yaml is read.
+
+    Args:
+        config_file: A yaml file; one below `configs/` is also found in an installed package.
+        opts: KEY VALUE KEY VALUE ...
+
+    Raises:
+        InputError: The file or a key does not exist, or a value has the wrong type.
+    """
+    path = _find(config_file)
+    cfg = get_cfg()
+    add_moe_config(cfg)
+    with _sentences(cfg, f"'{path}'"):
+        cfg.merge_from_file(str(path), allow_unsafe=False)
+    if len(opts) % 2:
+        raise InputError(f'Overrides come as KEY VALUE pairs, but there are {len(opts)} words: {" ".join(opts)}.')
+    with _sentences(cfg, 'the command line'):
+        cfg.merge_from_list(list(opts))
+    register_user_data(cfg)
+    return cfg
+
+
+def install() -> None:
+    """Let every config of this process know our keys: for scripts that never call `add_moe_config`.
+
+    `moe_zoo.run` calls this before it runs detectron2's own tools. Processes that such a script spawns
+    (`--num-gpus 2`) start afresh and do not know it; tools/train_coco.py does.
+    """
+    if hasattr(detectron2.config.get_cfg, '__wrapped__'):
+        return
+
+    @functools.wraps(get_cfg)
+    def get_cfg_with_moe() -> CfgNode:
+        cfg = get_cfg()
+        add_moe_config(cfg)
+        return cfg
+
+    detectron2.config.get_cfg = get_cfg_with_moe
+
+
+def _find(config_file: Union[str, Path]) -> Path:
+    path = Path(config_file).expanduser()
+    if path.suffix == '.py':
+        raise InputError(f"'{path}' is a LazyConfig: run it by `moe-zoo run lazyconfig_train_net.py`; this takes yaml.")
+    if not path.exists() and path.parts[:1] == ('configs',) and (folder('configs').parent / path).exists():
+        return folder('configs').parent / path
+    if not path.is_file():
+        names = {p.stem: p for p in folder('configs').glob('co*/*.yaml') if 'Base' not in p.stem}
+        hint = nearest(path.stem, names)
+        raise InputError(f"--config-file '{path}' is not a file.{hint}")
+    return path
+
+
+class _sentences:
+    """Turn what yacs, yaml and the file system raise about a config into one sentence each."""
+
+    def __init__(self, cfg: CfgNode, where: str):
+        self.cfg, self.where = cfg, where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        text = str(error.args[0]) if error is not None and error.args else ''
+        if isinstance(error, (KeyError, AssertionError)) and 'Non-existent' in text:
+            key = text.rsplit(': ', 1)[1]
+            raise InputError(f'Unknown config key {key!r} in {self.where}.{nearest(key, _keys(self.cfg))}') from error
+        if isinstance(error, yaml.constructor.ConstructorError):
+            raise InputError(f'{self.where} holds a python tag ({error.problem}): write the values out in plain yaml.'
+                             ) from error
+        if isinstance(error, yaml.YAMLError):
+            line = getattr(error, 'problem_mark', None)
+            raise InputError(f'{self.where} is not yaml: {getattr(error, "problem", error)}'
+                             f'{f" in line {line.line + 1}" if line else ""}.') from error
+        if isinstance(error, OSError):
+            raise InputError(f"{self.where} cannot be read: {error.strerror or error} ('{error.filename}').") from error
+        if isinstance(error, (ValueError, KeyError, AssertionError, AttributeError, TypeError)):
+            text = ' '.join(text.split()) or repr(error)
+            raise InputError(f'{self.where} cannot be used as a config: {text}.') from error
+
+
+def _keys(node: CfgNode, prefix: str = '') -> Iterator[str]:
+    for key, value in node.items():
+        yield prefix + key
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f'{prefix}{key}.')
