@@ -67,10 +67,10 @@ def test_every_status_is_said_in_words_and_open_ones_say_what_is_to_come():
     assert 'running now · about 40 s' in text
     assert 'still to come · about 20 s' in text and 'Will show usage.' in text
     assert 'This run is still going' in text
-    page.sections = [Section('One', 'done'), Section('Four', 'skipped'), Section('Five', 'failed')]
+    page.sections = [Section('One', 'done'), Section('Four', 'skipped'), Section('Five', 'failed'), Section('Six')]
     text = ' '.join(Checker(page.html()).text)
-    assert '3 of 3 parts finished' in text
-    assert 'still going' not in text  # a finished page neither asks for a reload nor carries a script
+    assert '3 of 4 parts finished' in text
+    assert 'still going' not in text  # where nothing runs, nothing asks for a reload, and there is no script
     assert '<script' not in page.html()
 
 

@@ -7,6 +7,7 @@ needs no network: its style is inline, its images are data URIs, and it follows 
 """
 import base64
 import html
+import itertools
 import os
 import re
 from dataclasses import dataclass, field
@@ -43,13 +44,22 @@ class Table:
             if len(row) != len(self.columns):
                 raise InputError(f'rows: {row!r} has {len(row)} cells, but the table has {len(self.columns)} columns.')
 
+    def texts(self) -> list[list[str]]:
+        """The rows as they are shown."""
+        return [[_cell(value) for value in row] for row in self.rows]
+
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers."""
+        return [_is_numeric([row[i] for row in self.rows]) for i in range(len(self.columns))]
+
 
 @dataclass(frozen=True)
 class Figure:
     """An image: SVG text, or the bytes of a PNG or JPEG file. `alt` says in words what it shows.
 
     An SVG that draws in `currentColor` or in the page's colours (`var(--ink)`, `var(--expert-0)`, ...) is put in line
-    and follows light and dark. Any other image is shown as it is, on white paper.
+    and follows light and dark. Any other image is shown as it is, on white paper. Figures that follow each other in a
+    section stand side by side where the screen is wide enough.
     """
     image: Union[str, bytes]
     alt: str
@@ -103,7 +113,7 @@ class Page:
 
     def html(self) -> str:
         """The whole document."""
-        unfinished = any(s.status in ('pending', 'running') for s in self.sections)
+        running = any(s.status == 'running' for s in self.sections)
         return '\n'.join([
             '<!doctype html>',
             '<html lang="en">',
@@ -121,7 +131,7 @@ class Page:
             f'<h1>{html.escape(self.title)}</h1>',
             f'<div class="lead">{_prose(self.lead)}</div>',
             _contents(self.sections),
-            _WATCH if unfinished else '',
+            _WATCH if running else '',
             '</header>',
             '<main class="wrap">',
             *(_section(number, section) for number, section in enumerate(self.sections, 1)),
@@ -177,8 +187,16 @@ def _section(number: int, section: Section) -> str:
         f'<section id="s{number}" class="{section.status}" aria-labelledby="h{number}">'
         f'<div class="head"><h2 id="h{number}">{html.escape(section.title)}</h2>'
         f'<span class="badge">{_state(section)}</span></div>'
-        f'{headline}{"".join(_block(b) for b in section.blocks)}</section>'
+        f'{headline}{_blocks(section.blocks)}</section>'
     )
+
+
+def _blocks(blocks: Sequence[Block]) -> str:
+    parts = []
+    for is_figure, group in itertools.groupby(blocks, lambda block: isinstance(block, Figure)):
+        inside = ''.join(map(_block, group))
+        parts.append(f'<div class="figures">{inside}</div>' if is_figure else inside)
+    return ''.join(parts)
 
 
 def _block(block: Block) -> str:
@@ -223,14 +241,14 @@ def _inline(text: str) -> str:
 
 def _table(table: Table) -> str:
     """A table that scrolls sideways by itself where the screen is narrow, the row's name staying in view."""
-    right = [_is_numeric([row[i] for row in table.rows]) for i in range(len(table.columns))]
+    right = table.numeric()
     head = ''.join(
         f'<th scope="col"{_CLASS_RIGHT if r else ""}>{_inline(c)}</th>' for c, r in zip(table.columns, right)
     )
     body = []
-    for row in table.rows:
-        cells = [f'<th scope="row">{_inline(_cell(row[0]))}</th>'] if row else []
-        cells += [f'<td{_CLASS_RIGHT if r else ""}>{_inline(_cell(c))}</td>' for c, r in zip(row[1:], right[1:])]
+    for row in table.texts():
+        cells = [f'<th scope="row">{_inline(row[0])}</th>'] if row else []
+        cells += [f'<td{_CLASS_RIGHT if r else ""}>{_inline(c)}</td>' for c, r in zip(row[1:], right[1:])]
         body.append(f'<tr>{"".join(cells)}</tr>')
     label = html.escape(table.caption or 'Table')
     caption = f'<caption>{_inline(table.caption)}</caption>' if table.caption else ''
@@ -264,11 +282,11 @@ def _figure(figure: Figure) -> str:
         start = image.find('<svg')  # drops an XML declaration, which has no place inside HTML
         drawing = f'<div class="drawing" role="img" aria-label="{alt}">{image[start:]}</div>'
     else:
-        kind = 'image/svg+xml'
-        if isinstance(image, bytes):
-            kind = 'image/jpeg' if image[:2] == b'\xff\xd8' else 'image/png'
         data = image.encode() if isinstance(image, str) else image
-        drawing = f'<img class="paper" alt="{alt}" src="{_data_uri(data, kind)}">'
+        photograph = data[:2] == b'\xff\xd8'  # a JPEG, which has no transparent parts
+        kind = 'jpeg' if photograph else 'png' if isinstance(image, bytes) else 'svg+xml'
+        style = '' if photograph else ' class="paper"'
+        drawing = f'<img{style} alt="{alt}" src="{_data_uri(data, f"image/{kind}")}">'
     caption = f'<figcaption>{_inline(figure.caption)}</figcaption>' if figure.caption else ''
     return f'<figure>{drawing}{caption}</figure>'
 
@@ -294,7 +312,7 @@ _MARK = (
     '<circle cx="26" cy="27" r="3.5" fill="#b8448f"/></svg>'
 )
 
-# Only on an unfinished page. Without scripting the text before the box is still true.
+# Only while something runs. Without scripting the text before the box is still true.
 _WATCH = (
     '<p class="watch">This run is still going: reload to see more. <label hidden><input type="checkbox" checked> '
     'Reload by itself every 10 seconds</label></p>'

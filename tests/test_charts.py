@@ -1,0 +1,89 @@
+"""Charts of the page: where marks land, what is said in words, colours that follow the page."""
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from moe_zoo.analysis.charts import WIDTH, expert_colour, heat_map, scatter, share_bars, ticks
+from moe_zoo.errors import InputError
+
+SVG = '{http://www.w3.org/2000/svg}'
+
+
+def drawn(svg, tag):
+    return [element for element in ElementTree.fromstring(svg).iter(SVG + tag)]
+
+
+def words(svg):
+    return [element.text for element in drawn(svg, 'text')]
+
+
+@pytest.mark.parametrize('low, high, expected', [
+    (95.3, 99.4, [95, 96, 97, 98, 99, 100]),  # a span of 4.1: step 2 would give 3 intervals, step 1 gives 5
+    (0, 1, [0, .5, 1]),
+    (97, 97, None),
+])
+def test_ticks_enclose_and_are_round(low, high, expected):
+    marks = ticks(low, high)
+    assert marks[0] <= low and high <= marks[-1] and len(marks) >= 2
+    steps = {round(b - a, 12) for a, b in zip(marks, marks[1:])}
+    assert len(steps) == 1 or expected is None
+    if expected is not None and len(expected) == len(marks):
+        assert marks == pytest.approx(expected)
+
+
+def test_scatter_is_logarithmic_in_x_and_linear_in_y():
+    svg = scatter([('a', 10, 0, True), ('b', 100, 5, False), ('c', 1000, 10, False)], 'MACs', 'accuracy')
+    circles = drawn(svg, 'circle')
+    x, y = ([float(c.get(k)) for c in circles] for k in ('cx', 'cy'))
+    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=.2) and x[0] < x[1]
+    assert y[0] - y[1] == pytest.approx(y[1] - y[2], abs=.2) and y[0] > y[1]
+    assert [c.get('fill') for c in circles] == ['var(--accent)', 'var(--card)', 'var(--card)']
+    assert {'a', 'b', 'c', 'MACs', 'accuracy', '10', '100', '1000'} <= set(words(svg))
+
+
+def test_names_of_close_points_do_not_cover_each_other():
+    names = ['condconv_resnet18', 'resnet18', 'the third one']
+    points = [(name, 38 + i / 10, 99.4 - i / 100, True) for i, name in enumerate(names)]
+    svg = scatter([*points, ('low', 38, 95, False)], 'x', 'y')
+    boxes = [
+        (float(t.get('x')), float(t.get('y')), float(t.get('x')) + 7 * len(t.text))
+        for t in drawn(svg, 'text') if t.text in names
+    ]
+    assert len(boxes) == 3
+    for i, a in enumerate(boxes):
+        assert 0 <= a[0] and a[2] <= WIDTH + 1
+        for b in boxes[i + 1:]:
+            assert a[2] < b[0] or b[2] < a[0] or abs(a[1] - b[1]) >= 13
+
+
+def test_scatter_refuses_what_a_logarithm_cannot_take():
+    with pytest.raises(InputError, match='at least one point, and x above 0'):
+        scatter([('a', 0, 1, True)], 'x', 'y')
+    with pytest.raises(InputError, match='at least one point'):
+        scatter([], 'x', 'y')
+
+
+def test_share_bars_are_as_wide_as_the_shares():
+    svg = share_bars([('layer<1>', [.25, .75]), ('layer2', [.5, .25, .25])])
+    bars = [r for r in drawn(svg, 'rect') if r.get('height') == '20']
+    assert [float(r.get('width')) for r in bars] == pytest.approx(
+        [WIDTH / 4 - 1, WIDTH * 3 / 4 - 1, WIDTH / 2 - 1, WIDTH / 4 - 1, WIDTH / 4 - 1])
+    assert [float(r.get('x')) for r in bars] == pytest.approx([0, WIDTH / 4, 0, WIDTH / 2, WIDTH * 3 / 4])
+    assert drawn(svg, 'title')[1].text == 'layer<1>, expert 1: 75.0 %'
+    assert words(svg) == ['layer<1>', 'layer2', 'expert 0', '1', '2']  # the legend names the most experts
+
+
+def test_heat_map_shades_by_the_largest_value_and_writes_the_numbers():
+    svg = heat_map(['0', '1'], ['0', '1', '2'], [[0, 10, 40], [20, 20, 0]], 'digit', 'expert')
+    shades = [float(r.get('fill-opacity')) for r in drawn(svg, 'rect')]
+    assert shades == [0, .12, .5, .25, .25, 0]  # half of value / 40; 0.125 is written with two digits
+    assert words(svg).count('20') == 2 and {'digit', 'expert', '40'} <= set(words(svg))
+
+
+def test_every_colour_is_one_of_the_page():
+    svgs = [scatter([('a', 1, 1, True)], 'x', 'y'), share_bars([('l', [.1] * 10)]), heat_map(['a'], ['b'], [[1]])]
+    for svg in svgs:
+        fills = re.findall(r'(?:fill|stroke)="([^"]+)"', svg)
+        assert all(f == 'currentColor' or f.startswith('var(--') for f in fills)
+    assert expert_colour(0) == expert_colour(8) == 'var(--expert-0)'
