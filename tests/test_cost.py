@@ -391,6 +391,100 @@ def test_condconv_executes_what_it_may_whatever_the_path(batch):
         assert (cost.macs_max, cost.macs_executed) == (batch * one.macs_max, batch * one.macs_max - fewer)
 
 
+# Section 6 of the V-MoE sheet: parameters and active parameters in M, MACs in G, E = 8 and K = 2; then the shape,
+# (patch, D, blocks, of which routed, classes, image size, width of the pre-logits)
+VMOE = [
+    ('vmoe_vit_s', {}, 57.00, 31.80, 1.57, (32, 512, 8, 2, 1000, 224, 512)),
+    ('vmoe_vit_s', dict(representation_size=0), 56.79, 31.59, 4.66, (32, 512, 8, 2, 1000, 384, 0)),
+    ('vmoe_vit_s', dict(moe_layers='every_2'), 86.40, 36.01, 1.78, (32, 512, 8, 4, 1000, 224, 512)),
+    ('vmoe_vit_b', dict(patch_size=32, moe_layers='last_2', representation_size=768), 154.94, 98.27, 4.88,
+     (32, 768, 12, 2, 1000, 224, 768)),
+    ('vmoe_vit_b', dict(patch_size=32, representation_size=768), 287.19, 117.19, 5.83,
+     (32, 768, 12, 6, 1000, 224, 768)),
+    ('vmoe_vit_b', dict(num_classes=21843), 300.97, 130.97, 23.16, (16, 768, 12, 6, 21843, 224, 0)),
+    ('vmoe_vit_b', {}, 285.24, 115.23, 71.84, (16, 768, 12, 6, 1000, 384, 0)),
+    ('vmoe_vit_l', dict(moe_layers='last_2'), 421.86, 321.13, 64.86, (16, 1024, 24, 2, 1000, 224, 0)),
+    ('vmoe_vit_l', {}, 1009.50, 405.15, 81.41, (16, 1024, 24, 12, 1000, 224, 0)),
+    ('vmoe_vit_h', {}, 1091.07, 697.66, 184.15, (14, 1280, 32, 5, 1000, 224, 0)),
+]
+
+
+@pytest.mark.parametrize(('name', 'keywords', 'parameters', 'active', 'giga', 'shape'), VMOE)
+def test_vmoe_costs(name, keywords, parameters, active, giga, shape):
+    P, D, blocks, routed, classes, size, R = shape
+    N = (size // P) ** 2 + 1
+    patches = (N - 1) * 3 * P * P * D
+    attention = blocks * (4 * N * D * D + 2 * N * N * D)
+    mlps = (blocks - routed + 2 * routed) * N * 8 * D * D  # hidden width 4 D; 2 experts in a routed block
+    routers = routed * N * D * 8
+    head = R * D + (R or D) * classes
+    cost = count_model(name, (size, size), **keywords)
+    assert cost.macs_max == patches + attention + mlps + routers + head
+    assert cost.macs_max / 1e9 == pytest.approx(giga, abs=0.0101)  # L/16 is 81.4047, 81.41 in the sheet
+    assert round(cost.parameters / 1e6, 2) == parameters
+    assert round(cost.active_parameters / 1e6, 2) == active
+    assert cost.uncounted == {}
+
+
+def test_vmoe_vit_s_exactly():
+    cost = count_model('vmoe_vit_s')
+    assert cost.parameters == 56_999_400
+    # 6 of 8 experts idle in each of 2 blocks; an expert is 2 * 512 * 2048 weights, 2048 and 512 biases
+    assert cost.active_parameters == 56_999_400 - 2 * 6 * (2 * 512 * 2048 + 2048 + 512)
+
+
+def small_vmoe(**keywords):
+    return timm.create_model(
+        'vmoe_vit_s', img_size=64, patch_size=16, embed_dim=32, depth=4, num_heads=2, representation_size=0,
+        num_classes=5, **keywords).eval()
+
+
+def test_vmoe_executes_at_most_in_evaluation_and_less_where_capacity_drops():
+    x = torch.rand(3, 3, 64, 64)
+    cost = count(small_vmoe(), x)
+    assert cost.macs_executed == cost.macs_max  # by default nothing can be dropped
+    # N 17, 3 images in one group, 2 routed blocks, an expert 2 * 32 * 128. Capacity 4 of 8 experts: at most 32 pairs
+    # of 3 * 17 * 2 = 102 run in each block.
+    tight = count(small_vmoe(capacity=4), x)
+    assert tight.macs_max == cost.macs_max
+    fewer = (tight.macs_max - tight.macs_executed) / (2 * 32 * 128)
+    assert fewer.is_integer() and 2 * (102 - 32) <= fewer <= 2 * (102 - 2 * 4)
+
+
+def test_vmoe_on_meta_pads_and_is_bounded_all_the_same():
+    cpu, meta = small_vmoe(), small_vmoe(device='meta')
+    x = torch.rand(3, 3, 64, 64)
+    cost = count(meta, x.to('meta'))
+    assert cost.macs_executed > cost.macs_max == count(cpu, x).macs_max
+
+
+def test_shared_experts_are_paid_by_every_token():
+    plain, shared = count_model('vmoe_vit_s'), count_model('vmoe_vit_s', num_shared_experts=1)
+    weights = 2 * 512 * 2048
+    assert shared.macs_max - plain.macs_max == 2 * 50 * weights
+    assert shared.active_parameters - plain.active_parameters == 2 * (weights + 2048 + 512)
+
+
+def test_spread_over_images_under_capacity():
+    torch.manual_seed(1)
+    images = torch.rand(6, 1, 3, 64, 64) * torch.arange(6).view(6, 1, 1, 1, 1)
+    costs = count_images(small_vmoe(capacity=4), images)
+    assert len(costs.executed) == 6 and set(costs.at_most) == {count(small_vmoe(), images[0]).macs_max}
+    assert min(costs.executed) < max(costs.executed) < costs.at_most[0]
+    assert min(costs.executed) < costs.mean < max(costs.executed) and costs.std > 0
+
+
 @pytest.mark.parametrize('name', ['condconv_resnet18', 'condconv_efficientnet_b0'])
 def test_ours_agree_with_fvcore_within_a_thousandth(name):
     agrees_with_fvcore(timm.create_model(name, num_experts=2), torch.rand(2, 3, 64, 64))
+
+
+def test_vmoe_agrees_with_fvcore_on_the_path_that_fvcore_traces():
+    model = small_vmoe()
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    x = torch.rand(2, 3, 64, 64)
+    traced = FlopCountAnalysis(model, x).unsupported_ops_warnings(False)
+    products = sum(n for op, n in traced.by_operator().items() if not BEYOND.search(op))
+    # jit.trace cannot follow values, so the layer shows it the padded path, which is the one of meta tensors.
+    assert count(model.to('meta'), x.to('meta')).macs_executed == pytest.approx(products, rel=1e-3)

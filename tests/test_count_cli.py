@@ -1,0 +1,141 @@
+"""`tools/count_flops.py`: what it prints, what it writes, and what it says of input that cannot be used."""
+import json
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import nn
+
+from moe_zoo.analysis import count
+from moe_zoo.analysis.count_cli import count_model, main
+
+TINY = ['vmoe_vit_s', '--img-size', '64', '--model-kwargs', 'patch_size=16', 'embed_dim=32', 'depth=2', 'num_heads=2',
+        'representation_size=0', 'num_classes=5', 'capacity=4', 'head_zero_init=False']
+
+
+def run_cli(arguments, tmp_path):
+    out = tmp_path / 'cost.json'
+    assert main([*arguments, '--json', str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert report['unit'] == 'MACs'
+    return report['models']
+
+
+def test_counts_models_of_both_houses(tmp_path, capsys):
+    routed, dense = run_cli(['vmoe_vit_s', 'resnet18.a1_in1k'], tmp_path)
+    assert (routed['parameters'], routed['macs_max']) == (56_999_400, count_model('vmoe_vit_s').macs_max)
+    assert 'macs_executed' not in routed  # depends on weights and images: of the padded meta path it would be false
+    assert dense['macs_executed'] == dense['macs_max'] == count_model('resnet18').macs_max
+    printed = capsys.readouterr().out
+    assert '56,999,400' in printed and '31,802,856' in printed and '--images DIR measures it' in printed
+
+
+def test_lists_modules_to_a_depth(tmp_path, capsys):
+    main(['vmoe_vit_s', '--depth', '2'])
+    printed = capsys.readouterr().out
+    assert '    blocks.5' in printed and 'blocks.5.mlp' not in printed
+    main(['vmoe_vit_s', '--depth', '0'])
+    assert 'blocks' not in capsys.readouterr().out
+
+
+@pytest.fixture()
+def photos(tmp_path):
+    """Three images, one of them torn, one in a folder below."""
+    folder = tmp_path / 'photos'
+    (folder / 'more').mkdir(parents=True)
+    pixels = (torch.rand(2, 80, 70, 3) * 255).byte().numpy()
+    Image.fromarray(pixels[0]).save(folder / 'b.png')
+    Image.fromarray(pixels[1]).convert('L').save(folder / 'more' / 'a.jpg')
+    (folder / 'torn.png').write_bytes((folder / 'b.png').read_bytes()[:200])
+    return folder
+
+
+def test_counts_what_is_executed_on_images(photos, tmp_path, capsys):
+    weights = tmp_path / 'weights.pth'
+    model = timm.create_model(
+        'vmoe_vit_s', img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2, representation_size=0,
+        num_classes=5, capacity=4)
+    torch.save(model.state_dict(), weights)
+    entry, = run_cli([*TINY, '--images', str(photos), '--weights', str(weights)], tmp_path)
+    executed = entry['executed']
+    assert [row['path'] for row in executed['images']] == [str(photos / 'b.png'), str(photos / 'more' / 'a.jpg')]
+    assert executed['skipped'] == [str(photos / 'torn.png')]
+    rows = [row['macs_executed'] for row in executed['images']]
+    assert all(4 < n < entry['macs_max'] for n in rows)  # capacity drops
+    assert executed['mean'] == sum(rows) / 2 and (executed['min'], executed['max']) == (min(rows), max(rows))
+    transform = create_transform(**resolve_model_data_config(model, {'input_size': (3, 64, 64)}))
+    with Image.open(photos / 'b.png') as image:
+        assert rows[0] == count(model, transform(image).unsqueeze(0)).macs_executed
+    again = run_cli([*TINY, '--images', str(photos), '--weights', str(weights), '--max-images', '1'], tmp_path)
+    assert [row['macs_executed'] for row in again[0]['executed']['images']] == rows[:1]
+    printed = capsys.readouterr()
+    assert 'executed on 2 images, 1 unreadable skipped' in printed.out
+    assert 'torn.png' in printed.err
+
+
+class Spectrum(nn.Module):
+    def forward(self, x):
+        return torch.fft.rfft(x).abs()
+
+
+def test_names_what_it_did_not_count(tmp_path, capsys, monkeypatch):
+    build = timm.create_model
+
+    def with_spectrum(name, **kwargs):
+        model = build(name, **kwargs)
+        model.fc = nn.Sequential(model.fc, Spectrum())
+        return model
+
+    monkeypatch.setattr(timm, 'create_model', with_spectrum)
+    entry, = run_cli(['resnet18', '--model-kwargs', 'num_classes=4'], tmp_path)
+    assert entry['uncounted'] == {'aten._fft_r2c': ['fc.1']}
+    assert 'resnet18: NOT COUNTED aten._fft_r2c, in fc.1' in capsys.readouterr().out
+
+
+BAD = {
+    'nothing': ([], 'Give the names of models, or --config-file'),
+    'unknown': (['vmoe_vit_t'], "timm and moe_zoo have no model 'vmoe_vit_t'. Did you mean 'vmoe_vit_"),
+    'keyword': (['resnet18', '--model-kwargs', 'experts=4'], 'resnet18 cannot be built with experts=4: '),
+    'pair': (['resnet18', '--model-kwargs', 'experts'], "--model-kwargs: 'experts' is not of the form key=value."),
+    'size': (['resnet18', '--img-size', '3', '4', '5'], "--img-size: '3 4 5' is not one positive side, or a height"),
+    'fixed': (['mixer_b16_224', '--img-size', '256'], 'mixer_b16_224 cannot be run on (1, 3, 256, 256): Input height'),
+    'folder': (['resnet18', '--images', 'nowhere'], "--images: 'nowhere' is not a folder."),
+    'weights alone': (['resnet18', '--weights', 'x.pth'], '--weights matters only for what is executed on images'),
+    'experts': (['vmoe_vit_s', '--model-kwargs', 'num_selected=9'], 'vmoe_vit_s cannot be built with num_selected=9: '),
+}
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_bad_input_is_one_sentence(case, capsys):
+    arguments, sentence = BAD[case]
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f'error: {sentence}') and error.count('\n') == 1, error
+
+
+def test_bad_folders_and_weights_are_one_sentence(photos, tmp_path, capsys):
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'torn.pth').write_bytes(b'PK torn')
+    torch.save({'state_dict': {'stranger': torch.zeros(1)}}, tmp_path / 'foreign.pth')
+    cases = [(['--images', str(tmp_path / 'empty')], 'holds no readable image (0 unreadable; looked for .bmp')]
+    for name in ('torn.pth', 'foreign.pth', 'missing.pth'):
+        cases.append((['--images', str(photos), '--weights', str(tmp_path / name)], f"{name}' cannot be loaded into"))
+    for arguments, sentence in cases:
+        with pytest.raises(SystemExit) as exit:
+            main(['resnet18', *arguments])
+        assert exit.value.code == 2
+        error = capsys.readouterr().err
+        assert sentence in error and error.count('\n') == 1, error
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(['--help'])
+    assert exit.value.code == 0
+    printed = capsys.readouterr().out
+    for part in ('--config-file', '--images', 'multiply-accumulate', 'without padding', 'condconv_resnet50 resnet50'):
+        assert part in printed
