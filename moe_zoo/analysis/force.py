@@ -64,9 +64,8 @@ def rewrite_routing(
 
 def _inside_other(path: str, name: str, layers: Dict[str, RoutedLayer]) -> bool:
     """Whether a module under the layer `name` belongs to another routed layer, nested in it."""
-    return any(
-        other != name and other.startswith(f'{name}.' if name else '') and f'{path.lstrip(".")}.'.startswith(f'{other}.')
-        for other in layers)
+    nested = [other for other in layers if other != name and other.startswith(f'{name}.' if name else '')]
+    return any(f'{path.lstrip(".")}.'.startswith(f'{other}.') for other in nested)
 
 
 def force_expert(model: nn.Module, expert: int, layer: Optional[str] = None, keep_mass: bool = False):
