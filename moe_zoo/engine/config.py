@@ -110,8 +110,7 @@ def load_config(
     """
     source = 'the configuration' if isinstance(config, Mapping) else f"'{config}'"
     given = dict(config if isinstance(config, Mapping) else _read_yaml(find_config(config)))
-    if not isinstance(overrides, Mapping):
-        overrides = dict(_split_override(text) for text in overrides)
+    overrides = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
     values = {name: _copy(default) for name, (_, default) in OPTIONS.items()}
     for where, entries in ((source, given), ('the command line', overrides)):
         for key, value in entries.items():
@@ -156,6 +155,15 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise InputError(f"The config '{path}' must hold 'name: value' lines, not a {type(content).__name__}.")
     return content
+
+
+def parse_overrides(texts: Sequence[str]) -> Dict[str, Any]:
+    """`key=value` strings as a mapping.
+
+    Raises:
+        InputError: A text has no `=`.
+    """
+    return dict(_split_override(text) for text in texts)
 
 
 def _split_override(text: str) -> tuple:

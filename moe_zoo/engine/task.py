@@ -4,7 +4,7 @@ Distribution, compilation, EMA, accumulation and checkpoint state are inherited.
 (`moe-zoo run train.py`), which divides, scales and differentiates `result['loss']` and nothing else.
 Letters: B images, E experts.
 """
-import logging
+import warnings
 import weakref
 from typing import Any, Dict, List, Optional
 
@@ -16,8 +16,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..losses import auxiliary_losses, balance
 from ..routing import Routing, end_step, trace_routing
-
-_logger = logging.getLogger(__name__)
 
 
 class MoEClassificationTask(ClassificationTask):
@@ -75,7 +73,8 @@ class MoEClassificationTask(ClassificationTask):
         model = unwrap_model(self.trainable_module)
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
-        with trace_routing(model) as trace:
+        with trace_routing(model) as trace, warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # checkpointing complains where there is no gradient
             model(input)
         for module, training in modes:
             module.training = training
@@ -98,11 +97,8 @@ def _end_step_after_optimizer(task: MoEClassificationTask) -> None:
 
     def hook(optimizer: torch.optim.Optimizer, *_) -> None:
         model = watched()
-        if model is None:
-            handle.remove()
-            return
-        parameters = {id(p) for p in model.parameters()}
+        parameters = {id(p) for p in model.parameters()} if model is not None else ()
         if any(id(p) in parameters for group in optimizer.param_groups for p in group['params'][:1]):
             end_step(model)
 
-    handle = register_optimizer_step_post_hook(hook)
+    weakref.finalize(model, register_optimizer_step_post_hook(hook).remove)

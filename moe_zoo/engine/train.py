@@ -1,0 +1,546 @@
+"""Train a classification model from a recipe: `tools/train_imagenet.py`, `moe-zoo train-imagenet`.
+
+One loop on timm's parts. What it adds to timm's train.py: auxiliary losses and expert balance in every log, resuming
+that repeats the uninterrupted run exactly on CPU, and a dense twin trained on the same batches.
+"""
+import argparse
+import contextlib
+import functools
+import math
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Union
+
+import torch
+import torch.distributed as dist
+import yaml
+from timm import utils
+from timm.data import resolve_data_config
+from timm.models import safe_model_name
+from timm.utils import NativeScaler, dispatch_clip_grad, unwrap_model
+
+from ..errors import InputError, atomic_write, exit_on_input_error
+from ..layers import RoutedLayer
+from .build import build_model, build_optimizer, build_schedule, criterion_kwargs, open_device, prepare_model
+from .checkpoint import AtomicCheckpointSaver, check_fits, find_weights, read_checkpoint
+from .config import OPTIONS, load_config, options_help, parse_overrides
+from .data import create_loaders, open_datasets
+from .evaluate import evaluate_loader, report_corrupt
+from .log import BalanceWatch, Clock, EpochLog, Reporter, describe_balance, describe_losses, duration, track
+from .random_state import get_random_state, iterate_apart, seed_stream, set_random_state
+from .task import MoEClassificationTask
+
+NEVER = torch.iinfo(torch.int64).max
+
+
+class Trainer:
+    """One run: everything that a recipe names, built, and the loop over it.
+
+    Args:
+        args: Options, see `moe_zoo.engine.config`; completed in place (classes, learning rate, ranks).
+        reporter: Where the run is told.
+        strict_data: Refuse unreadable images instead of skipping them.
+
+    Raises:
+        InputError: Something that was given cannot be used.
+    """
+
+    def __init__(self, args: argparse.Namespace, reporter: Reporter, strict_data: bool = False):
+        self.args, self.reporter = args, reporter
+        self.device = open_device(args)
+        reporter.primary = utils.is_primary(args)
+        utils.random_seed(args.seed, args.rank)
+        self.train_set, self.eval_set = open_datasets(args, strict_data)
+        model = build_model(args)
+        self.data_config = resolve_data_config(vars(args), model=model)
+        self.loaders = create_loaders(args, self.data_config, self.train_set, self.eval_set, self.device)
+        model = prepare_model(args, model, self.device)
+        self.routed = any(isinstance(module, RoutedLayer) for module in model.modules())
+        self.autocast, self.scaler = mixed_precision(args, self.device)
+        self.optimizer = build_optimizer(args, model)
+        mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+        self.task = MoEClassificationTask(
+            model,
+            criterion_kwargs=criterion_kwargs(args, mixes),
+            device=self.device,
+            dtype=getattr(torch, args.model_dtype or 'float32'),
+            verbose=False,
+        )
+        if args.model_ema:
+            cpu = 'cpu' if args.model_ema_force_cpu else None
+            self.task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=cpu)
+        self.batches = len(self.loaders.train)
+        self.updates = math.ceil(self.batches / args.grad_accum_steps)
+        self.schedule, epochs = build_schedule(args, self.optimizer, self.updates)
+        self.stop = min(epochs, args.stop_epoch or epochs)
+        self.watch = BalanceWatch(args.model)
+        self.log = EpochLog()
+        self.epoch = self.batch = 0  # where the next step belongs
+        self.random: Optional[List[Dict[str, Any]]] = None  # states to continue an epoch with, by rank
+        self.first_bad = torch.full((), NEVER, device=self.device)
+        self.saver: Optional[AtomicCheckpointSaver] = None
+
+    def resume(self, path: Path) -> None:
+        """Continue where a checkpoint was written. Call before `start`.
+
+        Raises:
+            InputError: The file is not a checkpoint of a run of this model.
+        """
+        args, checkpoint = self.args, read_checkpoint(path)
+        model = unwrap_model(self.task.trainable_module)
+        weights = find_weights(checkpoint, path)
+        check_fits(model, weights, path, args.model)
+        if 'optimizer' not in checkpoint or 'epoch' not in checkpoint:
+            raise InputError(f"'{path}' holds weights but no state of a run: use initial_checkpoint={path} instead.")
+        self.task.load_checkpoint_state(weights)
+        if args.model_ema:
+            averaged = find_weights(checkpoint, path, use_ema='state_dict_ema' in checkpoint)
+            self.task.load_checkpoint_state(averaged, ema=True)
+        if not args.no_resume_opt:
+            self._load_optimizer(checkpoint, path)
+        run = checkpoint.get('moe_zoo') or {'epoch': checkpoint['epoch'] + 1, 'batch': 0}
+        self.epoch, self.batch, self.random = run['epoch'], run['batch'], run.get('random')
+        self.watch.seen = set(run.get('warned_of', ()))
+        if self.batch and self.random is not None:
+            self.log.load_state_dict(run['logs'][args.rank])
+        if args.start_epoch is not None:
+            self.epoch, self.batch = args.start_epoch, 0
+
+    def _load_optimizer(self, checkpoint: Mapping[str, Any], path: Path) -> None:
+        try:
+            self.optimizer.load_state_dict(checkpoint['optimizer'])
+        except (ValueError, KeyError) as error:
+            raise InputError(
+                f"The optimiser state of '{path}' does not fit opt={self.args.opt}: {error}; no_resume_opt=true leaves it"
+                ' out.') from error
+        if self.scaler is not None and self.scaler.state_dict_key in checkpoint:
+            self.scaler.load_state_dict(checkpoint[self.scaler.state_dict_key])
+        schedule = (checkpoint.get('moe_zoo') or {}).get('plateau')
+        if schedule is not None and self.args.sched == 'plateau':
+            self.schedule.lr_scheduler.load_state_dict(schedule)
+
+    def start(self, folder: Path, resumed: Optional[Path] = None) -> None:
+        """Wrap the model (compilation, DDP), open the logs, bring the schedule to where the run is."""
+        args = self.args
+        if args.torchcompile:
+            self.task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        if args.distributed:
+            self.task.prepare_distributed(device_ids=[self.device], broadcast_buffers=not args.no_ddp_bb)
+        if self.schedule is not None and args.sched != 'plateau':
+            if args.sched_on_updates:
+                self.schedule.step_update(self.epoch * self.updates + self.batch // args.grad_accum_steps)
+            else:
+                self.schedule.step(self.epoch)
+        self.folder = folder
+        if not self.reporter.primary:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.saver = AtomicCheckpointSaver(
+            unwrap_model(self.task.trainable_module), self.optimizer, args=args, amp_scaler=self.scaler, task=self.task,
+            checkpoint_dir=str(folder), recovery_dir=str(folder), decreasing=args.eval_metric == 'loss',
+            max_history=args.checkpoint_hist, run_state=self._run_state)
+        if resumed is not None and resumed.resolve().parent == folder.resolve():
+            self.saver.load_state_dict_from_checkpoint(str(resumed))
+        with atomic_write(folder / 'args.yaml') as temporary:
+            temporary.write_text(yaml.safe_dump({k: v for k, v in vars(args).items() if k in OPTIONS}))
+        self.reporter.open(folder, self.epoch)
+
+    def fit(self) -> None:
+        """Train from the current epoch to the last, evaluating and saving after each."""
+        args = self.args
+        self.clock = Clock(self.stop * self.batches, self.epoch * self.batches + self.batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        while self.epoch < self.stop:
+            started = time.monotonic()
+            self.train_epoch()
+            losses, balance = self.log.means(), self.log.balance()
+            rates = [group['lr'] for group in self.optimizer.param_groups]
+            last = self.epoch + 1 == self.stop
+            milestone = self.epoch + 1 in (args.save_epochs or ())
+            metrics = self.evaluate() if last or milestone or (self.epoch + 1) % args.val_interval == 0 else {}
+            row = {
+                'epoch': self.epoch,
+                **{f'train_{name}': value for name, value in losses.items()},
+                **{f'eval_{name}': value for name, value in metrics.items()},
+                'lr': sum(rates) / len(rates),
+                **{f'balance_{layer}': float(measures['entropy']) for layer, measures in balance.items()},
+                **{f'dropped_{layer}': float(measures['dropped']) for layer, measures in balance.items()},
+            }
+            key = ('ema_' if f'ema_{args.eval_metric}' in metrics else '') + args.eval_metric
+            metric = metrics.get(key, losses['loss'] if self.eval_set is None else None)
+            self.epoch, self.batch, self.random = self.epoch + 1, 0, None
+            self.log = EpochLog()
+            if self.schedule is not None:
+                self.schedule.step(self.epoch, metric)
+            for message in self.watch.check(balance, self.routed):
+                self.reporter.warn(message)
+            row['seconds'] = time.monotonic() - started
+            self._save(row, metric, milestone)
+            self._tell(row, losses, metrics, balance)
+        self.reporter.close()
+
+    def train_epoch(self) -> None:
+        """One pass over the training data, or what is left of one."""
+        args, loader, first = self.args, self.loaders.train, self.batch
+        seed_stream(args.seed, self.epoch, args.rank)
+        if first and self.random is not None:
+            set_random_state(self.random[args.rank])
+        for part in (self.train_set, getattr(loader, 'sampler', None)):
+            if hasattr(part, 'set_epoch'):
+                part.set_epoch(self.epoch)
+        self._mixup_until(args.mixup_off_epoch)
+        self.task.trainable_module.train()
+        batches = iterate_apart(loader, args.seed, self.epoch, args.rank)
+        title = f'epoch {self.epoch + 1}/{self.stop}'
+        for index, (images, target) in enumerate(track(self.reporter, batches, self.batches, title)):
+            if index < first:
+                continue  # trained before the run was interrupted
+            self.train_batch(index, images, target)
+            self.batch = index + 1
+            update = self.batch // args.grad_accum_steps
+            if self.batch % args.grad_accum_steps == 0:
+                self._check_finite(update % args.log_interval == 0)
+                if update % args.log_interval == 0:
+                    self._tell_progress(title, update)
+                if args.recovery_interval and update % args.recovery_interval == 0:
+                    self._save_recovery(index)
+        self._check_finite(True)
+        if hasattr(self.optimizer, 'sync_lookahead'):
+            self.optimizer.sync_lookahead()
+        self.log.reduce()
+
+    def train_batch(self, index: int, images: torch.Tensor, target: torch.Tensor) -> None:
+        """Forward, backward and, at the end of an accumulation, the update."""
+        args, accumulate = self.args, self.args.grad_accum_steps
+        whole = self.batches - self.batches % accumulate
+        parts = accumulate if index < whole else self.batches % accumulate
+        update = (index + 1) % accumulate == 0 or index + 1 == self.batches
+        images, target = self._to_device(images, target)
+        if self.loaders.mixup is not None:
+            images, target = self.loaders.mixup(images, target)
+        with contextlib.nullcontext() if update else self.task.no_sync():
+            with self.autocast():
+                result = self.task(images, target)
+            self._notice_bad(result)
+            # The auxiliary losses are inside: divided and scaled exactly as the task's loss.
+            self._backward(result['loss'] / parts, update)
+        self.log.add(result, len(images))
+        if update:
+            self.optimizer.zero_grad(set_to_none=True)
+            number = self.epoch * self.updates + index // accumulate + 1
+            self.task.update_ema(step=number)
+            if self.schedule is not None:
+                self.schedule.step_update(number)
+            if args.synchronize_step and self.device.type == 'cuda':
+                torch.cuda.synchronize()
+
+    def _backward(self, loss: torch.Tensor, update: bool) -> None:
+        args = self.args
+        parameters = self.task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
+        create_graph = getattr(self.optimizer, 'is_second_order', False)
+        if self.scaler is not None:
+            self.scaler(loss, self.optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode, parameters=parameters,
+                        create_graph=create_graph, need_update=update)
+            return
+        loss.backward(create_graph=create_graph)
+        if update:
+            if args.clip_grad is not None:
+                dispatch_clip_grad(parameters, value=args.clip_grad, mode=args.clip_mode)
+            self.optimizer.step()
+
+    def _to_device(self, images: torch.Tensor, target: torch.Tensor) -> tuple:
+        if not self.args.prefetcher:
+            dtype = getattr(torch, self.args.model_dtype or 'float32')
+            images, target = images.to(self.device, dtype), target.to(self.device)
+        if self.args.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, target
+
+    def _mixup_until(self, epoch: int) -> None:
+        if epoch and self.epoch >= epoch:
+            for mixing in (self.loaders.train, self.loaders.mixup):
+                if hasattr(mixing, 'mixup_enabled'):
+                    mixing.mixup_enabled = False
+
+    def _notice_bad(self, result: Mapping[str, Any]) -> None:
+        """Remember the first step whose loss is not finite, without waiting for the device."""
+        step = torch.full_like(self.first_bad, self.epoch * self.batches + self.batch)
+        never = torch.full_like(self.first_bad, NEVER)
+        found = torch.where(torch.isfinite(result['loss'].detach()), never, step)
+        self.first_bad = torch.minimum(self.first_bad, found)
+        if self.device.type == 'cpu' and not self.args.distributed:
+            self._check_finite(True)
+
+    def _check_finite(self, now: bool) -> None:
+        """Raises: InputError: A loss was not finite. Waits for the device, and for the other ranks."""
+        if not now:
+            return
+        first = self.first_bad.clone()
+        if self.args.distributed:
+            dist.all_reduce(first, dist.ReduceOp.MIN)
+        if int(first) == NEVER:
+            return
+        epoch, batch = divmod(int(first), self.batches)
+        kept = self.folder / 'last.pth.tar'
+        good = f"The last good checkpoint is '{kept}'" if kept.is_file() else 'No checkpoint had been written yet'
+        raise InputError(
+            f'The loss is not finite (NaN or infinite) at step {batch + 1} of {self.batches} in epoch {epoch + 1};'
+            f' training stopped. {good}; lower lr, lengthen warmup_epochs or set clip_grad.')
+
+    def evaluate(self) -> Dict[str, float]:
+        """Metrics of the model and, with a prefix, of its moving average."""
+        args, metrics = self.args, {}
+        if args.distributed and args.dist_bn:
+            utils.distribute_bn(self.task.trainable_module, args.world_size, args.dist_bn == 'reduce')
+        if self.loaders.eval is None:
+            return metrics
+        averaged = self.task.get_eval_model(ema=True) if args.model_ema and not args.model_ema_force_cpu else None
+        for prefix, model in (('', self.task.get_eval_model()), ('ema_', averaged)):
+            if model is not None:
+                found = evaluate_loader(model, self.loaders.eval, self.task.create_evaluator(), args, self.device,
+                                        self.autocast)
+                metrics.update({prefix + name: value for name, value in found.items()})
+        return metrics
+
+    def _run_state(self) -> Dict[str, Any]:
+        """What a checkpoint adds to timm's: where the run is."""
+        state = {'epoch': self.epoch, 'batch': self.batch, 'warned_of': sorted(self.watch.seen)}
+        if self.batch:
+            state.update(random=self.random, logs=self._logs)
+        if self.args.sched == 'plateau':
+            state['plateau'] = self.schedule.lr_scheduler.state_dict()
+        return state
+
+    def _save(self, row: Dict[str, Any], metric: Optional[float], milestone: bool) -> None:
+        if self.saver is None:
+            return
+        self.saver.save_checkpoint(row['epoch'], metric)
+        if milestone:
+            self.saver.save_milestone(row['epoch'] + 1)
+
+    def _save_recovery(self, index: int) -> None:
+        """A checkpoint inside an epoch, with the random states and sums of every rank."""
+        self.random = _gather(get_random_state(), self.args)
+        self._logs = _gather(self.log.state_dict(), self.args)
+        if self.saver is not None:
+            self.saver.save_recovery(self.epoch, index)
+
+    def _tell_progress(self, title: str, update: int) -> None:
+        left = self.clock.left(self.epoch * self.batches + self.batch)
+        text = f'{describe_losses(self.log.means())}  left {left}'
+        if self.reporter.bar is not None:
+            self.reporter.bar.status(text)
+        else:
+            self.reporter.say(f'{title} [{update}/{self.updates}]  {text}')
+
+    def _tell(self, row: Mapping[str, Any], losses: Mapping, metrics: Mapping, balance: Mapping) -> None:
+        self.reporter.add_epoch(row, balance)
+        shown = '  '.join(f'{name} {value:.4g}' for name, value in metrics.items())
+        self.reporter.say(
+            f'epoch {row["epoch"] + 1}/{self.stop}  {describe_losses(losses)}  | {shown}  |'
+            f' {row["seconds"]:.1f} s, left {self.clock.left(self.epoch * self.batches)}')
+        if balance:
+            self.reporter.say(f'  balance (1 is even)  {describe_balance(balance)}')
+        report_corrupt(self.reporter, self.train_set, self.eval_set)
+
+
+def _gather(value: Any, args: argparse.Namespace) -> List[Any]:
+    if not args.distributed:
+        return [value]
+    values: List[Any] = [None] * args.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def mixed_precision(args: argparse.Namespace, device: torch.device) -> tuple:
+    """(autocast context factory, loss scaler or None). On CPU mixed precision is bfloat16: float16 needs a scaler."""
+    if not args.amp:
+        return contextlib.nullcontext, None
+    half = args.amp_dtype == 'float16' and device.type != 'cpu'
+    dtype = torch.float16 if half else torch.bfloat16
+    scaler = NativeScaler(device=device.type) if half and device.type == 'cuda' else None
+    return functools.partial(torch.autocast, device_type=device.type, dtype=dtype), scaler
+
+
+def train(
+        config: Union[str, Path, Mapping[str, Any]],
+        overrides: Union[Sequence[str], Mapping[str, Any]] = (),
+        *,
+        output: Optional[Union[str, Path]] = None,
+        resume: Optional[Union[str, Path]] = None,
+        strict_data: bool = False,
+        expect_routing: bool = True,
+        quiet: bool = False,
+        on_epoch: Optional[Callable[[Dict[str, Any]], None]] = None,
+) -> Dict[str, Any]:
+    """Train one model.
+
+    Args:
+        config: A recipe: a YAML file or its content, with timm's argument names.
+        overrides: `key=value` strings or a mapping that win over it.
+        output: Folder of the run; otherwise `output`/`experiment` of the recipe.
+        resume: A checkpoint, or 'auto': the last one in the folder of the run, if there is one.
+        strict_data: Refuse unreadable images.
+        expect_routing: Warn where nothing routes; a dense twin does not.
+        quiet: Print warnings only.
+        on_epoch: Called with a row of numbers after every epoch.
+
+    Returns:
+        model, primary (whether this is the first rank), folder, checkpoint (last), best (checkpoint of the best metric), epochs, seconds of training and
+        evaluation, history (rows of summary.csv), the final top1, top5 and loss, parameters, active_parameters, macs
+        (at most, of one image), warnings and corrupt (paths of skipped images).
+
+    Raises:
+        InputError: Something that was given cannot be used, the loss is not finite, or the disk is full.
+    """
+    args = load_config(config, overrides)
+    reporter = Reporter(quiet, on_epoch)
+    trainer = Trainer(args, reporter, strict_data)
+    if not expect_routing:
+        trainer.watch.seen.add('')
+    folder, checkpoint = _folder_and_checkpoint(trainer, output, resume or args.resume or None)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+        reporter.say(f"continuing from '{checkpoint}' at epoch {trainer.epoch + 1} of {trainer.stop}")
+    trainer.start(folder, checkpoint)
+    _introduce(trainer)
+    trainer.fit()
+    return _result(trainer)
+
+
+def _folder_and_checkpoint(trainer: Trainer, output: Optional[Union[str, Path]], resume: Optional[Union[str, Path]]):
+    """Where the run writes, and what it continues (None: it starts anew). The first rank decides for all."""
+    chosen: List[Any] = [None, None, None]
+    if trainer.reporter.primary:
+        chosen = list(_choose_folder(trainer.args, trainer.data_config['input_size'][-1], output, resume))
+    if trainer.args.distributed:
+        dist.broadcast_object_list(chosen)
+    folder, checkpoint, problem = chosen
+    if problem:
+        raise InputError(problem)
+    return folder, checkpoint
+
+
+def _choose_folder(args: argparse.Namespace, size: int, output: Any, resume: Any) -> tuple:
+    """(folder, checkpoint or None, sentence for the user where neither can be)."""
+    base, stem = Path(args.output or 'output/train'), f'{safe_model_name(args.model)}-{size}'
+    named = Path(output) if output else base / args.experiment if args.experiment else None
+    if resume and str(resume) != 'auto':
+        path = Path(resume)
+        return named or path.parent, path, None
+    if resume and named is None:
+        runs = sorted(base.glob(f'*-{stem}/last.pth.tar'), key=lambda path: path.stat().st_mtime)
+        named = runs[-1].parent if runs else None
+    folder = named or base / f'{datetime.now():%Y%m%d-%H%M%S}-{stem}'
+    last = folder / 'last.pth.tar'
+    if resume:
+        return folder, last if last.is_file() else None, None
+    problem = None
+    if last.is_file():
+        problem = f"'{folder}' already holds a run: add --resume to continue it, or name another experiment=NAME."
+    return folder, None, problem
+
+
+def _introduce(trainer: Trainer) -> None:
+    args, model = trainer.args, unwrap_model(trainer.task.trainable_module)
+    count = sum(p.numel() for p in model.parameters())
+    size = 'x'.join(map(str, trainer.data_config['input_size']))
+    layers = sum(isinstance(m, RoutedLayer) for m in model.modules())
+    trainer.reporter.say(
+        f'{args.model}: {count:,} parameters, {layers} routed layers, {args.num_classes} classes, input {size};'
+        f' {len(trainer.train_set):,} images, {trainer.updates} updates an epoch, {args.world_size} process'
+        f'{"es" if args.world_size > 1 else ""} on {trainer.device}; writing to {trainer.folder}')
+
+
+def _result(trainer: Trainer) -> Dict[str, Any]:
+    from ..analysis.cost import count
+    args, rows = trainer.args, trainer.reporter.rows
+    model = unwrap_model(trainer.task.trainable_module)
+    image = torch.zeros(1, *trainer.data_config['input_size'], device=trainer.device, dtype=trainer.task.dtype)
+    cost = count(model, image)
+    final = next((row for row in reversed(rows) if 'eval_top1' in row), {})
+    best = trainer.folder / 'model_best.pth.tar'
+    last = trainer.folder / 'last.pth.tar'
+    averaged = 'ema_' if 'eval_ema_top1' in final else ''
+    return {
+        'model': args.model,
+        'primary': trainer.reporter.primary,
+        'folder': str(trainer.folder),
+        'checkpoint': str(last),
+        'best': str(best if best.is_file() else last),
+        'epochs': trainer.epoch,
+        'seconds': sum(row['seconds'] for row in rows),
+        'history': rows,
+        **{name: final.get(f'eval_{averaged}{name}') for name in ('top1', 'top5', 'loss')},
+        'parameters': cost.parameters,
+        'active_parameters': cost.active_parameters,
+        'macs': cost.macs_max,
+        'warnings': trainer.reporter.warnings,
+        'corrupt': report_corrupt(trainer.reporter, trainer.train_set, trainer.eval_set),
+    }
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; everything of a recipe is `key=value`."""
+    result = argparse.ArgumentParser(
+        description='Train a classification model from a YAML recipe with the argument names of timm\'s train.py.',
+        epilog=f'Options, in the recipe or as key=value, with their defaults: {options_help()}. '
+               'Several processes: torchrun --nproc_per_node=N tools/train_imagenet.py ...')
+    result.add_argument('--config', '-c', metavar='FILE', help='recipe, for example configs/imagenet/vmoe_vit_s.yaml')
+    result.add_argument('--data-dir', metavar='DIR', help='folder with a folder for each split')
+    result.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
+                        help='continue from the last checkpoint of the run, or from this one')
+    result.add_argument('--strict-data', action='store_true', help='refuse corrupt images instead of skipping them')
+    result.add_argument('--twin', action='store_true',
+                        help='also train the dense twin on the same batches and print the paired difference')
+    result.add_argument('--seeds', nargs='+', metavar='N', help='one run for each seed; prints mean and deviation')
+    result.add_argument('options', nargs='*', metavar='key=value', help='options that win over the recipe')
+    return result
+
+
+def parse(argv: Optional[Sequence[str]], arguments: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse a command line whose flags and `key=value` options may stand in any order.
+
+    Raises:
+        InputError: A flag is unknown; options of timm are given without dashes.
+    """
+    flags, unknown = arguments.parse_known_args(argv)
+    for text in [text for text in unknown if text.startswith('-')]:
+        name = text.lstrip('-').partition('=')[0]
+        raise InputError(f"Unknown flag {text!r}: options of the recipe are given as {name.replace('-', '_')}=VALUE.")
+    flags.options += unknown
+    for name in ('resume', 'seeds'):  # flags with an open number of values swallow the options after them
+        values = getattr(flags, name, None)
+        if name == 'resume' and values and '=' in values and not Path(values).exists():
+            flags.options.append(values)
+            flags.resume = 'auto'
+        elif name == 'seeds' and values:
+            flags.options += [value for value in values if '=' in value]
+            flags.seeds = [value for value in values if '=' not in value]
+    return flags
+
+
+@exit_on_input_error
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command line; returns the exit code."""
+    from .compare import run_all
+    flags = parse(argv, parser())
+    if not flags.config and not any(option.startswith('model=') for option in flags.options):
+        raise InputError('Nothing to train: give --config FILE, or at least model=NAME.')
+    overrides = parse_overrides(flags.options)
+    if flags.data_dir:
+        overrides['data_dir'] = flags.data_dir
+    try:
+        seeds = None if flags.seeds is None else [int(seed) for seed in flags.seeds]
+    except ValueError:
+        raise InputError(f'--seeds {" ".join(flags.seeds)}: seeds are whole numbers.') from None
+    run_all(
+        flags.config or {}, overrides, seeds=seeds, twin=flags.twin, resume=flags.resume, strict_data=flags.strict_data)
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())
