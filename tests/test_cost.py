@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import torchvision
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from moe_zoo.analysis import count, count_images
@@ -76,6 +77,7 @@ def test_operators_against_closed_forms(device):
 def test_attention_counts_both_products(device):
     q = torch.rand(2, 3, 5, 4, device=device)  # 2 images, 3 heads, 5 tokens, 4 channels a head
     assert macs(F.scaled_dot_product_attention, q, q, q) == 2 * 3 * (5 * 5 * 4) * 2
+    assert set(count(Call(F.scaled_dot_product_attention), (q, q, q)).by_operator) == {'aten.bmm'}
     # 8 channels, 5 tokens of 2 images. in 5*8*24, out 5*8*8, two products of 2 heads 5*5*4, an image; the fast path of
     # nn.MultiheadAttention in evaluation mode would hide the products
     x = torch.rand(5, 2, 8, device=device)
@@ -85,6 +87,16 @@ def test_attention_counts_both_products(device):
     layer = nn.TransformerEncoderLayer(8, 2, 16, device=device).eval()
     assert macs(layer, x) == 2 * (960 + 320 + 400 + 2 * 5 * 8 * 16)
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_model_that_insists_on_a_fused_kernel_is_counted_all_the_same():
+    def attention(q):
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(q, q, q)
+
+    q = torch.rand(2, 3, 5, 4)
+    assert macs(attention, q) == 2 * 3 * (5 * 5 * 4) * 2
+    assert set(count(Call(attention), q).by_operator) == {'aten._scaled_dot_product_flash_attention_for_cpu'}
 
 
 def test_a_convolution_per_image_costs_one_convolution_per_image():
@@ -278,6 +290,7 @@ def test_images_are_counted_one_at_a_time():
     costs = count_images(nn.Conv2d(1, 1, 1), (torch.rand(1, 1, 1, n) for n in (2, 4, 9)))
     assert costs.executed == costs.at_most == (2, 4, 9)
     assert costs.mean == 5
+    assert costs.by_module == costs.by_module_max == {'': 5}
     assert costs.std == pytest.approx(math.sqrt((9 + 1 + 16) / 2))
     assert count_images(nn.Conv2d(1, 1, 1), [torch.rand(1, 1, 1, 3)]).std == 0
 
@@ -472,6 +485,9 @@ def test_spread_over_images_under_capacity():
     assert len(costs.executed) == 6 and set(costs.at_most) == {count(small_vmoe(), images[0]).macs_max}
     assert min(costs.executed) < max(costs.executed) < costs.at_most[0]
     assert min(costs.executed) < costs.mean < max(costs.executed) and costs.std > 0
+    assert costs.by_module[''] == costs.mean
+    assert costs.by_module['blocks.3.mlp'] < costs.by_module_max['blocks.3.mlp']
+    assert costs.by_module['blocks.2'] == costs.by_module_max['blocks.2']  # dense
 
 
 @pytest.mark.parametrize('name', ['condconv_resnet18', 'condconv_efficientnet_b0'])

@@ -1,5 +1,6 @@
 """`tools/count_flops.py`: what it prints, what it writes, and what it says of input that cannot be used."""
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -75,6 +76,44 @@ def test_counts_what_is_executed_on_images(photos, tmp_path, capsys):
     assert 'torn.png' in printed.err
 
 
+CONFIG = str(Path(__file__).resolve().parents[1] / 'configs' / 'coco' / 'retinanet_{}_r50_fpn_1x.yaml')
+
+
+def test_detector_from_its_config(photos, tmp_path, capsys):
+    pytest.importorskip('detectron2')
+    from detectron2.utils.analysis import FlopCountAnalysis
+
+    from moe_zoo.detection import count_inputs
+    overrides = ['MODEL.RETINANET.NUM_CLASSES', '3', 'INPUT.MIN_SIZE_TEST', '64', 'INPUT.MAX_SIZE_TEST', '96']
+    config = CONFIG.format('moe_res5')
+    arguments = ['--config-file', config, '--img-size', '64x128', '--images', str(photos), *overrides]
+    entry, = run_cli(arguments, tmp_path)
+    cfg, model = count_inputs.load(config, overrides)
+    assert entry['input_size'] == [3, 64, 128]
+    # Images of 80 x 70 become 73 x 64, padded to 96 x 64: three quarters of the blank image's 64 x 128.
+    assert [row['macs_max'] / entry['macs_max'] for row in entry['executed']['images']] == [
+        pytest.approx(3 / 4, rel=0.02)] * 2
+    assert ' images ' in capsys.readouterr().out  # instead of a size that was not run
+    # fvcore traces the same forward; detectron2's own operators without products are its unsupported ones
+    inputs = count_inputs.read(cfg, photos / 'b.png')
+    traced = FlopCountAnalysis(model.eval(), inputs).unsupported_ops_warnings(False)
+    products = sum(n for op, n in traced.by_operator().items() if 'norm' not in op and 'pool' not in op)
+    assert count(model, inputs).macs_executed == pytest.approx(products, rel=1e-3)
+    # two of four experts idle: an expert is res5 of ResNet-50 without the affine parameters of its frozen norms
+    expert = 1024 * 512 + 9 * 512 * 512 + 512 * 2048 + 1024 * 2048 + 2 * (2048 * 512 + 9 * 512 * 512 + 512 * 2048)
+    assert entry['parameters'] - entry['active_parameters'] == 2 * expert
+
+
+@pytest.mark.slow
+def test_a_plain_retinanet_costs_what_is_known(tmp_path):
+    pytest.importorskip('detectron2')
+    # detectron2's RetinaNet R50 at 800 x 1216: 222.15 G, FlopCounterMode / 2 of that model
+    arguments = ['--config-file', CONFIG.format('moe_res5'), '--img-size', '800x1216']
+    plain = ['MODEL.BACKBONE.NAME', 'build_retinanet_resnet_fpn_backbone']
+    entry, = run_cli([*arguments, *plain], tmp_path)
+    assert entry['macs_executed'] / 1e9 == pytest.approx(222.15, abs=0.005)
+
+
 class Spectrum(nn.Module):
     def forward(self, x):
         return torch.fft.rfft(x).abs()
@@ -99,7 +138,8 @@ BAD = {
     'unknown': (['vmoe_vit_t'], "timm and moe_zoo have no model 'vmoe_vit_t'. Did you mean 'vmoe_vit_"),
     'keyword': (['resnet18', '--model-kwargs', 'experts=4'], 'resnet18 cannot be built with experts=4: '),
     'pair': (['resnet18', '--model-kwargs', 'experts'], "--model-kwargs: 'experts' is not of the form key=value."),
-    'size': (['resnet18', '--img-size', '3', '4', '5'], "--img-size: '3 4 5' is not one positive side, or a height"),
+    'size': (['resnet18', '--img-size', '3x4x5'], "--img-size '3x4x5' is neither one side, as 224, nor height x width"),
+    'no size': (['resnet18', '--img-size', '0'], "--img-size '0' is neither one side, as 224, nor height x width"),
     'fixed': (['mixer_b16_224', '--img-size', '256'], 'mixer_b16_224 cannot be run on (1, 3, 256, 256): Input height'),
     'folder': (['resnet18', '--images', 'nowhere'], "--images: 'nowhere' is not a folder."),
     'weights alone': (['resnet18', '--weights', 'x.pth'], '--weights matters only for what is executed on images'),

@@ -62,10 +62,14 @@ class ImageCosts:
     Attributes:
         executed: MACs that ran, by image.
         at_most: Router plus K experts for every item, by image; constant unless the images differ in size.
+        by_module: Mean of executed MACs by module name.
+        by_module_max: Mean of MACs at most, as in `Cost`.
         uncounted: As in `Cost`, over all images.
     """
     executed: tuple[int, ...]
     at_most: tuple[int, ...]
+    by_module: dict[str, float]
+    by_module_max: dict[str, float]
     uncounted: dict[str, tuple[str, ...]]
 
     @property
@@ -129,8 +133,17 @@ def count_images(model: nn.Module, inputs: Iterable[Any]) -> ImageCosts:
     return ImageCosts(
         executed=tuple(cost.macs_executed for cost in costs),
         at_most=tuple(cost.macs_max for cost in costs),
+        by_module=_mean(cost.by_module for cost in costs),
+        by_module_max=_mean(cost.by_module_max for cost in costs),
         uncounted={op: tuple(sorted(where)) for op, where in uncounted.items()},
     )
+
+
+def _mean(rows: Iterable[dict[str, int]]) -> dict[str, float]:
+    """Mean by name; a module that an image did not reach costs it 0."""
+    rows = list(rows)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: statistics.fmean(row.get(name, 0) for row in rows) for name in names}
 
 
 def active_parameters(model: nn.Module) -> int:

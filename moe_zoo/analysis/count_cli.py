@@ -6,7 +6,9 @@ model executes depends on its weights and on the images, so that needs `--images
 import argparse
 import dataclasses
 import json
+import statistics
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ examples:
   %(prog)s vmoe_vit_s --model-kwargs num_experts=16      with other keywords of the model
   %(prog)s vit_small_patch16_224 --img-size 640           any timm model, at any size that it takes
   %(prog)s vmoe_vit_s --images photos --weights best.pth.tar        what it executes on these images
-  %(prog)s --config-file configs/coco/retinanet_condconv_r50_fpn_1x.yaml --img-size 800 1216
+  %(prog)s --config-file configs/coco/retinanet_condconv_r50_fpn_1x.yaml --img-size 800x1216
 
 One unit: a multiply-accumulate is one MAC (twice that are FLOPs). Matrix products and convolutions count, attention
 included; normalisation, pooling, activations and moving data do not. "At most" is the router plus the chosen number of
@@ -96,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     add('--images', metavar='DIR', help='count what is executed on every image below DIR: mean, spread, extremes')
     add('--max-images', type=int, metavar='N', help='only the first N of them, by path')
     add('--weights', metavar='W', help='checkpoint to execute with: what a router chooses depends on its weights')
-    add('--img-size', type=int, nargs='+', metavar='S', help="one side, or height and width (default: the model's own;"
-        ' for a detector, the smallest test size of the config by 1.5 times that, and images are resized as it says)')
+    add('--img-size', metavar='HxW', help="size, or one side of a square (default: the model's own; for a detector the "
+        'smallest test size of its config by 1.5 times that, and images are always resized as the config says)')
     add('--model-kwargs', nargs='*', default=[], metavar='K=V', help='keywords of the model, e.g. num_experts=4')
     add('--depth', type=int, metavar='D', help='levels of modules to list (default: 1 for a single model, else 0)')
     add('--json', metavar='OUT', help='write everything that was counted to this file')
@@ -158,6 +160,8 @@ def _count_named(name: str, args: argparse.Namespace) -> Result:
 
 
 def _count_detector(args: argparse.Namespace) -> Result:
+    for message in ('.*torch.jit.script. is deprecated', 'torch.meshgrid'):  # detectron2's own affair
+        warnings.filterwarnings('ignore', message)
     from moe_zoo.detection import count_inputs as detection  # an extra: imported where it is asked for
 
     cfg, model = detection.load(args.config_file, args.names, args.weights)
@@ -221,13 +225,14 @@ def _input_size(model: nn.Module, img_size: tuple[int, int] | None) -> tuple[int
     return (channels, *(img_size or own))
 
 
-def _img_size(values: list[int] | None) -> tuple[int, int] | None:
-    if values is None:
+def _img_size(text: str | None) -> tuple[int, int] | None:
+    """'640' or '800x1216' -> (height, width)."""
+    if text is None:
         return None
-    if len(values) > 2 or min(values) < 1:
-        given = ' '.join(map(str, values))
-        raise InputError(f'--img-size: {given!r} is not one positive side, or a height and a width.')
-    return (values[0], values[-1])
+    sides = text.split('x')
+    if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
+        raise InputError(f'--img-size {text!r} is neither one side, as 224, nor height x width, as 800x1216.')
+    return (int(sides[0]), int(sides[-1]))
 
 
 def _keywords(pairs: list[str]) -> dict[str, Any]:
@@ -252,8 +257,10 @@ def cost_table(results: list[Result]) -> Table:
         table.add_column(heading, justify='right', overflow='fold')
     for result in results:
         cost = result.cost
-        size = 'x'.join(map(str, result.input_size))
-        figures = (f'{n:,}' for n in (cost.parameters, cost.active_parameters, cost.macs_max))
+        size, at_most = 'x'.join(map(str, result.input_size)), cost.macs_max
+        if result.images and set(result.images.at_most) != {at_most}:  # a detector, on images of other sizes
+            size, at_most = 'images', round(statistics.fmean(result.images.at_most))
+        figures = (f'{n:,}' for n in (cost.parameters, cost.active_parameters, at_most))
         table.add_row(result.name, size, *figures, _executed(result))
     return table
 
@@ -283,16 +290,19 @@ def remarks(results: list[Result]) -> list[str]:
 
 
 def module_table(result: Result, depth: int) -> Table:
-    """MACs at most by module, down to `depth` levels; rows that are at or below 0.005 % of the whole are left out."""
+    """MACs by module, down to `depth` levels; rows of less than 0.005 % of the whole are left out."""
+    measured = result.images or result.cost
+    executed = measured.by_module if result.images or not result.open_ended else {}
     table = _table()
     table.add_column(f'module of {result.name}', overflow='fold')
-    table.add_column('MACs at most', justify='right')
-    table.add_column('share', justify='right')
-    total = result.cost.macs_max or 1
-    for name, macs in result.cost.by_module_max.items():
+    for heading in ('MACs at most', 'share', *(['MACs executed'] if executed else [])):
+        table.add_column(heading, justify='right')
+    total = measured.by_module_max[''] or 1
+    for name, macs in measured.by_module_max.items():
         level = name.count('.') + 1 if name else 0
-        if level <= depth and macs > 5e-5 * total:
-            table.add_row('  ' * level + (name or 'whole model'), f'{macs:,}', f'{100 * macs / total:.2f} %')
+        if level <= depth and macs >= 5e-5 * total:
+            ran = [f'{executed.get(name, 0):,.0f}'] if executed else []
+            table.add_row('  ' * level + (name or 'whole model'), f'{macs:,.0f}', f'{100 * macs / total:.2f} %', *ran)
     return table
 
 
@@ -309,7 +319,7 @@ def _as_json(result: Result) -> dict[str, Any]:
         columns = zip(result.counted, images.executed, images.at_most)
         entry['executed'] = {
             'mean': images.mean, 'std': images.std, 'min': min(images.executed), 'max': max(images.executed),
-            'uncounted': images.uncounted, 'skipped': result.skipped,
+            'by_module': images.by_module, 'uncounted': images.uncounted, 'skipped': result.skipped,
             'images': [{'path': p, 'macs_executed': e, 'macs_max': m} for p, e, m in columns],
         }
     return entry
