@@ -134,7 +134,8 @@ class MoEMlp(RoutedLayer):
         noise_std: Noise on the logits in training: numerator of the standard deviation `noise_std / E` for 'vmoe'; for
             'shazeer', whose noise is learned, 0 switches it off; without meaning for 'sigmoid'.
         losses: Weight of each auxiliary loss by name; None for the router's own, {} for none.
-        capacity_factor: Slots an expert has in training, relative to S K / E; None drops nothing.
+        capacity_factor: Slots an expert has in training, relative to S K / E; None drops nothing, as any factor of
+            E / K or more.
         eval_capacity_factor: The same in evaluation (the original used 4.0, which drops nothing either at E=8, K=2).
         capacity: Slots an expert has in a group, training or not; overrides both factors.
         capacity_multiple_of: A capacity that comes from a factor is raised to a multiple of it.
