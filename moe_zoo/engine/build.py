@@ -1,5 +1,7 @@
-"""From options to the parts of a run: device, model, optimiser, schedule. What timm would assert is said in a sentence."""
+"""From options to the parts of a run: device, model, precision, loss, optimiser, schedule."""
 import argparse
+import contextlib
+import functools
 import importlib
 from typing import Any, Dict, Optional, Tuple
 
@@ -12,6 +14,7 @@ from timm.loss import create_classification_loss
 from timm.models import is_model, list_models, resolve_model_input_args
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import NativeScaler
 from torch import nn
 
 from ..errors import InputError, nearest
@@ -165,3 +168,13 @@ def build_schedule(
         )
     except (AssertionError, ValueError) as error:
         raise InputError(f'The schedule sched={args.sched} cannot be built: {error}') from error
+
+
+def mixed_precision(args: argparse.Namespace, device: torch.device) -> tuple:
+    """(autocast context factory, loss scaler or None). On CPU mixed precision is bfloat16: float16 needs a scaler."""
+    if not args.amp:
+        return contextlib.nullcontext, None
+    half = args.amp_dtype == 'float16' and device.type != 'cpu'
+    dtype = torch.float16 if half else torch.bfloat16
+    scaler = NativeScaler(device=device.type) if half and device.type == 'cuda' else None
+    return functools.partial(torch.autocast, device_type=device.type, dtype=dtype), scaler

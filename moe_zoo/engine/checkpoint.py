@@ -152,8 +152,8 @@ def check_fits(model: nn.Module, weights: Dict[str, torch.Tensor], path: PathLik
     if not (missing or unexpected) and head and all(key.startswith(head) for key in shapes):
         saved, ours = weights[shapes[-1]].shape, wanted[shapes[-1]].shape
         raise InputError(
-            f"The checkpoint '{path}' has another number of classes than the model: {shapes[-1]} is {tuple(saved)} there"
-            f' and {tuple(ours)} with num_classes={model.num_classes}.')
+            f"The checkpoint '{path}' has another number of classes than the model: {shapes[-1]} is {tuple(saved)}"
+            f' there and {tuple(ours)} with num_classes={model.num_classes}.')
     parts = [
         f'{len(keys)} {what} (first {keys[0]!r})'
         for what, keys in (('missing', missing), ('unknown', unexpected), ('of another shape', shapes)) if keys

@@ -33,7 +33,7 @@ def run_all(
 ) -> Dict[str, List[Dict[str, Any]]]:
     """Train a model, over seeds and beside its twin where asked for, print the comparison and file it.
 
-    Each run has a folder of its own: `seed3` and `twin` below the folder of the recipe, where `results.json` is written.
+    Each run has a folder of its own: `seed3` and `twin` below that of the recipe, where `results.json` is written.
 
     Args:
         config: A recipe.
@@ -52,7 +52,7 @@ def run_all(
     args = load_config(config, overrides)
     many = seeds is not None and len(seeds) > 1
     if resume not in (None, 'auto') and (many or twin):
-        raise InputError(f"--resume {resume} continues one run: with --seeds or --twin use --resume alone.")
+        raise InputError(f'--resume {resume} continues one run: with --seeds or --twin use --resume alone.')
     twin_overrides = dict(overrides, **twin_options(args)) if twin else None
     base = Path(args.output or 'output/train') / args.experiment if args.experiment else None
     if base is None and (many or twin):
@@ -136,7 +136,8 @@ def _tell(results: Mapping[str, List[Dict[str, Any]]], folder: Path) -> None:
         out.print(comparison_table(results))
     else:
         shown = '' if single['top1'] is None else f'top-1 {single["top1"]:.2f} % after '
-        out.print(f'{shown}{single["epochs"]} epochs in {duration(single["seconds"])}; best: {single["best"]}', markup=False)
+        took = f'{single["epochs"]} epochs in {duration(single["seconds"])}'
+        out.print(f'{shown}{took}; best: {single["best"]}', markup=False)
     figures = {
         'versions': versions(),
         **{name: [{k: v for k, v in run.items() if k not in ('history', 'primary')} for run in runs]
@@ -151,7 +152,8 @@ def versions() -> Dict[str, Optional[str]]:
     """What produced a number: this package and its commit where it is a checkout, torch and timm."""
     source = Path(moe_zoo.__file__).resolve().parents[1]
     try:
-        found = subprocess.run(['git', '-C', str(source), 'rev-parse', 'HEAD'], capture_output=True, text=True, timeout=10)
+        command = ['git', '-C', str(source), 'rev-parse', 'HEAD']
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
         commit = found.stdout.strip() if found.returncode == 0 else None
     except (OSError, subprocess.TimeoutExpired):
         commit = None

@@ -81,7 +81,8 @@ LEFT_TO_TIMM: Dict[str, str] = {
     'train_size_schedule': 'scheduled image sizes', 'train_input_sizes': 'scheduled image sizes',
     'train_img_sizes': 'scheduled image sizes', 'class_stats': 'class statistics', 'target_format': 'target formats',
     'loss_pos_weight': 'class weights', 'loss_class_weight': 'class weights', 'use_train_size': 'scheduled image sizes',
-    'use_multi_epochs_loader': 'keeping workers between epochs', 'sweep_locks': 'sweeps', 'sweep_attempt': 'sweeps', 'epoch_repeats': 'repeated epochs',
+    'use_multi_epochs_loader': 'keeping workers between epochs', 'sweep_locks': 'sweeps',
+    'sweep_attempt': 'sweeps', 'epoch_repeats': 'repeated epochs',
 }
 # Settings of the above: without effect as long as none of them is on.
 SETTINGS_OF_THOSE = (
@@ -105,8 +106,8 @@ def load_config(
         Every option of `OPTIONS` as an attribute, as timm's helpers take them.
 
     Raises:
-        InputError: The file is missing or not YAML, a key is unknown (the nearest is named), a value has the wrong kind,
-            or an option is one that timm's script keeps.
+        InputError: The file is missing or not YAML, a key is unknown (the nearest is named), a value has the wrong
+            kind, or an option is one that timm's script keeps.
     """
     source = 'the configuration' if isinstance(config, Mapping) else f"'{config}'"
     given = dict(config if isinstance(config, Mapping) else _read_yaml(find_config(config)))
@@ -169,7 +170,7 @@ def parse_overrides(texts: Sequence[str]) -> Dict[str, Any]:
 def _split_override(text: str) -> tuple:
     key, separator, value = text.partition('=')
     if not separator or not key:
-        raise InputError(f"Cannot read {text!r}: options are given as key=value, for example epochs=10.")
+        raise InputError(f'Cannot read {text!r}: options are given as key=value, for example epochs=10.')
     try:
         return key.lstrip('-'), yaml.safe_load(value) if value else ''
     except yaml.YAMLError:
@@ -258,3 +259,25 @@ def _one_of(args: argparse.Namespace, name: str, accepted: Sequence[Optional[str
     if getattr(args, name) not in accepted:
         listed = ', '.join(repr(a) for a in accepted if a)
         raise InputError(f'{name}={getattr(args, name)!r}: use one of {listed}.')
+
+
+def parse_command_line(argv: Optional[Sequence[str]], arguments: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse a command line whose flags and `key=value` options may stand in any order.
+
+    Raises:
+        InputError: A flag is unknown; options of timm are given without dashes.
+    """
+    flags, unknown = arguments.parse_known_args(argv)
+    for text in [text for text in unknown if text.startswith('-')]:
+        name = text.lstrip('-').partition('=')[0]
+        raise InputError(f"Unknown flag {text!r}: options of the recipe are given as {name.replace('-', '_')}=VALUE.")
+    flags.options += unknown
+    for name in ('resume', 'seeds'):  # flags with an open number of values swallow the options after them
+        values = getattr(flags, name, None)
+        if name == 'resume' and values and '=' in values and not Path(values).exists():
+            flags.options.append(values)
+            flags.resume = 'auto'
+        elif name == 'seeds' and values:
+            flags.options += [value for value in values if '=' in value]
+            flags.seeds = [value for value in values if '=' not in value]
+    return flags

@@ -25,7 +25,8 @@ SYNONYMS = {
     'validation': ('val', 'valid', 'eval', 'evaluation'),
     'val': ('validation', 'valid', 'eval', 'evaluation'),
 }
-UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)  # what PIL raises on bad files
+# What PIL raises on bad files.
+UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
 
 class Loaders(NamedTuple):
@@ -77,8 +78,9 @@ class CheckedImages(ImageDataset):
         """The sentence for data that cannot be used."""
         names = self.corrupt_files()
         if self.strict and names:
-            return (f"Corrupt image '{names[0]}': --strict-data refuses data with unreadable images; repair or remove it,"
-                    ' or leave the flag out to skip and count them.')
+            return (
+                f"Corrupt image '{names[0]}': --strict-data refuses data with unreadable images; repair or remove it,"
+                ' or leave the flag out to skip and count them.')
         return f'All {len(self)} images are unreadable, the first is {self.filename(0, absolute=True)!r}.'
 
     def corrupt_files(self) -> List[str]:
@@ -112,8 +114,8 @@ def open_dataset(args: argparse.Namespace, training: bool, strict: bool = False,
     known = ('', 'digits', 'folder', *PREFIXES)
     if args.dataset.partition('/')[0] not in known:
         raise InputError(
-            f'dataset={args.dataset!r} is not known.{nearest(args.dataset, known)} Leave it empty for a folder of images,'
-            f" or use 'digits' or timm's {', '.join(f'{p}/NAME' for p in PREFIXES)}.")
+            f'dataset={args.dataset!r} is not known.{nearest(args.dataset, known)} Leave it empty for a folder of'
+            f" images, or use 'digits' or timm's {', '.join(f'{p}/NAME' for p in PREFIXES)}.")
     root = _find_split(args.data_dir, split, training) if folder else args.data_dir
     try:
         dataset = create_dataset(
@@ -205,7 +207,7 @@ def open_datasets(args: argparse.Namespace, strict: bool = False) -> tuple:
     """(training, evaluation) datasets with one class index between them; evaluation is None where `val_split` is empty.
 
     Raises:
-        InputError: See `open_dataset` and `settle_num_classes`; or the evaluation folder has a class that training lacks.
+        InputError: See `open_dataset` and `settle_num_classes`; or evaluation has a class that training lacks.
     """
     train = open_dataset(args, True, strict)
     evaluation = open_dataset(args, False, strict) if args.val_split else None
@@ -310,7 +312,7 @@ def _mixup(args: argparse.Namespace) -> Optional[Mixup]:
     if args.mixup <= 0 and args.cutmix <= 0 and args.cutmix_minmax is None:
         return None
     if args.batch_size % 2:
-        raise InputError(f'batch_size={args.batch_size} with mixup or cutmix: images are mixed in pairs, give an even one.')
+        raise InputError(f'batch_size={args.batch_size} with mixup or cutmix, which mix images in pairs: make it even.')
     kind = FastCollateMixup if args.prefetcher else Mixup
     return kind(
         mixup_alpha=args.mixup,

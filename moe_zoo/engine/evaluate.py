@@ -15,9 +15,9 @@ from torch.utils.data import Dataset
 
 from ..errors import InputError, atomic_write, exit_on_input_error
 from ..layers import RoutedLayer
-from .build import build_model, open_device, prepare_model
+from .build import build_model, mixed_precision, open_device, prepare_model
 from .checkpoint import check_fits, find_weights, read_checkpoint
-from .config import OPTIONS, load_config, parse_overrides
+from .config import OPTIONS, load_config, parse_command_line, parse_overrides
 from .data import LEFT_OUT, CheckedImages, create_loaders, open_dataset, settle_num_classes
 from .log import Reporter
 from .random_state import iterate_apart
@@ -71,7 +71,8 @@ def report_corrupt(reporter: Reporter, *datasets: Optional[Dataset]) -> List[str
         if file not in named:
             reporter.warn(f"skipped corrupt image '{file}'")
     if set(files) - named:
-        reporter.warn(f'{len(files)} corrupt image{"s" if len(files) > 1 else ""} skipped so far; --strict-data refuses them')
+        many = 's' if len(files) > 1 else ''
+        reporter.warn(f'{len(files)} corrupt image{many} skipped so far; --strict-data refuses them')
     reporter.corrupt = named | set(files)
     return files
 
@@ -108,7 +109,7 @@ def evaluate(
     content = read_checkpoint(checkpoint) if checkpoint else {}
     args = load_config(_recipe(config, content, checkpoint), overrides)
     if not (checkpoint or args.initial_checkpoint or args.pretrained or args.pretrained_path):
-        raise InputError('Nothing to evaluate: give --checkpoint FILE, or pretrained=true with a model that has weights.')
+        raise InputError('Nothing to evaluate: give --checkpoint FILE, or pretrained=true for a model with weights.')
     reporter, device = Reporter(quiet), open_device(args)
     reporter.primary = utils.is_primary(args)
     dataset = open_dataset(args, False, strict_data)
@@ -121,7 +122,6 @@ def evaluate(
     model = prepare_model(args, model, device).eval()
     data_config = resolve_data_config(vars(args), model=model, use_test_size=not (args.img_size or args.input_size))
     loader = create_loaders(args, data_config, None, dataset, device).eval
-    from .train import mixed_precision
     autocast, _ = mixed_precision(args, device)
     found = evaluate_loader(model, loader, ClassificationEvaluator(device=device), args, device, autocast)
     image = torch.zeros(1, *data_config['input_size'], device=device, dtype=next(model.parameters()).dtype)
@@ -162,7 +162,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         description='Accuracy, cost and expert use of a trained classification model.',
         epilog='Options are those of train-imagenet, for example val_split=test batch_size=64 device=cpu.')
-    result.add_argument('--config', '-c', metavar='FILE', help='recipe; by default what the checkpoint was trained with')
+    result.add_argument('--config', '-c', metavar='FILE', help='recipe; by default that of the checkpoint')
     result.add_argument('--checkpoint', metavar='FILE', help='weights of this tool, of timm, or .safetensors')
     result.add_argument('--data-dir', metavar='DIR', help='folder with a folder for the split, or of class folders')
     result.add_argument('--use-ema', action='store_true', help='take the averaged weights of the checkpoint')
@@ -177,16 +177,15 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; returns the exit code."""
     from ..analysis.usage import usage_table
-    from .train import parse
-    flags = parse(argv, parser())
+    flags = parse_command_line(argv, parser())
     overrides = parse_overrides(flags.options)
     if flags.data_dir:
         overrides['data_dir'] = flags.data_dir
     result = evaluate(flags.config, overrides, checkpoint=flags.checkpoint, use_ema=flags.use_ema,
                       strict_data=flags.strict_data, usage=not flags.no_usage)
     out = Console(highlight=False, soft_wrap=True)
-    out.print(f'{result["model"]}: top-1 {result["top1"]:.2f} %, top-5 {result["top5"]:.2f} %, loss {result["loss"]:.4f}'
-              f' on {result["images"]:,} images', markup=False)
+    found = f'top-1 {result["top1"]:.2f} %, top-5 {result["top5"]:.2f} %, loss {result["loss"]:.4f}'
+    out.print(f'{result["model"]}: {found} on {result["images"]:,} images', markup=False)
     out.print(f'{result["parameters"]:,} parameters, of which {result["active_parameters"]:,} work on one item;'
               f' at most {result["macs"]:,} MACs an image', markup=False)
     if result['usage']:

@@ -45,7 +45,8 @@ class EpochLog:
             return
         sums = [*self.losses.values(), *(v for layer in self.layers.values() for v in layer.values())]
         device = sums[0].device
-        flat = torch.cat([torch.tensor([self.weight], device=device, dtype=sums[0].dtype), *(s.reshape(-1) for s in sums)])
+        weight = torch.tensor([self.weight], device=device, dtype=sums[0].dtype)
+        flat = torch.cat([weight, *(s.reshape(-1) for s in sums)])
         dist.all_reduce(flat)
         self.weight = float(flat[0])
         position = 1
@@ -63,7 +64,7 @@ class EpochLog:
         return {layer: {name: (v / weight).cpu() for name, v in sums.items()} for layer, sums in self.layers.items()}
 
     def state_dict(self) -> Dict[str, Any]:
-        return {'weight': self.weight, 'losses': dict(self.losses), 'layers': {k: dict(v) for k, v in self.layers.items()}}
+        return {'weight': self.weight, 'losses': self.losses, 'layers': self.layers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.weight, self.losses, self.layers = state['weight'], dict(state['losses']), dict(state['layers'])
@@ -104,12 +105,11 @@ class BalanceWatch:
                 continue
             self.seen.add(layer)
             starved = [str(i) for i, s in enumerate(share.tolist()) if s < LEAST_SHARE * fair]
-            many = len(starved) > 1
+            many = 's' if len(starved) > 1 else ''
             messages.append(
-                f"Layer '{layer}': expert{'s' if many else ''} {', '.join(starved[:8])} of {len(share)} got"
-                f" {float(share.min()):.2%}{' or little more' if many else ''} of an epoch, less than a tenth of the fair"
-                f' share of {fair:.2%}; raise the weights of its balance losses, add router noise, or use fewer experts'
-                ' (num_experts).')
+                f"Layer '{layer}': expert{many} {', '.join(starved[:8])} of {len(share)} got less than a tenth of the"
+                f' fair share of {fair:.2%} over an epoch (the least {float(share.min()):.2%}); raise the weights of'
+                ' its balance losses, add router noise, or use fewer experts (num_experts).')
         return messages
 
     def _nothing_routed(self, has_routed_layers: bool) -> List[str]:
@@ -117,10 +117,12 @@ class BalanceWatch:
             return []
         self.seen.add('')
         if has_routed_layers:
-            return [f"No routed layer of '{self.model_name}' was active this epoch: it returns no routing records, so that"
-                    ' no auxiliary loss is added; call its `set_aux_loss(True)`.']
-        return [f"'{self.model_name}' has no active routed layer and trains as a dense model; `moe-zoo list` names models"
-                ' that route, and their keywords say which blocks do.']
+            return [
+                f"No routed layer of '{self.model_name}' was active this epoch: forward returned no routing records, so"
+                ' no auxiliary loss was added; give the model a working `set_aux_loss(True)`.']
+        return [
+            f"No routed layer is active: '{self.model_name}' has none with these options and trains as a dense model;"
+            ' `moe-zoo list` names models that route.']
 
 
 class Reporter:

@@ -5,7 +5,6 @@ that repeats the uninterrupted run exactly on CPU, and a dense twin trained on t
 """
 import argparse
 import contextlib
-import functools
 import math
 import time
 from datetime import datetime
@@ -18,16 +17,24 @@ import yaml
 from timm import utils
 from timm.data import resolve_data_config
 from timm.models import safe_model_name
-from timm.utils import NativeScaler, dispatch_clip_grad, unwrap_model
+from timm.utils import dispatch_clip_grad, unwrap_model
 
 from ..errors import InputError, atomic_write, exit_on_input_error
 from ..layers import RoutedLayer
-from .build import build_model, build_optimizer, build_schedule, criterion_kwargs, open_device, prepare_model
+from .build import (
+    build_model,
+    build_optimizer,
+    build_schedule,
+    criterion_kwargs,
+    mixed_precision,
+    open_device,
+    prepare_model,
+)
 from .checkpoint import AtomicCheckpointSaver, check_fits, find_weights, read_checkpoint
-from .config import OPTIONS, load_config, options_help, parse_overrides
+from .config import OPTIONS, load_config, options_help, parse_command_line, parse_overrides
 from .data import create_loaders, open_datasets
 from .evaluate import evaluate_loader, report_corrupt
-from .log import BalanceWatch, Clock, EpochLog, Reporter, describe_balance, describe_losses, duration, track
+from .log import BalanceWatch, Clock, EpochLog, Reporter, describe_balance, describe_losses, track
 from .random_state import get_random_state, iterate_apart, seed_stream, set_random_state
 from .task import MoEClassificationTask
 
@@ -112,8 +119,8 @@ class Trainer:
             self.optimizer.load_state_dict(checkpoint['optimizer'])
         except (ValueError, KeyError) as error:
             raise InputError(
-                f"The optimiser state of '{path}' does not fit opt={self.args.opt}: {error}; no_resume_opt=true leaves it"
-                ' out.') from error
+                f"The optimiser state of '{path}' does not fit opt={self.args.opt}: {error};"
+                ' no_resume_opt=true leaves it out.') from error
         if self.scaler is not None and self.scaler.state_dict_key in checkpoint:
             self.scaler.load_state_dict(checkpoint[self.scaler.state_dict_key])
         schedule = (checkpoint.get('moe_zoo') or {}).get('plateau')
@@ -353,16 +360,6 @@ def _gather(value: Any, args: argparse.Namespace) -> List[Any]:
     return values
 
 
-def mixed_precision(args: argparse.Namespace, device: torch.device) -> tuple:
-    """(autocast context factory, loss scaler or None). On CPU mixed precision is bfloat16: float16 needs a scaler."""
-    if not args.amp:
-        return contextlib.nullcontext, None
-    half = args.amp_dtype == 'float16' and device.type != 'cpu'
-    dtype = torch.float16 if half else torch.bfloat16
-    scaler = NativeScaler(device=device.type) if half and device.type == 'cuda' else None
-    return functools.partial(torch.autocast, device_type=device.type, dtype=dtype), scaler
-
-
 def train(
         config: Union[str, Path, Mapping[str, Any]],
         overrides: Union[Sequence[str], Mapping[str, Any]] = (),
@@ -387,9 +384,9 @@ def train(
         on_epoch: Called with a row of numbers after every epoch.
 
     Returns:
-        model, primary (whether this is the first rank), folder, checkpoint (last), best (checkpoint of the best metric), epochs, seconds of training and
-        evaluation, history (rows of summary.csv), the final top1, top5 and loss, parameters, active_parameters, macs
-        (at most, of one image), warnings and corrupt (paths of skipped images).
+        model, primary (whether this is the first rank), folder, checkpoint (last), best (by the metric), epochs,
+        seconds of training and evaluation, history (rows of summary.csv), the final top1, top5 and loss,
+        parameters, active_parameters, macs (at most, of one image), warnings and corrupt (paths of skipped images).
 
     Raises:
         InputError: Something that was given cannot be used, the loss is not finite, or the disk is full.
@@ -484,7 +481,7 @@ def _result(trainer: Trainer) -> Dict[str, Any]:
 def parser() -> argparse.ArgumentParser:
     """The command line; everything of a recipe is `key=value`."""
     result = argparse.ArgumentParser(
-        description='Train a classification model from a YAML recipe with the argument names of timm\'s train.py.',
+        description="Train a classification model from a YAML recipe with the argument names of timm's train.py.",
         epilog=f'Options, in the recipe or as key=value, with their defaults: {options_help()}. '
                'Several processes: torchrun --nproc_per_node=N tools/train_imagenet.py ...')
     result.add_argument('--config', '-c', metavar='FILE', help='recipe, for example configs/imagenet/vmoe_vit_s.yaml')
@@ -499,33 +496,11 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def parse(argv: Optional[Sequence[str]], arguments: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse a command line whose flags and `key=value` options may stand in any order.
-
-    Raises:
-        InputError: A flag is unknown; options of timm are given without dashes.
-    """
-    flags, unknown = arguments.parse_known_args(argv)
-    for text in [text for text in unknown if text.startswith('-')]:
-        name = text.lstrip('-').partition('=')[0]
-        raise InputError(f"Unknown flag {text!r}: options of the recipe are given as {name.replace('-', '_')}=VALUE.")
-    flags.options += unknown
-    for name in ('resume', 'seeds'):  # flags with an open number of values swallow the options after them
-        values = getattr(flags, name, None)
-        if name == 'resume' and values and '=' in values and not Path(values).exists():
-            flags.options.append(values)
-            flags.resume = 'auto'
-        elif name == 'seeds' and values:
-            flags.options += [value for value in values if '=' in value]
-            flags.seeds = [value for value in values if '=' not in value]
-    return flags
-
-
 @exit_on_input_error
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; returns the exit code."""
     from .compare import run_all
-    flags = parse(argv, parser())
+    flags = parse_command_line(argv, parser())
     if not flags.config and not any(option.startswith('model=') for option in flags.options):
         raise InputError('Nothing to train: give --config FILE, or at least model=NAME.')
     overrides = parse_overrides(flags.options)
