@@ -91,6 +91,7 @@ def test_inline_marks():
     assert '<code>a **b** [c](https://d)</code> <strong>now</strong>' in html
     assert '<a href="https://f.org/g?h=1&amp;i">e</a>' in html
     assert '[j](javascript:k)' in html
+    assert '<strong><code>a</code> b</strong> one ` alone' in page_of('**`a` b** one ` alone').html()
     assert '98.2\u00a0% in 3\u00a0s of 12 steps' in page_of('98.2 % in 3 s of 12 steps').html()
 
 

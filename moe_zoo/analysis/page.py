@@ -227,16 +227,13 @@ _UNIT = re.compile(r'(?<=\d) (?=(?:%|[kMGT]|s|ms|min|MB|GB|px)(?!\w))')  # the s
 
 def _inline(text: str) -> str:
     """Escape everything, then mark `code`, **bold** and [links](https://...) up; code is taken literally."""
-    pieces = re.split(r'`([^`]+)`', text)  # every second piece was between backticks
-    for i, piece in enumerate(pieces):
-        piece = html.escape(piece)
-        if i % 2:
-            pieces[i] = f'<code>{piece}</code>'
-        else:
-            piece = _UNIT.sub('\u00a0', piece)
-            piece = re.sub(r'\*\*(.+?)\*\*', r'<strong>\1</strong>', piece)
-            pieces[i] = re.sub(r'\[([^\]]+)\]\((https?://[^\s)]+)\)', r'<a href="\2">\1</a>', piece)
-    return ''.join(pieces)
+    pieces = re.split(r'`([^`]+)`', text)  # every second piece was between backticks, and is set aside
+    codes = iter([f'<code>{html.escape(piece)}</code>' for piece in pieces[1::2]])
+    marked = html.escape('`'.join(pieces[::2]))
+    marked = _UNIT.sub('\u00a0', marked)
+    marked = re.sub(r'\*\*(.+?)\*\*', r'<strong>\1</strong>', marked)
+    marked = re.sub(r'\[([^\]]+)\]\((https?://[^\s)]+)\)', r'<a href="\2">\1</a>', marked)
+    return re.sub('`', lambda _: next(codes, '`'), marked)
 
 
 def _table(table: Table) -> str:

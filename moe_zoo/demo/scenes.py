@@ -1,0 +1,138 @@
+"""A detector trained on scenes of digits, and which expert serves which object size. Needs detectron2.
+
+Whatever a `show_*` function says comes from the result that its work function measured in this run.
+"""
+import contextlib
+import io
+import math
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from rich.console import Console
+
+from moe_zoo.analysis import count
+from moe_zoo.analysis.page import Block, Figure, Stats, Table
+from moe_zoo.data.scenes import write_scenes
+from moe_zoo.routing import trace_routing
+
+from .run import Settings
+from .words import num_experts, relative, short
+
+DETECTOR_RECIPE = 'retinanet_digits.yaml'
+SCENES = {'train': 400, 'val': 100}
+CONFIDENT = .5  # score from which a detection is drawn
+METRICS = {
+    'AP': 'at 50 to 95 % overlap', 'AP50': 'at 50 %', 'AP75': 'at 75 %',
+    'APs': 'small objects', 'APm': 'medium objects', 'APl': 'large objects',
+}
+
+
+class Quiet(io.TextIOBase):
+    """Stands in for stdout while detectron2 logs: passes its progress on in short; the rest is in log.txt."""
+
+    def __init__(self, console: Console):
+        self.console = console
+
+    def write(self, text: str) -> int:
+        found = re.search(r'eta: ([\d:]+).*?iter: (\d+).*?total_loss: ([\d.]+)', text)
+        if found:
+            left, step, loss = found.groups()
+            self.console.print(f'step {step}  loss {loss}  left {left}', highlight=False)
+        return len(text)
+
+
+def detect(settings: Settings, folder: Path, results: dict) -> dict:
+    """Write digit scenes, train the detector on them (it resumes), and draw what it finds in four of them."""
+    from moe_zoo.detection.train import main
+    scenes = write_scenes(folder / 'scenes', **SCENES, seed=settings.seed, progress=False)
+    config = settings.recipes / DETECTOR_RECIPE
+    options = {
+        **settings.overrides.get(DETECTOR_RECIPE, {}),
+        'MOE.DATA.ROOT': scenes, 'OUTPUT_DIR': folder / 'model', 'SEED': settings.seed,
+    }
+    options = [str(word) for pair in options.items() for word in pair]
+    with contextlib.redirect_stdout(Quiet(Console(file=sys.stdout))), warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of detectron2's older code
+        metrics = main.__wrapped__(['--config-file', str(config), '--resume', *options])['bbox']
+    weights = folder / 'model' / 'model_final.pth'
+    return {
+        'recipe': str(config), 'options': options, 'weights': str(weights), 'scenes': SCENES,
+        'metrics': {name: finite(metrics[name]) for name in METRICS},
+        **look(str(config), options, weights, scenes, folder),
+    }
+
+
+def look(config: str, options: list[str], weights: Path, scenes: Path, folder: Path) -> dict:
+    """Cost of the detector, and the first four test scenes with what it finds and which experts it asks."""
+    from moe_zoo.detection.count_inputs import load, read
+    cfg, model = load(config, options, str(weights))
+    model.eval()
+    files = sorted((scenes / 'val').iterdir())[:4]
+    pictures = []
+    for file in files:
+        inputs = read(cfg, file)
+        with torch.no_grad(), trace_routing(model) as trace:
+            found = model(inputs)[0]['instances']
+        layer, records = next(iter(trace.items()))
+        image = Image.open(file).convert('RGB')
+        draw_boxes(image, found).save(folder / f'found_{file.name}')
+        weight = records[0].combine_matrix()[0]
+        pictures.append({
+            'file': f'found_{file.name}', 'found': int((found.scores > CONFIDENT).sum()),
+            'layer': layer, 'experts': (weight / weight.sum()).tolist(),
+        })
+    cost = count(model, read(cfg, files[0]))
+    return {
+        'pictures': pictures, 'experts': num_experts(model), 'parameters': cost.parameters,
+        'active_parameters': cost.active_parameters, 'macs': cost.macs_max, 'size': list(image.size),
+    }
+
+
+def draw_boxes(image: Image.Image, instances, scale: int = 2) -> Image.Image:
+    """The image, enlarged, with every confident detection as a box and its digit."""
+    image = image.resize([scale * side for side in image.size])
+    pen = ImageDraw.Draw(image)
+    for box, label, score in zip(instances.pred_boxes.tensor, instances.pred_classes, instances.scores):
+        if score > CONFIDENT:
+            x0, y0, x1, y1 = (scale * box).tolist()
+            pen.rectangle((x0, y0, x1, y1), outline='#ffb000', width=2)
+            pen.rectangle((x0, y0 - 15, x0 + 11, y0), fill='#ffb000')
+            pen.text((x0 + 3, y0 - 14), str(int(label)), fill='black')
+    return image
+
+
+def show_detect(settings: Settings, result: dict, folder: Path) -> tuple[str, list[Block]]:
+    metrics, scenes = result['metrics'], result['scenes']
+    headline = (
+        f'A RetinaNet whose last stage is {result["experts"]} experts finds digits in unseen scenes with '
+        f'**AP50 {percent(metrics["AP50"])}**.'
+    )
+    figures = []
+    for picture in result['pictures']:
+        experts = [f'{e} ({100 * w:.0f} %)' for e, w in enumerate(picture['experts']) if w > 0]
+        text = f'{picture["found"]} digits found; experts {" and ".join(experts)} at work'
+        figures.append(Figure((folder / picture['file']).read_bytes(), f'A scene of digits. {text}.', f'{text}.'))
+    return headline, [
+        Stats([(percent(metrics['AP50']), 'AP50'), (short(result['parameters']), 'parameters'),
+               (short(result['active_parameters']), 'active for one image'), (short(result['macs']), 'MACs, at most')]),
+        Table(['COCO metric', 'of what', 'value'],
+              [[name, what, percent(metrics[name])] for name, what in METRICS.items()],
+              f'{scenes["val"]} test scenes of {" x ".join(map(str, result["size"]))} pixels; trained on '
+              f'{scenes["train"]}, from random weights, seed {settings.seed}.'),
+        *figures,
+        f'$ python tools/train_coco.py --config-file {relative(result["recipe"])} {" ".join(result["options"])}',
+    ]
+
+
+def finite(value: float) -> float | None:
+    """COCO metrics of a detector that found nothing are not a number, which JSON does not have."""
+    return value if math.isfinite(value) else None
+
+
+def percent(value: float | None) -> str:
+    """COCO metrics come in percent."""
+    return '–' if value is None else f'{value:.1f} %'

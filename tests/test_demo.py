@@ -1,0 +1,180 @@
+"""The demonstration: stages that are remembered, redone when they must be, and told on the page whatever happens."""
+import dataclasses
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from moe_zoo.analysis.page import Table
+from moe_zoo.demo.run import RECORD, Run, Settings, Stage, forget, merged_facts, plain, versions
+from moe_zoo.errors import InputError
+
+
+class Works:
+    """Two stages that count how often they work: `first` reads recipe.yaml, `second` builds on it."""
+
+    def __init__(self):
+        self.done = []
+        self.error = None
+
+    def work(self, key):
+        def work(settings, folder, results):
+            if key == 'second' and results:
+                assert results == {'first': {'value': 1}}
+            assert json.loads((folder / RECORD).read_text())['result'] is None  # marked first
+            self.done.append(key)
+            if self.error and key == 'second':
+                raise self.error
+            return {'value': len(self.done)}
+        return work
+
+    def stages(self, **second):
+        def show(settings, result, folder):
+            return f'Value **{result["value"]}**.', [Table(['what', 'value'], [['it', result['value']]])]
+        return [
+            Stage('first', 'First part', 'It will count.', 10, self.work('first'), show, recipes=('recipe.yaml',)),
+            Stage('second', 'Second part', 'It will count on.', 20, self.work('second'), show, **second),
+        ]
+
+
+@pytest.fixture
+def settings(tmp_path):
+    (tmp_path / 'recipe.yaml').write_text('epochs: 1\n')
+    return Settings(tmp_path / 'out', 0, tmp_path, {}, {})
+
+
+def run(settings, stages):
+    """Run the stages; returns what the terminal showed and the page."""
+    console = Console(file=io.StringIO(), width=100)
+    try:
+        Run(stages, settings, 'The title', 'The lead.', console).finish()
+    finally:
+        page = (settings.out / 'index.html').read_text()
+    return console.file.getvalue(), page
+
+
+def test_a_second_run_redoes_nothing(settings):
+    works = Works()
+    run(settings, works.stages(needs=('first',)))
+    terminal, page = run(settings, works.stages(needs=('first',)))
+    assert works.done == ['first', 'second']
+    assert 'kept from before' in terminal and 'Value 2.' in terminal
+    assert 'Value <strong>1</strong>.' in page and 'Value <strong>2</strong>.' in page
+    assert '2 of 2 parts finished' in page
+
+
+@pytest.mark.parametrize('change, redone', [
+    ('recipe', ['first', 'second']), ('override', ['first', 'second']), ('seed', ['first', 'second']), ('nothing', [])])
+def test_what_decides_a_result_decides_whether_it_is_kept(settings, change, redone):
+    works = Works()
+    run(settings, works.stages(needs=('first',)))
+    (settings.out / 'first' / 'old.pth').write_text('a checkpoint of the old recipe')
+    if change == 'recipe':
+        (settings.recipes / 'recipe.yaml').write_text('epochs: 2\n')
+    if change == 'override':
+        settings = dataclasses.replace(settings, overrides={'recipe.yaml': {'epochs': 2}})
+    if change == 'seed':
+        settings = dataclasses.replace(settings, seed=1)
+    works.done.clear()
+    run(settings, works.stages(needs=('first',)))
+    assert works.done == redone
+    assert (settings.out / 'first' / 'old.pth').exists() == (not redone)
+
+
+def test_a_recipe_redoes_only_what_builds_on_it(settings):
+    works = Works()
+    run(settings, works.stages())
+    (settings.recipes / 'recipe.yaml').write_text('epochs: 2\n')
+    works.done.clear()
+    run(settings, works.stages())
+    assert works.done == ['first']
+
+
+def test_an_interrupted_stage_keeps_its_folder_and_its_time(settings):
+    works = Works()
+    works.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, works.stages())
+    page = (settings.out / 'index.html').read_text()
+    assert 'It will count on. Interrupted: the next run goes on from here.' in page
+    assert 'still going' not in page  # nothing runs: no reload
+    (settings.out / 'second' / 'last.pth').write_text('where training stopped')
+    record = settings.out / 'second' / RECORD
+    spent = json.loads(record.read_text())
+    spent['seconds'] += 100
+    record.write_text(json.dumps(spent))
+    works.error = None
+    terminal, page = run(settings, works.stages())
+    assert works.done == ['first', 'second', 'second']
+    assert (settings.out / 'second' / 'last.pth').exists()
+    assert 'done · 1 min 40 s' in page
+
+
+@pytest.mark.parametrize('error, text', [
+    (InputError('epochs=0: give at least 1.'), 'epochs=0: give at least 1.'),
+    (ZeroDivisionError('division by zero'), 'ZeroDivisionError: division by zero'),
+])
+def test_a_failed_stage_is_told_and_tried_again(settings, error, text):
+    works = Works()
+    works.error = error
+    with pytest.raises(type(error)):
+        run(settings, works.stages())
+    page = (settings.out / 'index.html').read_text()
+    assert f'<p class="headline">{text}</p>' in page
+    assert 'Value <strong>1</strong>.' in page
+    works.error = None
+    _, page = run(settings, works.stages())
+    assert works.done == ['first', 'second', 'second'] and '2 of 2 parts finished' in page
+
+
+def test_what_cannot_run_is_skipped_with_the_reason_and_so_is_what_builds_on_it(settings):
+    works = Works()
+    settings = dataclasses.replace(settings, skip={'first': 'It needs `detectron2`.'})
+    terminal, page = run(settings, works.stages(needs=('first',)))
+    assert works.done == []
+    assert 'It needs detectron2.' in terminal and 'It needs <code>detectron2</code>.' in page
+    assert 'It builds on a part that was skipped: First part.' in page
+    settings = dataclasses.replace(settings, skip={})  # a skip is not remembered
+    run(settings, works.stages(needs=('first',)))
+    assert works.done == ['first', 'second']
+
+
+def test_only_folders_of_stages_are_ever_removed(settings):
+    works = Works()
+    run(settings, works.stages())
+    (settings.out / 'mine').mkdir()
+    forget(works.stages(), settings.out)
+    assert sorted(p.name for p in settings.out.iterdir()) == ['index.html', 'mine']
+    (settings.out / 'first').mkdir()
+    (settings.out / 'first' / 'thesis.tex').write_text('precious')
+    for act in (lambda: forget(works.stages(), settings.out), lambda: run(settings, works.stages())):
+        with pytest.raises(InputError, match=r"first' is in the way: it holds no readable stage.json"):
+            act()
+    assert (settings.out / 'first' / 'thesis.tex').exists()
+
+
+def test_time_to_come_is_scaled_by_the_time_taken(settings):
+    console = Console(file=io.StringIO())
+    works = Works()
+    first, second = works.stages()
+    run_ = Run([dataclasses.replace(first, seconds=40), second], settings, 'T', '', console)
+    run_.progress['first'].status = 'done'
+    run_.progress['first'].seconds = 120
+    assert run_._expected(second) == 20 * 120 / 40
+
+
+def test_facts_are_merged_where_parts_agree():
+    a, b = {'Seed': '0', 'Commit': 'abc'}, {'Seed': '0', 'Commit': 'def'}
+    assert merged_facts([a, {}, a]) == [('Seed', '0'), ('Commit', 'abc')]
+    assert merged_facts([{}, a, b, a]) == [('Seed', '0'), ('Commit', 'abc (part 2, 4); def (part 3)')]
+    assert merged_facts([{}, {}]) == []
+
+
+def test_versions_name_what_runs():
+    import torch
+    assert f'torch {torch.__version__.split("+")[0]}' in [v.split('+')[0] for v in versions()]
+
+
+def test_plain_text_has_no_marks():
+    assert plain('`a` **b** [c](https://d.e) [f]') == r'a b c \[f]'
