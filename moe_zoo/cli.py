@@ -20,7 +20,9 @@ TOOLS = {
     'benchmark': ('moe_zoo.analysis.benchmark_cli', 'time of a model as a ratio to its dense twin', None),
     'train-coco': ('moe_zoo.detection.train', 'train or evaluate a detector from a detectron2 config', 'detection'),
     'analyze-object-sizes': (
-        'moe_zoo.analysis.object_sizes_cli', 'which expert serves small, medium and large objects', 'detection'),
+        'moe_zoo.detection.object_sizes', 'which expert serves small, medium and large objects', 'detection'),
+    'benchmark': ('moe_zoo.analysis.benchmark_cli', 'time and memory of models beside their dense twins', None),
+    'demo': ('moe_zoo.demo', 'train, count and explain small models, and write one page about it', 'demo'),
     'run': ('moe_zoo.run', "run any script of timm or detectron2 with moe_zoo's models known", None),
 }
 OWN = {
