@@ -202,6 +202,7 @@ class RoutedStage(nn.Sequential):
         return x
 
 
+@register_notrace_module
 class ChainedStage(nn.Sequential):
     """A stage that hands the decision of one CondConv block on to the next, and to the next stage."""
 

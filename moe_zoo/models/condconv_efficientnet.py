@@ -34,6 +34,16 @@ from .condconv_blocks import CondConvModel, checkpoint_filter_fn
 __all__ = ['CondConvEfficientNet', 'ChainedCondConvEfficientNet']
 
 
+class Chain(nn.Sequential):
+    """All stages of a chained network."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        previous: Optional[torch.Tensor] = None
+        for stage in self:
+            x, previous = stage(x, previous)
+        return x
+
+
 class CondConvEfficientNet(CondConvModel, EfficientNet):
     """timm's EfficientNet, the class of the whole mobile family, with CondConv blocks.
 
@@ -80,12 +90,9 @@ class ChainedCondConvEfficientNet(CondConvEfficientNet):
     """The same for route functions where a block needs the decision of the one before it."""
     chained = True
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.bn1(self.conv_stem(x))
-        previous: Optional[torch.Tensor] = None
-        for stage in self.blocks:
-            x, previous = stage(x, previous)
-        return self.bn2(self.conv_head(x))
+    def condition(self, *args, **kwargs) -> None:
+        super().condition(*args, **kwargs)
+        self.blocks = Chain(*self.blocks)
 
     def forward_intermediates(
             self,
@@ -163,6 +170,9 @@ def _create_condconv_efficientnet(
 ) -> CondConvEfficientNet:
     """`width` multiplies all channels; `bn_eps`, `bn_momentum`, `pad_type` and the rest are timm's keywords."""
     chained = kwargs.get('route_fn') in CHAINED
+    # A list of stages would break a chain.
+    feature_cfg = dict(feature_cls='getter') if chained else dict(flatten_sequential=True)
+    feature_cfg.update(kwargs.pop('feature_cfg', {}))
     kwargs.setdefault('act_layer', act_layer)
     model_kwargs = dict(
         block_args=decode_arch_def(arch_def),
@@ -177,7 +187,7 @@ def _create_condconv_efficientnet(
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(feature_cls='getter') if chained else dict(flatten_sequential=True),
+        feature_cfg=feature_cfg,
         **model_kwargs,
     )
 

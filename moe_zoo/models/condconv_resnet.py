@@ -121,12 +121,13 @@ default_cfgs = generate_default_cfgs({
 
 def _create_condconv_resnet(variant: str, pretrained: bool = False, **kwargs) -> CondConvResNet:
     chained = kwargs.get('route_fn') in CHAINED
+    feature_cfg = dict(feature_cls='getter') if chained else {}  # a list of stages would break the chain
     return build_model_with_cfg(
         ChainedCondConvResNet if chained else CondConvResNet,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(feature_cls='getter') if chained else None,  # a list of stages would break the chain
+        feature_cfg=dict(feature_cfg, **kwargs.pop('feature_cfg', {})),
         **kwargs,
     )
 
