@@ -237,7 +237,7 @@ def test_data_do_not_move_with_what_the_model_draws():
 
 def test_twin_sees_the_same_batches(images, tmp_path, monkeypatch):
     """Model and twin are trained on equal images and targets; the file has the paired difference."""
-    monkeypatch.setattr(compare, 'card', lambda name: {'twin': 'vmoe_vit_s', 'twin_args': {'moe_layers': []}})
+    monkeypatch.setattr(compare, 'card', lambda name: {'twin': 'vit_base_patch32_224', 'twin_args': {'embed_dim': 512}})
     drawn = []
     from moe_zoo.engine.task import MoEClassificationTask
     forward = MoEClassificationTask.forward

@@ -79,7 +79,7 @@ def twin_options(args: Any) -> Dict[str, Any]:
         InputError: The model has no card that names a twin.
     """
     about = card(args.model)
-    keywords = {**args.model_kwargs, **about.get('twin_args', {})}
+    keywords = {**about.get('twin_args', {}), **args.model_kwargs}
     while True:
         try:
             timm.create_model(about['twin'], device='meta', **keywords)
