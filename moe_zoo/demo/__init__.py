@@ -60,6 +60,11 @@ STAGES = (
         'Average precision on scenes of small, medium and large digits, and what it finds in four of them.',
         150, scenes.detect, scenes.show_detect, recipes=(scenes.DETECTOR_RECIPE,),
         missing=lambda: lacks('detectron2', NO_DETECTRON2)),
+    Stage(
+        'sizes', 'Experts and object sizes',
+        'Which expert of the detector serves small, medium and large objects, tested against chance.',
+        40, scenes.sizes, scenes.show_sizes, needs=('detector',),
+        missing=lambda: lacks('detectron2', NO_DETECTRON2)),
 )
 
 

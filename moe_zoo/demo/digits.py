@@ -16,7 +16,7 @@ from moe_zoo.engine.evaluate import evaluate
 from moe_zoo.engine.train import train
 
 from .run import Settings
-from .words import num_experts, relative, short
+from .words import command, num_experts, short
 
 CNN_RECIPE = 'condconv_resnet18_digits.yaml'
 VIT_RECIPE = 'vmoe_vit_s_digits.yaml'
@@ -58,7 +58,7 @@ def show_learn(settings: Settings, result: dict, folder: Path) -> tuple[str, lis
             f'Seed {settings.seed}, final epoch. One test image is {100 / images:.2f} %.',
         ),
         *(f'**Warning while training:** {text}' for text in routed['warnings']),
-        f'$ python tools/train_imagenet.py --config {relative(result["recipe"])} --twin seed={settings.seed}',
+        command('tools/train_imagenet.py', '--config', result['recipe'], '--twin', f'seed={settings.seed}'),
     ]
 
 

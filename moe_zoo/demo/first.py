@@ -17,7 +17,7 @@ from moe_zoo.cards import card
 from moe_zoo.errors import InputError
 
 from .run import Settings
-from .words import num_experts, short
+from .words import command, num_experts, short
 
 LARGE = 'condconv_resnet50'
 PHOTO_MODEL = 'tf_efficientnet_lite0'
@@ -69,7 +69,7 @@ def show_meet(settings: Settings, result: dict, folder: Path) -> tuple[str, list
         f'A CondConv mixes {routed["experts"]} kernels into one for every image, then convolves once: mixing costs one '
         f'multiply-add a weight, the convolution costs what it always did '
         f'([{paper["title"]}](https://arxiv.org/abs/{paper["arxiv"]})).',
-        f'$ python tools/count_flops.py {routed["name"]} {dense["name"]}',
+        command('tools/count_flops.py', routed['name'], dense['name']),
     ]
 
 

@@ -15,12 +15,13 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 
 from moe_zoo.analysis import count
+from moe_zoo.analysis.charts import heat_map
 from moe_zoo.analysis.page import Block, Figure, Stats, Table
 from moe_zoo.data.scenes import write_scenes
 from moe_zoo.routing import trace_routing
 
 from .run import Settings
-from .words import num_experts, relative, short
+from .words import command, num_experts, short
 
 DETECTOR_RECIPE = 'retinanet_digits.yaml'
 SCENES = {'train': 400, 'val': 100}
@@ -124,7 +125,7 @@ def show_detect(settings: Settings, result: dict, folder: Path) -> tuple[str, li
               f'{scenes["val"]} test scenes of {" x ".join(map(str, result["size"]))} pixels; trained on '
               f'{scenes["train"]}, from random weights, seed {settings.seed}.'),
         *figures,
-        f'$ python tools/train_coco.py --config-file {relative(result["recipe"])} {" ".join(result["options"])}',
+        command('tools/train_coco.py', '--config-file', result['recipe'], *result['options']),
     ]
 
 
@@ -136,3 +137,56 @@ def finite(value: float) -> float | None:
 def percent(value: float | None) -> str:
     """COCO metrics come in percent."""
     return '–' if value is None else f'{value:.1f} %'
+
+
+# --- which expert serves which object size ----------------------------------------------------------------------------
+
+def sizes(settings: Settings, folder: Path, results: dict) -> dict:
+    """Gate mass and average precision by object size, and the two controls without which no test is trusted."""
+    from moe_zoo.analysis.object_sizes import verdict
+    from moe_zoo.detection.count_inputs import load
+    from moe_zoo.detection.object_sizes import analyze_detector, control_sentence
+    detector = results['detector']
+    cfg, model = load(detector['recipe'], [*detector['options'], 'OUTPUT_DIR', str(folder)], detector['weights'])
+    found = analyze_detector(cfg, model, controls=('untrained', 'planted'), seed=settings.seed)
+    analysis = found['sizes']
+    return {
+        'analysis': analysis.as_dict(),
+        'verdicts': [verdict(layer, analysis.alpha) for layer in analysis.layers],
+        'controls': [control_sentence(name, control) for name, control in found['controls'].items()],
+        'ap': found['ap'],
+        'config': detector['recipe'], 'weights': detector['weights'], 'options': detector['options'],
+    }
+
+
+def show_sizes(settings: Settings, result: dict, folder: Path) -> tuple[str, list[Block]]:
+    analysis, ap = result['analysis'], result['ap']
+    names = list(analysis['objects'])
+    objects = ', '.join(f'{count} {name}' for name, count in analysis['objects'].items())
+    figures = []
+    for layer in analysis['layers']:
+        mass = [[100 * (layer['mass'][size] or [0] * len(layer['expert_p']))[e] for size in names]
+                for e in range(len(layer['expert_p']))]
+        figures.append(Figure(
+            heat_map([str(e) for e in range(len(mass))], names, mass, 'expert', f'objects, {layer["name"]}', '{:.1f}'),
+            f'Gate mass of each expert of {layer["name"]} on small, medium and large objects; numbers are drawn in.',
+            f'Gate mass of each expert on the objects of a size, % ({objects}).'))
+    precision = [[row[key] or 0. for key in ('APs', 'APm', 'APl')] for row in ap.values()]
+    figures.append(Figure(
+        heat_map(list(ap), names, precision, '', 'objects', '{:.1f}'),
+        'Average precision by object size with every expert forced and left free; the numbers are drawn in.',
+        'AP by object size, %: the router left free, and every image sent to one expert alone.'))
+    headline = 'Its experts **separate** object sizes.' if analysis['separates'] else \
+        'Its experts do **not** separate object sizes.'
+    verdicts = [f'`{layer["name"]}`: {text}' for layer, text in zip(analysis['layers'], result['verdicts'])]
+    return headline, [
+        *figures,
+        f'A layer separates sizes where two tests agree at {analysis["alpha"]:g}: gates permuted among the '
+        f'{analysis["images"]} scenes ({analysis["permutations"]} times), and routers whose weights are shuffled '
+        f'({analysis["shuffles"]} times). It is an association: an expert may follow scenes in which small objects are '
+        'common.',
+        *verdicts,
+        *result['controls'],
+        command('tools/analyze_object_sizes.py', '--config-file', result['config'], '--weights', result['weights'],
+                *result['options']),
+    ]

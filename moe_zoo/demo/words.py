@@ -1,5 +1,6 @@
 """Small things that several stages say or look up."""
 import os
+import shlex
 from pathlib import Path
 
 from torch import nn
@@ -20,6 +21,7 @@ def short(number: float) -> str:
     return str(number)
 
 
-def relative(path: str) -> str:
-    """A path below the working directory as a person there would type it."""
-    return os.path.relpath(path) if Path(path).resolve().is_relative_to(Path.cwd()) else path
+def command(*words: str) -> str:
+    """A block of the page that shows a command; paths below the working directory as a person there would type them."""
+    below = [os.path.relpath(w) if os.path.isabs(w) and Path(w).is_relative_to(Path.cwd()) else w for w in words]
+    return f'$ python {shlex.join(below)}'
