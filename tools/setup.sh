@@ -126,7 +126,8 @@ now="$detection $(cat pyproject.toml tools/setup.sh | cksum) $PWD"
 if [[ -x $venv_python && -n ${PYTHON:-} && $(version "$PYTHON") != "$(version $venv_python)" ]]; then
     say "PYTHON=$PYTHON is not used: .venv is of $(version $venv_python). Remove .venv to make it anew."
 fi
-if [[ $before == "$now" && -x $venv_python ]]; then
+# Without detection is a part of with it: nothing is taken away.
+if [[ ($before == "$now" || $before == "detection ${now#* }") && -x $venv_python ]]; then
     say 'Set-up: .venv is up to date, nothing to install.'
     exit
 fi
