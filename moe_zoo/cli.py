@@ -91,11 +91,12 @@ def show_card(name: str) -> str:
     """
     entry = card(name)
     paper, cost, recipe = entry['paper'], entry['cost'], entry['recipe']
+    venue, year = paper['venue'], str(paper['year'])
+    venue = venue if year in venue else f'{venue} {year}'
     lines = [
-        (entry['name'], entry['summary']),
-        ('paper', f'{paper["title"]}. {paper["authors"]}. {paper["venue"]} {paper["year"]}. arXiv:{paper["arxiv"]}'),
+        ('paper', f'{paper["title"]}. {paper["authors"]}. {venue}. arXiv:{paper["arxiv"]}'),
         ('input', ' x '.join(map(str, entry['input']['size']))),
-        ('parameters', f'{cost["parameters"]:,}, of which {cost["active_parameters"]:,} work on one image'),
+        ('parameters', f'{cost["parameters"]:,}, of which {cost["active_parameters"]:,} work on one item (image or token)'),
         ('MACs', f'{cost["macs"]:,} at most (multiply-adds; router and chosen experts for every item)'),
         ('dense twin', _call(entry['twin'], entry.get('twin_args', {}))),
         ('recipe', recipe['config']),
@@ -103,13 +104,15 @@ def show_card(name: str) -> str:
         *[('published', _result(row)) for row in entry.get('published', [])],
         *[('measured', _result(row)) for row in entry.get('measured', [])],
         ('weights', entry['weights']['note']),
-        *[('differs', text) for text in entry.get('deviations', [])],
+        *[('deviation', text) for text in entry.get('deviations', [])],
     ]
-    width = max(len(label) for label, _ in lines[1:])
+    width = max(len(label) for label, _ in lines)
     columns = max(60, min(120, shutil.get_terminal_size().columns))
     body = [
-        textwrap.fill(f'{label:<{width}}  {text}', columns, subsequent_indent=' ' * (width + 2), break_long_words=False)
-        for label, text in lines[1:]
+        textwrap.fill(
+            f'{label:<{width}}  {text}', columns, subsequent_indent=' ' * (width + 2),
+            break_long_words=False, break_on_hyphens=False)
+        for label, text in lines
     ]
     return '\n'.join([f'{entry["name"]}: {entry["summary"]}', *body])
 
@@ -154,4 +157,12 @@ def _result(row: dict) -> str:
     if value is None:
         value = f'{row.pop("mean")} +- {row.pop("std")}'
     what = ' '.join(str(row.pop(key)) for key in ('dataset', 'metric') if key in row)
-    return f'{what} {value} ({", ".join(f"{key} {value}" for key, value in row.items())})'
+    rest = ', '.join(f'{key} {_plain(value)}' for key, value in row.items() if key != 'source')
+    return f'{what}: {value}' + (f' ({rest})' if rest else '') + (f'; {row["source"]}' if 'source' in row else '')
+
+
+def _plain(value) -> str:
+    """A value of a card without the marks of Python: lists and tables as words."""
+    if isinstance(value, dict):
+        return ', '.join(f'{key} {_plain(v)}' for key, v in value.items())
+    return ' '.join(map(str, value)) if isinstance(value, list) else str(value)
