@@ -21,7 +21,6 @@ TOOLS = {
     'train-coco': ('moe_zoo.detection.train', 'train or evaluate a detector from a detectron2 config', 'detection'),
     'analyze-object-sizes': (
         'moe_zoo.detection.object_sizes', 'which expert serves small, medium and large objects', 'detection'),
-    'benchmark': ('moe_zoo.analysis.benchmark_cli', 'time and memory of models beside their dense twins', None),
     'demo': ('moe_zoo.demo', 'train, count and explain small models, and write one page about it', 'demo'),
     'run': ('moe_zoo.run', "run any script of timm or detectron2 with moe_zoo's models known", None),
 }
@@ -96,7 +95,7 @@ def show_card(name: str) -> str:
     lines = [
         ('paper', f'{paper["title"]}. {paper["authors"]}. {venue}. arXiv:{paper["arxiv"]}'),
         ('input', ' x '.join(map(str, entry['input']['size']))),
-        ('parameters', f'{cost["parameters"]:,}, of which {cost["active_parameters"]:,} work on one item (image or token)'),
+        ('parameters', f'{cost["parameters"]:,}, of which {cost["active_parameters"]:,} work on an image or token'),
         ('MACs', f'{cost["macs"]:,} at most (multiply-adds; router and chosen experts for every item)'),
         ('dense twin', _call(entry['twin'], entry.get('twin_args', {}))),
         ('recipe', recipe['config']),
