@@ -80,6 +80,8 @@ def twin_options(args: Any) -> Dict[str, Any]:
     """
     about = card(args.model)
     keywords = {**about.get('twin_args', {}), **args.model_kwargs}
+    if about['twin'] == args.model:  # timm has no such network: ours with its routing switched off, whatever the recipe
+        keywords.update(about['twin_args'])
     while True:
         try:
             timm.create_model(about['twin'], device='meta', **keywords)
