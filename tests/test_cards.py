@@ -1,6 +1,6 @@
 """Cards say what the models are: one card a registered model, with costs that a count repeats."""
-import subprocess
-import sys
+import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -23,10 +23,10 @@ def test_every_model_has_a_card_and_every_card_a_model():
 
 
 def test_names_are_free_in_timm():
-    code = 'import timm; print("\\n".join(timm.list_models()))'
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-    theirs = set(done.stdout.split())
-    assert 'resnet50' in theirs
+    # read from its files: in the registry of this process ours would have taken the place of theirs
+    files = (Path(timm.__file__).parent / 'models').glob('*.py')
+    theirs = {name for path in files for name in re.findall(r'@register_model\s+def (\w+)\(', path.read_text())}
+    assert len(theirs) > 1000 and 'resnet50' in theirs
     assert not theirs & set(REGISTERED)
 
 

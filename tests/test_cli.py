@@ -45,9 +45,9 @@ def test_list_shortens_figures(capsys):
 ])
 def test_list_filters_by_part_or_pattern(capsys, pattern, expected):
     cli.main(['list', pattern])
-    assert {row.split()[0] for row in capsys.readouterr().out.splitlines()[1:]} >= expected
-    cli.main(['list', pattern])
-    assert not {row.split()[0] for row in capsys.readouterr().out.splitlines()[1:]} & {'condconv_mnasnet_a1'}
+    found = {row.split()[0] for row in capsys.readouterr().out.splitlines()[1:]}
+    assert expected <= found
+    assert 'condconv_mnasnet_a1' not in found
 
 
 @pytest.mark.parametrize('name', sorted(cards()))
@@ -96,9 +96,11 @@ def test_every_tool_opens_and_explains_itself(command, capsys):
     if extra == 'detection':
         pytest.importorskip('detectron2')
     assert callable(importlib.import_module(module).main)
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([command, '--help'])
-    assert stopped.value.code == 0
+    try:
+        code = cli.main([command, '--help'])
+    except SystemExit as stopped:  # argparse leaves this way
+        code = stopped.code
+    assert code == 0
     assert 'usage: ' in capsys.readouterr().out
 
 
