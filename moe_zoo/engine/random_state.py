@@ -10,6 +10,8 @@ from typing import Any, Dict, Iterable, Iterator
 import numpy as np
 import torch
 
+from ..errors import InputError
+
 MODEL, DATA = 0, 1  # streams of random numbers within an epoch
 
 
@@ -59,6 +61,8 @@ def iterate_apart(loader: Iterable, seed: int, epoch: int, rank: int = 0) -> Ite
             batch = next(iterator)
         except StopIteration:
             return
+        except InputError as error:  # out of a worker process it comes with that one's traceback as its text
+            raise InputError(str(error).rpartition('InputError: ')[2].strip()) from None
         finally:
             inside = get_random_state(cuda=False)
             set_random_state(outside)

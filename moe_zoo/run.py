@@ -1,0 +1,85 @@
+"""Run a script of timm or detectron2 unmodified, with what moe_zoo adds to both: `moe-zoo run SCRIPT ARGS...`.
+
+    moe-zoo run train.py --data-dir DIR --model vmoe_vit_s                      # timm's, auxiliary losses included
+    torchrun --nproc_per_node=8 -m moe_zoo.run train.py ...
+    moe-zoo run tools/train_net.py --config-file configs/coco/retinanet_moe_res5_r50_fpn_1x.yaml
+
+Models are registered with timm. `timm.task.ClassificationTask`, which timm's train.py trains with, is the one that adds
+auxiliary losses. A script that speaks of detectron2 finds our backbones, meta-architecture and config keys. Processes
+that the script spawns (`--num-gpus 2`) are prepared in the same way. Imports are absolute: spawned processes run this
+file by its path.
+"""
+import importlib.util
+import os
+import runpy
+import sys
+from multiprocessing import spawn
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import moe_zoo  # noqa: F401 - registers the models
+from moe_zoo.errors import InputError, exit_on_input_error
+
+SCRIPT = 'MOE_ZOO_RUN_SCRIPT'  # environment variable that tells spawned processes what they are part of
+
+
+@exit_on_input_error
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run `SCRIPT ARGS...` as `python SCRIPT ARGS...` would.
+
+    Raises:
+        InputError: There is no such script.
+    """
+    script, *arguments = (sys.argv[1:] if argv is None else argv) or ['--help']
+    if script in ('-h', '--help'):
+        print('usage: moe-zoo run SCRIPT ARGS...\n\n' + __doc__.strip())
+        return 0
+    path = Path(script).expanduser()
+    if not path.is_file():
+        raise InputError(
+            f"There is no script '{script}': give the path of a Python file, for example train.py of timm's repository"
+            ' (its package does not hold it).')
+    os.environ[SCRIPT] = str(path.resolve())
+    _prepare_children()
+    sys.argv = [script, *arguments]
+    enter(path, '__main__')
+    return 0
+
+
+def enter(script: Path, run_name: str) -> Dict[str, Any]:
+    """Make moe_zoo known, run a script under a name, and return its globals."""
+    use_routed_tasks()
+    if 'detectron2' in script.read_text(encoding='utf-8') and importlib.util.find_spec('detectron2'):
+        from moe_zoo.detection import install
+        install()
+    sys.path.insert(0, str(script.resolve().parent))  # where Python puts the folder of a script
+    return runpy.run_path(str(script), run_name=run_name)
+
+
+def use_routed_tasks() -> None:
+    """Put our tasks in the place of timm's, before a script imports them by name."""
+    import timm.task.classification
+
+    from moe_zoo.engine.task import MoEClassificationTask, MoEMultiLabelClassificationTask
+    for module in (timm.task, timm.task.classification):
+        module.ClassificationTask = MoEClassificationTask
+        module.MultiLabelClassificationTask = MoEMultiLabelClassificationTask
+
+
+def _prepare_children() -> None:
+    """Let spawned processes import this file as their main module; by themselves they would import the bare script."""
+    original = spawn.get_preparation_data
+
+    def get_preparation_data(name: str) -> Dict[str, Any]:
+        data = original(name)
+        data.pop('init_main_from_name', None)
+        data['init_main_from_path'] = str(Path(__file__).resolve())
+        return data
+
+    spawn.get_preparation_data = get_preparation_data
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())
+if __name__ == '__mp_main__':
+    globals().update(enter(Path(os.environ[SCRIPT]), '__mp_main__'))

@@ -1,0 +1,206 @@
+"""`moe-zoo run`: scripts of timm and detectron2, unmodified."""
+import csv
+import importlib.util
+import os
+import subprocess
+import sys
+from multiprocessing import spawn
+from pathlib import Path
+
+import pytest
+import timm.task.classification
+
+from moe_zoo import run
+
+# What timm's train.py does, and nothing else: import the task by name, build it, divide, differentiate, step, log.
+MINIATURE = """
+import argparse
+import sys
+
+import torch
+from timm.models import create_model
+from timm.optim import create_optimizer_v2
+from timm.task import ClassificationTask
+from timm.utils import NativeScaler, ParseKwargs
+
+import helper
+
+parser = argparse.ArgumentParser()
+parser.add_argument('--model')
+parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
+parser.add_argument('--grad-accum-steps', type=int, default=2)
+
+
+def main():
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    model = create_model(args.model, num_classes=3, img_size=16, **args.model_kwargs)
+    optimizer = create_optimizer_v2(model, opt='sgd', lr=0.1)
+    task = ClassificationTask(model=model, criterion=torch.nn.CrossEntropyLoss(), device=torch.device('cpu'),
+                              dtype=None, verbose=False)
+    task.setup_ema(decay=0.9)
+    task.train()
+    for step in range(args.grad_accum_steps):
+        result = task(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]))
+        (result['loss'] / args.grad_accum_steps).backward()
+    optimizer.step()
+    task.update_ema(step=1)
+    task.get_eval_model().eval()
+    assert task.get_eval_model()(torch.randn(2, 3, 16, 16)).shape == (2, 3)
+    print(type(task).__name__, sorted(name for name in result if name.startswith('loss_')), sys.argv[0], helper.VALUE)
+
+
+if __name__ == '__main__':
+    main()
+"""
+# What detectron2's launch does: spawn, and pickle a function of the script by its name.
+SPAWNING = """
+import timm
+import torch
+from timm.task import ClassificationTask
+
+
+def worker(rank, folder):
+    model = timm.create_model('vmoe_vit_s', patch_size=8, img_size=16, embed_dim=16, depth=2, num_heads=2)
+    open(f'{folder}/{rank}', 'w').write(ClassificationTask(model, verbose=False).__class__.__name__)
+
+
+if __name__ == '__main__':
+    import sys
+    torch.multiprocessing.spawn(worker, (sys.argv[1],), nprocs=1)
+"""
+TINY = ['patch_size=8', 'embed_dim=16', 'depth=2', 'num_heads=2', 'representation_size=0', 'num_experts=4']
+
+
+def moe_zoo_run(repository, *arguments, cwd=None):
+    environment = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(repository))
+    return subprocess.run(
+        [sys.executable, '-m', 'moe_zoo.run', *map(str, arguments)], cwd=cwd, env=environment, capture_output=True,
+        text=True, timeout=600)
+
+
+@pytest.fixture
+def run_here(monkeypatch):
+    """`moe_zoo.run.main` in this process, with everything that it changes put back."""
+    for module in (timm.task, timm.task.classification):
+        for name in ('ClassificationTask', 'MultiLabelClassificationTask'):
+            monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(spawn, 'get_preparation_data', spawn.get_preparation_data)
+    monkeypatch.setattr(sys, 'argv', list(sys.argv))
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    monkeypatch.setenv(run.SCRIPT, '')
+    return lambda *arguments: run.main([str(argument) for argument in arguments])
+
+
+def test_script_that_builds_timms_task(run_here, tmp_path, capsys):
+    """Registered models, auxiliary losses in timm's task, and neighbours of the script importable."""
+    (tmp_path / 'train.py').write_text(MINIATURE)
+    (tmp_path / 'helper.py').write_text('VALUE = 7\n')
+    assert run_here(tmp_path / 'train.py', '--model', 'vmoe_vit_s', '--model-kwargs', *TINY) == 0
+    assert capsys.readouterr().out == (
+        f"MoEClassificationTask ['loss_importance', 'loss_vmoe_load'] {tmp_path / 'train.py'} 7\n")
+
+
+def test_spawned_processes_know_it_too(repository, tmp_path):
+    (tmp_path / 'spawning.py').write_text(SPAWNING)
+    done = moe_zoo_run(repository, tmp_path / 'spawning.py', tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / '0').read_text() == 'MoEClassificationTask'
+
+
+def test_exit_codes_and_sentences(run_here, tmp_path, capsys):
+    """What the user caused is a sentence and 2; what the script says is passed on."""
+    (tmp_path / 'leaves.py').write_text('raise SystemExit(5)\n')
+    (tmp_path / 'wrong.py').write_text("import timm\ntimm.create_model('vmoe_vit_s', num_selected=9)\n")
+    for script, code, sentence in (
+            ('missing.py', 2, f"error: There is no script '{tmp_path / 'missing.py'}'"),
+            ('leaves.py', 5, ''),
+            ('wrong.py', 2, 'error: num_selected=9 with num_experts=8: choose between 1 and 8 experts.')):
+        with pytest.raises(SystemExit) as exit:
+            run_here(tmp_path / script)
+        assert exit.value.code == code
+        assert capsys.readouterr().err.startswith(sentence)
+    assert run_here('--help') == 0 and 'usage: moe-zoo run SCRIPT' in capsys.readouterr().out
+
+
+def upstream_tool(name: str) -> Path:
+    """A script of detectron2's own tools folder, where the set-up keeps them."""
+    if importlib.util.find_spec('detectron2') is None:
+        pytest.skip('detectron2 is not installed')
+    for root in (Path(sys.prefix) / 'share', Path(importlib.util.find_spec('detectron2').origin).parents[1]):
+        for path in (root / 'detectron2' / 'tools' / name, root / 'tools' / name):
+            if path.is_file():
+                return path
+    pytest.skip(f'{name} of detectron2 is not on this machine')
+
+
+# detectron2's launch spawns a process for each device and hands it a function of the script.
+LAUNCHING = """
+import sys
+
+from detectron2.config import get_cfg
+from detectron2.engine import launch
+
+
+def work(folder):
+    import detectron2.utils.comm as comm
+    open(f'{folder}/{comm.get_rank()}', 'w').write(str('MOE' in get_cfg()))
+
+
+if __name__ == '__main__':
+    launch(work, 2, dist_url='auto', args=(sys.argv[1],))
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_detectron2_know_our_keys(repository, tmp_path):
+    pytest.importorskip('detectron2')
+    (tmp_path / 'launching.py').write_text(LAUNCHING)
+    done = moe_zoo_run(repository, tmp_path / 'launching.py', tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / rank).read_text() for rank in '01'] == ['True', 'True']
+
+
+@pytest.mark.slow
+def test_train_net_of_detectron2(repository, tmp_path, monkeypatch):
+    """Upstream's trainer, two iterations and an evaluation of our routed RetinaNet on four scenes of digits."""
+    script = upstream_tool('train_net.py')
+    pytest.importorskip('sklearn')
+    from moe_zoo.data import write_scenes
+    write_scenes(tmp_path / 'digit_scenes', train=4, val=4)
+    monkeypatch.setenv('DETECTRON2_DATASETS', str(tmp_path))
+    done = moe_zoo_run(
+        repository, script, '--config-file', repository / 'configs' / 'demo' / 'retinanet_digits.yaml',
+        'SOLVER.MAX_ITER', 2, 'SOLVER.IMS_PER_BATCH', 2, 'OUTPUT_DIR', tmp_path / 'run', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / 'run' / 'model_final.pth').is_file()
+    assert 'loss_moe' in (tmp_path / 'run' / 'metrics.json').read_text()
+
+
+@pytest.mark.slow
+def test_analyze_model_of_detectron2(repository, tmp_path):
+    done = moe_zoo_run(
+        repository, upstream_tool('analyze_model.py'), '--tasks', 'parameter', '--config-file',
+        repository / 'configs' / 'demo' / 'retinanet_digits.yaml', 'OUTPUT_DIR', tmp_path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'experts' in done.stdout + done.stderr
+
+
+def test_timms_own_script(repository, tmp_path):
+    """timm's train.py on two classes of images, where MOE_ZOO_TIMM_TRAIN names a copy (its package has none)."""
+    script = os.environ.get('MOE_ZOO_TIMM_TRAIN')
+    if not script:
+        pytest.skip("set MOE_ZOO_TIMM_TRAIN to timm's train.py")
+    from PIL import Image
+    for split in ('train', 'validation'):
+        for level in (60, 190):
+            (tmp_path / 'data' / split / str(level)).mkdir(parents=True)
+            for i in range(4):
+                Image.new('RGB', (16, 16), (level,) * 3).save(tmp_path / 'data' / split / str(level) / f'{i}.png')
+    done = moe_zoo_run(
+        repository, script, '--data-dir', tmp_path / 'data', '--model', 'vmoe_vit_s', '--model-kwargs', *TINY,
+        '--num-classes', '2', '--img-size', '16', '--device', 'cpu', '--workers', '0', '--batch-size', '4', '--epochs',
+        '1', '--warmup-epochs', '0', '--opt', 'sgd', '--lr', '0.01', '--output', tmp_path, '--experiment', 'run')
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / 'run' / 'summary.csv', newline='') as file:
+        assert len(list(csv.DictReader(file))) == 1
