@@ -77,8 +77,10 @@ def dispatch_padded(
     end = routing.num_experts * capacity
     position = torch.where(slot >= 0, routing.indices.reshape(-1) * capacity + slot, end)  # (T * K)
     buffer = x.new_zeros(end + 1, x.shape[-1]).index_copy(0, position, x.repeat_interleave(selected, dim=0))
-    outputs = run_stacked(buffer[:-1].view(routing.num_experts, capacity, -1))
-    return combine_sorted([outputs.flatten(0, 1)], position.view_as(routing.indices), routing.weights).to(x.dtype)
+    outputs = run_stacked(buffer[:-1].view(routing.num_experts, capacity, -1)).flatten(0, 1)
+    outputs = torch.cat([outputs, outputs.new_zeros(1, outputs.shape[-1])])
+    gathered = outputs.index_select(0, position) * routing.weights.reshape(-1, 1)
+    return gathered.view(x.shape[0], selected, -1).sum(dim=1).to(x.dtype)
 
 
 def sort_pairs(
@@ -118,16 +120,17 @@ def combine_sorted(outputs: List[torch.Tensor], position: torch.Tensor, weights:
         weights: (T, K) float32.
 
     Returns:
-        (T, D_out) float32.
+        (T, D_out) in float32, or in float64 where the outputs are.
     """
     zero = torch.zeros(1, outputs[0].shape[-1], device=outputs[0].device, dtype=outputs[0].dtype)
-    rows = torch.cat(outputs + [zero])  # a gather from here, where adding into place would serialise
-    gathered = rows.index_select(0, position.reshape(-1)).view(weights.shape[0], weights.shape[1], rows.shape[-1])
-    return (gathered * weights.unsqueeze(-1)).sum(dim=1)
+    rows = torch.cat(outputs + [zero])
+    rows = rows.to(torch.result_type(rows, weights))
+    # Gathers, weighs and sums in one pass, without a copy of the gathered rows.
+    return F.embedding_bag(position, rows, per_sample_weights=weights.to(rows.dtype), mode='sum')
 
 
 def combine_all(outputs: List[torch.Tensor], matrix: torch.Tensor) -> torch.Tensor:
-    """Weighted sum of E outputs (T, D_out) by the columns of a (T, E) matrix, in float32."""
+    """Weighted sum of E outputs (T, D_out) by the columns of a float32 (T, E) matrix."""
     total = outputs[0] * matrix[:, :1]
     for expert in range(1, len(outputs)):
         total = total + outputs[expert] * matrix[:, expert:expert + 1]
