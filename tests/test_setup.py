@@ -27,7 +27,8 @@ def checkout(tmp_path, repository) -> Path:
 
 def _python(path: Path, version: str) -> Path:
     """A Python of the given version, as far as set-up asks: it fails the check and says its version."""
-    path.write_text(f'#!/bin/sh\ncase "$2" in *version_info*) exit 1;; *python_version*) echo Python {version};; esac\n')
+    answers = f'*version_info*) exit 1;; *python_version*) echo Python {version};;'
+    path.write_text(f'#!/bin/sh\ncase "$2" in {answers} esac\n')
     path.chmod(0o755)
     return path
 
