@@ -385,7 +385,7 @@ FREE = frozenset(f'aten.{name}' for name in """
 
     index _unsafe_index gather scatter scatter_add scatter_reduce index_add index_copy index_fill index_put
     _unsafe_index_put index_reduce index_select take masked_select masked_fill masked_scatter nonzero embedding
-    _embedding_bag slice_scatter select_scatter diagonal_scatter tril triu diag_embed
+    _embedding_bag _embedding_bag_forward_only slice_scatter select_scatter diagonal_scatter tril triu diag_embed
     sort argsort topk searchsorted bucketize unique_dim _unique2 unique_consecutive isin equal
 
     cat stack split unsafe_split unsafe_split_with_sizes unsafe_chunk _unsafe_view _reshape_alias repeat roll flip
