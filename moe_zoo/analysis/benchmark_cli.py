@@ -7,14 +7,17 @@ quoted. Time stands next to MACs, because MACs that are saved or added do not al
 Letters: B images.
 """
 import argparse
+import contextlib
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import timm
 import torch
@@ -168,6 +171,8 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     if args.device.startswith('cuda') and not torch.cuda.is_available():
         raise InputError(f'--device {args.device}: torch sees no CUDA device here; use cpu.')
+    if os.getloadavg()[0] > os.cpu_count() / 2:
+        print(f'note: load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; others are busy here', file=sys.stderr)
     modes = [args.mode] if args.mode else list(MODES)
     rows = []
     for name in args.names:
@@ -184,8 +189,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def machine(device: str) -> dict:
     """What a timing depends on besides the model."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # Linux says more
+        found = re.search(r'^model name\s*: (.+)$', Path('/proc/cpuinfo').read_text(), re.M)
+        cpu = found[1] if found else cpu
     return {
-        'device': torch.cuda.get_device_name(device) if device.startswith('cuda') else platform.processor(),
+        'device': torch.cuda.get_device_name(device) if device.startswith('cuda') else cpu,
         'cores': os.cpu_count(), 'threads': torch.get_num_threads(), 'load': os.getloadavg(),
         'torch': torch.__version__, 'timm': timm.__version__, 'moe_zoo': moe_zoo.__version__,
     }
@@ -196,7 +205,7 @@ def _table(rows: list[dict]) -> Table:
     for heading in ('model / twin', 'mode', 'images', 'MACs ratio', 'time ratio', 'model', 'twin'):
         table.add_column(heading, overflow='fold')
     for row in rows:
-        times = (f'{1e3 * statistics.median(row[key]):.4g} ms' for key in ('seconds', 'twin_seconds'))
+        times = (f'{1e3 * statistics.median(row[key]):,.1f} ms' for key in ('seconds', 'twin_seconds'))
         table.add_row(
             f'{row["model"]} / {row["twin"]}', row['mode'], str(row['batch_size']), f'{row["macs_ratio"]:.3f}',
             str(Ratio(**row['time_ratio'])), *times)
