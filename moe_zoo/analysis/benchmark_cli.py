@@ -171,6 +171,8 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     if args.device.startswith('cuda') and not torch.cuda.is_available():
         raise InputError(f'--device {args.device}: torch sees no CUDA device here; use cpu.')
+    for name in args.names:
+        card(name)  # a wrong name is said before an hour of timings
     if os.getloadavg()[0] > os.cpu_count() / 2:
         print(f'note: load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; others are busy here', file=sys.stderr)
     modes = [args.mode] if args.mode else list(MODES)
@@ -205,9 +207,10 @@ def _table(rows: list[dict]) -> Table:
     for heading in ('model / twin', 'mode', 'images', 'MACs ratio', 'time ratio', 'model', 'twin'):
         table.add_column(heading, overflow='fold')
     for row in rows:
+        twin = row['twin'] + ''.join(f' {key}={value}' for key, value in row['twin_args'].items())
         times = (f'{1e3 * statistics.median(row[key]):,.1f} ms' for key in ('seconds', 'twin_seconds'))
         table.add_row(
-            f'{row["model"]} / {row["twin"]}', row['mode'], str(row['batch_size']), f'{row["macs_ratio"]:.3f}',
+            f'{row["model"]} / {twin}', row['mode'], str(row['batch_size']), f'{row["macs_ratio"]:.3f}',
             str(Ratio(**row['time_ratio'])), *times)
     return table
 
