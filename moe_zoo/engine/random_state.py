@@ -53,7 +53,7 @@ def iterate_apart(loader: Iterable, seed: int, epoch: int, rank: int = 0) -> Ite
     """
     outside = get_random_state(cuda=False)
     seed_stream(seed, epoch, rank, DATA)
-    iterator = None
+    iterator, refusal = None, ''
     while True:
         # Entered with the data's state set, left with the caller's.
         try:
@@ -61,11 +61,15 @@ def iterate_apart(loader: Iterable, seed: int, epoch: int, rank: int = 0) -> Ite
             batch = next(iterator)
         except StopIteration:
             return
-        except InputError as error:  # out of a worker process it comes with that one's traceback as its text
-            raise InputError(str(error).rpartition('InputError: ')[2].strip()) from None
+        except InputError as error:  # from a worker process its text is that one's traceback
+            refusal = str(error).rpartition('InputError: ')[2].strip()
+            error.__traceback__ = None  # which holds the loader, whose workers would linger
         finally:
             inside = get_random_state(cuda=False)
             set_random_state(outside)
+        if refusal:
+            iterator = None
+            raise InputError(refusal)
         yield batch
         outside = get_random_state(cuda=False)
         set_random_state(inside)

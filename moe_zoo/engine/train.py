@@ -185,7 +185,6 @@ class Trainer:
             row['seconds'] = time.monotonic() - started
             self._save(row, metric, milestone)
             self._tell(row, losses, metrics, balance)
-        self.reporter.close()
 
     def train_epoch(self) -> None:
         """One pass over the training data, or what is left of one."""
@@ -400,9 +399,12 @@ def train(
     if checkpoint is not None:
         trainer.resume(checkpoint)
         reporter.say(f"continuing from '{checkpoint}' at epoch {trainer.epoch + 1} of {trainer.stop}")
-    trainer.start(folder, checkpoint)
-    _introduce(trainer)
-    trainer.fit()
+    try:
+        trainer.start(folder, checkpoint)
+        _introduce(trainer)
+        trainer.fit()
+    finally:
+        reporter.close()
     return _result(trainer)
 
 
@@ -501,9 +503,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; returns the exit code."""
     from .compare import run_all
     flags = parse_command_line(argv, parser())
-    if not flags.config and not any(option.startswith('model=') for option in flags.options):
-        raise InputError('Nothing to train: give --config FILE, or at least model=NAME.')
     overrides = parse_overrides(flags.options)
+    if not flags.config and 'model' not in overrides:
+        raise InputError('Nothing to train: give --config FILE, or at least model=NAME.')
     if flags.data_dir:
         overrides['data_dir'] = flags.data_dir
     try:
