@@ -11,9 +11,10 @@ import pytest
 import timm
 import torch
 from timm.layers import set_reentrant_ckpt
-from timm.models import get_model_args, group_parameters, save_for_hf
+from timm.models import get_model_args, get_notrace_functions, get_notrace_modules, group_parameters, save_for_hf
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch.nn import functional as F
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import moe_zoo  # noqa: F401 - registers the models
 from moe_zoo.analysis.cost import count
@@ -223,6 +224,21 @@ def test_scripted_model(kwargs, tmp_path):
     x = torch.randn(2, 3, 32, 32)
     torch.jit.script(model).save(tmp_path / 'model.pt')
     torch.testing.assert_close(torch.jit.load(tmp_path / 'model.pt')(x), model(x))
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(dynamic_img_size=True),
+    dict(dynamic_img_size=True, pos_embed='sincos2d'),
+    dict(global_pool='map', qk_norm=True),
+])
+def test_traced_by_fx(kwargs):
+    """With routed layers as leaves, as timm traces."""
+    model = tiny(**kwargs).eval()
+    leaves = dict(leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions())
+    _, nodes = get_graph_node_names(model, tracer_kwargs=leaves)
+    traced = create_feature_extractor(model, return_nodes=[nodes[-1]], tracer_kwargs=leaves)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(traced(x)[nodes[-1]], model(x))
 
 
 def test_evaluation_is_deterministic_and_images_are_independent():

@@ -1,7 +1,7 @@
 """Numbers of the original V-MoE (JAX) against ours, given the same weights, inputs and router noise.
 
-Recorded by the unmodified reference on CPU in float32. Tolerances: logits 2e-5 absolute, losses 1e-4 relative, gradients
-1e-5 of their largest element.
+Recorded by the unmodified reference on CPU in float32. Tolerances: logits 2e-5 absolute, losses 1e-4 relative,
+gradients 1e-5 of their largest element.
 
 Letters: B images, N tokens, D width, G groups, S tokens a group, E experts.
 """
@@ -30,7 +30,8 @@ class Case:
         self.params = {k: v for k, v in self.arrays.items() if k.startswith('params/')}
         self.model = from_config(self.info['model'], img_size=self.info['image_size'])
         self.model.load_state_dict(import_vmoe(self.params))
-        self.layers = {f'encoderblock_{i}': self.model.blocks[i].mlp for i in self.info['model']['encoder']['moe']['layers']}
+        self.routed = self.info['model']['encoder']['moe']['layers']
+        self.layers = {f'encoderblock_{i}': self.model.blocks[i].mlp for i in self.routed}
         self.inputs = self.tensor('inputs').permute(0, 3, 1, 2)  # NHWC to NCHW
 
     def tensor(self, key):
@@ -69,7 +70,8 @@ class Case:
 def one_group(routing, g):
     """The record of group g alone."""
     rows = slice(g * routing.group_size, (g + 1) * routing.group_size)
-    fields = {name: getattr(routing, name) for name in ('logits', 'gates', 'weights', 'indices', 'kept', 'noisy_logits')}
+    per_token = ('logits', 'gates', 'weights', 'indices', 'kept', 'noisy_logits')
+    fields = {name: getattr(routing, name) for name in per_token}
     return routing._replace(**{name: None if field is None else field[rows] for name, field in fields.items()})
 
 
@@ -99,7 +101,7 @@ def test_evaluation(case):
     close(logits, case.tensor('eval/logits'), rtol=0, atol=2e-5)
     close(encoded, case.tensor('eval/encoded'), rtol=0, atol=2e-5)
     records = []
-    for i, (name, layer) in zip(case.info['model']['encoder']['moe']['layers'], case.layers.items()):
+    for i, (name, layer) in zip(case.routed, case.layers.items()):
         routing = trace[f'blocks.{i}.mlp'][0]
         records.append(routing)
         group = (-1, layer.group_size, layer.num_experts)
@@ -154,3 +156,17 @@ def test_without_an_image_size_the_weights_decide(case):
     model.load_state_dict(import_vmoe(case.params))
     with torch.no_grad():
         close(model.eval()(case.inputs), case.tensor('eval/logits'), rtol=0, atol=2e-5)
+
+
+def test_query_and_key_norms(shared_parity):
+    """The expert-choice file has them (its router is another): the logits of its first router follow from them."""
+    info = json.loads((shared_parity / 'vmoe' / 'vmoe_tiny_expert_choice.json').read_text())
+    with np.load(shared_parity / 'vmoe' / 'vmoe_tiny_expert_choice.npz') as arrays:
+        arrays = dict(arrays)
+    info['model']['encoder']['moe']['router'] = dict(dispatcher=dict(capacity_factor=1.0))
+    model = from_config(info['model'], img_size=32).eval()
+    model.load_state_dict(import_vmoe({k: v for k, v in arrays.items() if k.startswith('params/')}))
+    with torch.no_grad(), trace_routing(model) as trace:
+        model(torch.from_numpy(arrays['inputs']).permute(0, 3, 1, 2))
+    expected = torch.from_numpy(arrays['eval/encoderblock_0/router_logits']).flatten(0, 1)
+    close(trace['blocks.0.mlp'][0].logits, expected, rtol=0, atol=2e-5)

@@ -50,9 +50,6 @@ __all__ = ['VMoE', 'from_config']
 
 GELU_TANH = partial(nn.GELU, approximate='tanh')
 
-# How the original resizes a position table: linear, corner to corner.
-ZOOM = dict(interpolation='bilinear', antialias=False, align_corners=True)
-
 # Keywords of the model that go to every routed MLP as they are.
 MOE_KEYWORDS = tuple(inspect.signature(MoEMlp).parameters)[
     tuple(inspect.signature(MoEMlp).parameters).index('num_experts'):-2]
@@ -283,8 +280,7 @@ class VMoE(RoutedModel, VisionTransformer):
         table, grid = self.pos_embed, self.patch_embed.grid_size
         super().set_input_size(img_size, patch_size)
         if self.pos_embed is not table:
-            resized = resample_abs_pos_embed(
-                table.detach(), self.patch_embed.grid_size, grid, self._prefix_positions(), **ZOOM)
+            resized = resize_table(table.detach(), self.patch_embed.grid_size, grid, self._prefix_positions())
             self.pos_embed = nn.Parameter(resized, requires_grad=table.requires_grad)
 
     def _prefix_positions(self) -> int:
@@ -301,9 +297,7 @@ class VMoE(RoutedModel, VisionTransformer):
             x = x + sincos2d_table(H, W, x.shape[-1], self.pos_temperature, x)
         table = self.pos_embed
         if table is not None and self.dynamic_img_size:
-            table = resample_abs_pos_embed(
-                table, (H, W), self.patch_embed.grid_size, self._prefix_positions(),
-                interpolation='bilinear', antialias=False, align_corners=True)
+            table = resize_table(table, (H, W), self.patch_embed.grid_size, self._prefix_positions())
         if table is not None and self.no_embed_class:
             x = x + table
         prefix: List[torch.Tensor] = []
@@ -321,6 +315,14 @@ class VMoE(RoutedModel, VisionTransformer):
         x = self.fc_norm(self.pool(x))
         x = self.head_drop(self.pre_logits(x))
         return x if pre_logits else self.head(x)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def resize_table(table: torch.Tensor, size: List[int], old_size: List[int], num_prefix: int) -> torch.Tensor:
+    """A (1, prefix + N, D) position table on another grid, linear from corner to corner, as the original resizes."""
+    return resample_abs_pos_embed(
+        table, size, old_size, num_prefix, interpolation='bilinear', antialias=False, align_corners=True)
 
 
 @torch.fx.wrap
@@ -378,7 +380,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: VMoE) -> Di
     state_dict = state_dict.get('model', state_dict)
     state_dict = state_dict.get('state_dict', state_dict)
     pre_logits = {name: value for name, value in state_dict.items() if name.startswith('pre_logits.')}
-    return {**vit_checkpoint_filter_fn(state_dict, model, **ZOOM), **pre_logits}
+    filtered = vit_checkpoint_filter_fn(
+        state_dict, model, interpolation='bilinear', antialias=False, align_corners=True)
+    return {**filtered, **pre_logits}
 
 
 def from_config(entry: Mapping[str, Any], img_size: Union[None, int, Tuple[int, int]] = None, **kwargs) -> VMoE:
