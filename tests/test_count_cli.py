@@ -1,4 +1,5 @@
 """`tools/count_flops.py`: what it prints, what it writes, and what it says of input that cannot be used."""
+import argparse
 import json
 from pathlib import Path
 
@@ -58,7 +59,8 @@ def test_counts_what_is_executed_on_images(photos, tmp_path, capsys):
     model = timm.create_model(
         'vmoe_vit_s', img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2, representation_size=0,
         num_classes=5, capacity=4)
-    torch.save(model.state_dict(), weights)
+    args = argparse.Namespace(model='vmoe_vit_s')  # which checkpoints of timm's and our trainers hold
+    torch.save({'state_dict': model.state_dict(), 'args': args, 'epoch': 3}, weights)
     entry, = run_cli([*TINY, '--images', str(photos), '--weights', str(weights)], tmp_path)
     executed = entry['executed']
     assert [row['path'] for row in executed['images']] == [str(photos / 'b.png'), str(photos / 'more' / 'a.jpg')]
@@ -162,8 +164,12 @@ def test_bad_folders_and_weights_are_one_sentence(photos, tmp_path, capsys):
     (tmp_path / 'torn.pth').write_bytes(b'PK torn')
     torch.save({'state_dict': {'stranger': torch.zeros(1)}}, tmp_path / 'foreign.pth')
     cases = [(['--images', str(tmp_path / 'empty')], 'holds no readable image (0 unreadable; looked for .bmp')]
-    for name in ('torn.pth', 'foreign.pth', 'missing.pth'):
-        cases.append((['--images', str(photos), '--weights', str(tmp_path / name)], f"{name}' cannot be loaded into"))
+    for name, sentence in (
+            ('torn.pth', "torn.pth' cannot be read: it is truncated"),
+            ('foreign.pth', "foreign.pth' does not fit the model 'resnet18': 122 missing"),
+            ('missing.pth', 'There is no checkpoint file'),
+    ):
+        cases.append((['--images', str(photos), '--weights', str(tmp_path / name)], sentence))
     for arguments, sentence in cases:
         with pytest.raises(SystemExit) as exit:
             main(['resnet18', *arguments])

@@ -20,10 +20,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from timm.data import create_transform, resolve_model_data_config
-from timm.models import load_checkpoint
 from torch import nn
 
 import moe_zoo
+from moe_zoo.engine.checkpoint import check_fits, find_weights, read_checkpoint
 from moe_zoo.errors import InputError, atomic_write, exit_on_input_error, nearest
 
 from ..layers.routed import RoutedLayer
@@ -149,7 +149,9 @@ def _count_named(name: str, args: argparse.Namespace) -> Result:
         return result
     model = build_model(name, 'cpu', img_size, **kwargs)
     if args.weights:
-        _load_weights(model, args.weights)
+        weights = find_weights(read_checkpoint(args.weights), args.weights)
+        check_fits(model, weights, args.weights, name)
+        model.load_state_dict(weights)
     transform = create_transform(**resolve_model_data_config(model, {'input_size': size}), is_training=False)
 
     def read(path: Path) -> torch.Tensor:
@@ -211,13 +213,6 @@ def depends_on_input(model: nn.Module, cost: Cost) -> bool:
     """Can what is executed differ from what was counted? Where experts are chosen, or the counted path pads."""
     layers = [module for module in model.modules() if isinstance(module, RoutedLayer)]
     return any(layer.num_selected < layer.num_experts for layer in layers) or cost.macs_executed != cost.macs_max
-
-
-def _load_weights(model: nn.Module, path: str) -> None:
-    try:
-        load_checkpoint(model, path, weights_only=True)
-    except Exception as error:  # a stranger's file can fail in any way: torch, pickle, safetensors, zip, key names
-        raise InputError(f"--weights: '{path}' cannot be loaded into this model: {_first_line(error)}") from error
 
 
 def _input_size(model: nn.Module, img_size: tuple[int, int] | None) -> tuple[int, ...]:
