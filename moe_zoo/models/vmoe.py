@@ -14,14 +14,13 @@ import math
 import re
 from collections import OrderedDict
 from functools import partial
-from typing import Any, Dict, Final, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Final, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import (
     Attention,
-    AttentionPoolLatent,
     Mlp,
     get_device_dtype,
     lecun_normal_,
@@ -41,18 +40,18 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import nn
 
 from ..checkpoints import import_vmoe
-from ..errors import InputError, nearest
+from ..errors import InputError
 from ..layers.moe_mlp import MoEMlp
 from ..layers.routed import RoutedModel
 from ..routing import checkpoint_routed
+from .vmoe_config import model_args
 
 __all__ = ['VMoE', 'from_config']
 
 GELU_TANH = partial(nn.GELU, approximate='tanh')
 
-# Keywords of the model that go to every routed MLP as they are.
-MOE_KEYWORDS = tuple(inspect.signature(MoEMlp).parameters)[
-    tuple(inspect.signature(MoEMlp).parameters).index('num_experts'):-2]
+# Keywords of the model that go to every routed MLP as they are: those of MoEMlp that timm's Mlp does not have.
+MOE_KEYWORDS = [name for name in inspect.signature(MoEMlp).parameters if name not in inspect.signature(Mlp).parameters]
 
 
 class ScaleNormAttention(Attention):
@@ -61,8 +60,12 @@ class ScaleNormAttention(Attention):
     def __init__(self, *args, qk_norm: bool = False, device=None, dtype=None, **kwargs):
         super().__init__(*args, qk_norm=qk_norm, device=device, dtype=dtype, **kwargs)
         if qk_norm:
-            self.q_norm = nn.LayerNorm(self.head_dim, eps=1e-6, bias=False, device=device, dtype=dtype)
-            self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6, bias=False, device=device, dtype=dtype)
+            _norm_by_scale(self, self.head_dim, device, dtype)
+
+
+def _norm_by_scale(attention: nn.Module, head_dim: int, device, dtype) -> None:
+    for name in ('q_norm', 'k_norm'):
+        setattr(attention, name, nn.LayerNorm(head_dim, eps=1e-6, bias=False, device=device, dtype=dtype))
 
 
 class RoutedBlock(Block):
@@ -92,9 +95,9 @@ class RoutedBlock(Block):
 class VMoE(RoutedModel, VisionTransformer):
     """V-MoE.
 
-    Every keyword of timm's VisionTransformer that is not named here is accepted too, and every one of `MoEMlp` from
-    `num_experts` on (`num_selected`, `capacity_factor`, `eval_capacity_factor`, `batch_priority`, `noise_std`,
-    `group_size`, `group_images`, `router`, `losses`, ...).
+    Every keyword of timm's VisionTransformer is accepted (`img_size`, `patch_size`, `dynamic_img_size`, ...), and every
+    one of `MoEMlp` from `num_experts` on (`num_selected`, `capacity_factor`, `eval_capacity_factor`, `batch_priority`,
+    `noise_std`, `group_size`, `group_images`, `router`, `losses`, ...).
 
     Args:
         moe_layers: Blocks with experts, counted from 0: their numbers, or as the original's descriptions say, 'last_2'
@@ -117,15 +120,11 @@ class VMoE(RoutedModel, VisionTransformer):
 
     def __init__(
             self,
-            img_size: Union[int, Tuple[int, int]] = 224,
-            patch_size: Union[int, Tuple[int, int]] = 16,
-            in_chans: int = 3,
             num_classes: int = 1000,
             global_pool: str = 'token',
             embed_dim: int = 768,
             depth: int = 12,
             num_heads: int = 12,
-            mlp_ratio: float = 4.,
             moe_layers: Union[str, Sequence[int]] = 'every_2',
             expert_drop_rate: Optional[float] = None,
             expert_mlp_ratio: Optional[float] = None,
@@ -136,9 +135,7 @@ class VMoE(RoutedModel, VisionTransformer):
             representation_size: int = 0,
             head_bias_init: Optional[float] = None,
             head_zero_init: bool = True,
-            proj_drop_rate: float = 0.,
             act_layer: Any = GELU_TANH,
-            mlp_layer: Any = Mlp,
             weight_init: str = '',
             device=None,
             dtype=None,
@@ -149,49 +146,28 @@ class VMoE(RoutedModel, VisionTransformer):
             raise InputError(f"pos_embed={pos_embed!r} is unknown: use 'learn', 'sincos2d' or 'none'.")
         if pos_embed == 'sincos2d' and (embed_dim % 4 or embed_dim < 8):
             raise InputError(f"embed_dim={embed_dim} with pos_embed='sincos2d': use a multiple of 4, at least 8.")
-        routed = set(_moe_layers(moe_layers, depth))
         moe_args = {name: kwargs.pop(name) for name in MOE_KEYWORDS if name in kwargs}
-
-        def routed_mlp(in_features: int, hidden_features: int, drop: float, **mlp_args) -> MoEMlp:
-            if expert_mlp_ratio is not None:
-                hidden_features = int(in_features * expert_mlp_ratio)
-            drop = drop if expert_drop_rate is None else expert_drop_rate
-            return MoEMlp(in_features, hidden_features, drop=drop, **mlp_args, **moe_args)
-
-        def block_fn(depth: int, mlp_layer: Any, **block_args) -> RoutedBlock:
-            return RoutedBlock(depth=depth, mlp_layer=routed_mlp if depth in routed else mlp_layer, **block_args)
-
+        block_fn = _block_fn(_moe_layers(moe_layers, depth), expert_drop_rate, expert_mlp_ratio, moe_args)
         first_token = global_pool == 'token' and not class_token  # which timm refuses
         super().__init__(
-            img_size=img_size,
-            patch_size=patch_size,
-            in_chans=in_chans,
             num_classes=num_classes,
             global_pool='' if first_token else global_pool,
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
             qk_norm=qk_norm,
             class_token=class_token,
             pos_embed='none' if pos_embed == 'sincos2d' else pos_embed,
-            proj_drop_rate=proj_drop_rate,
             weight_init='skip',
             act_layer=act_layer,
-            mlp_layer=mlp_layer,
             **{'block_fn': block_fn, 'attn_layer': ScaleNormAttention, 'fc_norm': False, **kwargs},
             **dd,
         )
-        if first_token:
-            self.global_pool = global_pool
+        self.global_pool = global_pool
         self.sincos2d = pos_embed == 'sincos2d'
         self.pos_temperature = pos_temperature
         if qk_norm and global_pool == 'map':
-            self.attn_pool = AttentionPoolLatent(
-                embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio, qk_norm=True,
-                norm_layer=partial(nn.LayerNorm, eps=1e-6), act_layer=act_layer, **dd)
-            self.attn_pool.q_norm = nn.LayerNorm(embed_dim // num_heads, eps=1e-6, bias=False, **dd)
-            self.attn_pool.k_norm = nn.LayerNorm(embed_dim // num_heads, eps=1e-6, bias=False, **dd)
+            _norm_by_scale(self.attn_pool, embed_dim // num_heads, **dd)
         self.head_bias_init = head_bias_init
         self.head_zero_init = head_zero_init
         self.pre_logits = nn.Identity()
@@ -199,8 +175,7 @@ class VMoE(RoutedModel, VisionTransformer):
             self.head_hidden_size = representation_size
             self.pre_logits = nn.Sequential(OrderedDict(
                 fc=nn.Linear(embed_dim, representation_size, **dd), act=nn.Tanh()))
-            if num_classes > 0:
-                self.head = nn.Linear(representation_size, num_classes, **dd)
+            self.head = nn.Linear(representation_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
         if weight_init != 'skip':
             self.init_weights(needs_reset=False)
@@ -317,6 +292,23 @@ class VMoE(RoutedModel, VisionTransformer):
         return x if pre_logits else self.head(x)
 
 
+def _block_fn(
+        routed: Sequence[int],
+        drop_rate: Optional[float],
+        mlp_ratio: Optional[float],
+        moe_args: Dict[str, Any],
+) -> Callable[..., RoutedBlock]:
+    """What timm's VisionTransformer calls to make a block: the numbers in `routed` get a `MoEMlp`."""
+    def routed_mlp(in_features: int, hidden_features: int, drop: float, **mlp_args) -> MoEMlp:
+        hidden_features = hidden_features if mlp_ratio is None else int(in_features * mlp_ratio)
+        drop = drop if drop_rate is None else drop_rate
+        return MoEMlp(in_features, hidden_features, drop=drop, **mlp_args, **moe_args)
+
+    def block_fn(depth: int, mlp_layer: Any, **block_args) -> RoutedBlock:
+        return RoutedBlock(depth=depth, mlp_layer=routed_mlp if depth in routed else mlp_layer, **block_args)
+    return block_fn
+
+
 @torch.fx.wrap
 @register_notrace_function
 def resize_table(table: torch.Tensor, size: List[int], old_size: List[int], num_prefix: int) -> torch.Tensor:
@@ -400,7 +392,7 @@ def from_config(entry: Mapping[str, Any], img_size: Union[None, int, Tuple[int, 
     Raises:
         InputError: A field is unknown, or names something that is not built here.
     """
-    args = _model_args(_Fields(entry, 'model'))
+    args = model_args(entry)
     args.update(kwargs)
     if img_size is not None:
         return VMoE(img_size=img_size, **args)
@@ -419,122 +411,6 @@ def _adopt_table_size(model: VMoE, state_dict: Mapping[str, torch.Tensor], prefi
     side = math.isqrt(table.shape[1] - model._prefix_positions())
     if side * side == table.shape[1] - model._prefix_positions():
         model.set_input_size(img_size=tuple(side * size for size in model.patch_embed.patch_size))
-
-
-class _Fields:
-    """A dictionary of which every entry must be asked for."""
-
-    def __init__(self, fields: Mapping[str, Any], name: str):
-        self.fields, self.name, self.known = dict(fields), name, []
-
-    def take(self, key: str, *default: Any) -> Any:
-        self.known.append(key)
-        if key not in self.fields and not default:
-            raise InputError(f'The {self.name} entry has no {key!r}.')
-        return self.fields.pop(key, *default)
-
-    def finish(self) -> None:
-        for key in self.fields:
-            raise InputError(
-                f'The {self.name} entry has an unknown field {key!r}.{nearest(key, self.known)} '
-                f'Known: {", ".join(self.known)}.')
-
-
-def _model_args(fields: _Fields) -> Dict[str, Any]:
-    """Keywords of `VMoE` from the fields of the original's VisionTransformerMoe."""
-    name = fields.take('name', 'VisionTransformerMoe')
-    if name != 'VisionTransformerMoe':
-        raise InputError(f"The model entry is named {name!r}: only 'VisionTransformerMoe' is built here.")
-    classifier = fields.take('classifier', 'token')
-    pools = {'token': 'token', '0': 'token', 'gap': 'avg', 'map': 'map'}
-    if classifier not in pools:
-        raise InputError(f'classifier={classifier!r} is unknown. Known: {", ".join(pools)}.')
-    patch_size = fields.take('patch_size')
-    encoder = _Fields(fields.take('encoder'), 'encoder')
-    width, hidden = fields.take('hidden_size'), encoder.take('mlp_dim')
-    args = dict(
-        num_classes=fields.take('num_classes') or 0,
-        patch_size=(patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size),
-        embed_dim=width,
-        global_pool=pools[classifier],
-        class_token=classifier == 'token',
-        representation_size=fields.take('representation_size', None) or 0,
-        head_bias_init=fields.take('head_bias_init', 0.),
-        head_zero_init=fields.take('head_kernel_zero_init', True),
-        depth=encoder.take('num_layers'),
-        num_heads=encoder.take('num_heads'),
-        mlp_ratio=_ratio(hidden, width),
-        proj_drop_rate=encoder.take('dropout_rate', 0.),
-        attn_drop_rate=encoder.take('attention_dropout_rate', 0.),
-        qk_norm=encoder.take('attention_qk_norm', False),
-    )
-    args['pos_drop_rate'] = args['proj_drop_rate']
-    position = _Fields(encoder.take('position_emb', None) or {}, 'position_emb')
-    kind = position.take('name', 'learned')
-    args['pos_embed'] = 'learn' if kind == 'learned' else kind
-    args['pos_temperature'] = position.take('temperature', 10_000.)
-    moe = _Fields(encoder.take('moe', None) or {}, 'moe')
-    args.update(_moe_args(moe, width, hidden) if moe.fields else dict(moe_layers=()))
-    for each in (fields, encoder, position, moe):
-        each.finish()
-    return args
-
-
-def _moe_args(moe: _Fields, width: int, hidden: int) -> Dict[str, Any]:
-    """Keywords for the routed blocks; the router's defaults are those of the original's class."""
-    router = _Fields(moe.take('router', None) or {}, 'router')
-    name = router.take('name', 'NoisyTopExpertsPerItemRouter')
-    if name != 'NoisyTopExpertsPerItemRouter':
-        raise InputError(f"The router {name!r} is not built here: only 'NoisyTopExpertsPerItemRouter' is.")
-    args = dict(
-        moe_layers=tuple(moe.take('layers', ())),
-        num_experts=moe.take('num_experts'),
-        group_size=moe.take('group_size', None),
-        expert_drop_rate=moe.take('dropout_rate', None),
-        expert_mlp_ratio=_ratio(moe.take('mlp_dim', hidden), width),
-        num_selected=router.take('num_selected_experts', 1),
-        noise_std=router.take('noise_std', 1.0),
-        router_args=dict(deterministic=router.take('deterministic', None)),
-        losses=dict(
-            importance=router.take('importance_loss_weight', 1.0),
-            vmoe_load=router.take('load_loss_weight', 1.0),
-            gshard=router.take('gshard_loss_weight', 0.0),
-        ),
-    )
-    split = moe.take('split_rngs', False)
-    args['same_init'] = not (split if isinstance(split, bool) else 'params' in split)
-    args.update(_dispatcher_args(_Fields(router.take('dispatcher', None) or {}, 'dispatcher')))
-    router.finish()
-    return args
-
-
-def _dispatcher_args(dispatcher: _Fields) -> Dict[str, Any]:
-    kind = dispatcher.take('name', 'einsum')
-    if kind not in ('einsum', 'indices'):
-        raise InputError(f"The dispatcher {kind!r} is unknown: use 'einsum' or 'indices', which give the same numbers.")
-    capacity, factor = dispatcher.take('capacity', None), dispatcher.take('capacity_factor', None)
-    if (capacity is None) == (factor is None):
-        raise InputError(
-            f'The dispatcher entry has capacity={capacity} and capacity_factor={factor}: give exactly one of the two.')
-    args = dict(
-        capacity=capacity,
-        capacity_factor=factor,
-        eval_capacity_factor=factor,
-        capacity_rounding=dispatcher.take('capacity_ceil_or_round', 'ceil'),
-        capacity_multiple_of=dispatcher.take('capacity_multiple_of', 4) or 1,
-        batch_priority=dispatcher.take('batch_priority', False),
-        bfloat16_dispatch=dispatcher.take('bfloat16', False),
-    )
-    for placement in ('partition_spec', 'einsum_precision'):  # where and how TPUs compute, not what
-        dispatcher.take(placement, None)
-    dispatcher.finish()
-    return args
-
-
-def _ratio(hidden: int, width: int) -> float:
-    """A ratio r with int(width * r) == hidden, whatever the rounding."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _cfg(**kwargs) -> Dict[str, Any]:
