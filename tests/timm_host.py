@@ -99,6 +99,19 @@ def _model_name(item) -> str:
     return str(callspec.params.get('model_name', '')).partition('.')[0] if callspec else ''
 
 
+def pytest_configure():
+    """timm's tests are parametrised by `timm.list_models`: with our names only, thousands are not collected."""
+    import timm
+
+    import moe_zoo  # noqa: F401 - registers the models
+    everything, names = timm.list_models, set(_request()['names'])
+
+    def list_models(*args, **kwargs):
+        return [name for name in everything(*args, **kwargs) if name.partition('.')[0] in names]
+
+    timm.list_models = list_models
+
+
 def pytest_collection_modifyitems(items):
     request = _request()
     chosen = [
