@@ -2,6 +2,7 @@
 import dataclasses
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -46,7 +47,7 @@ def settings(tmp_path):
 
 def run(settings, stages):
     """Run the stages; returns what the terminal showed and the page."""
-    console = Console(file=io.StringIO(), width=100)
+    console = Console(file=io.StringIO(), width=100, soft_wrap=True)
     try:
         Run(stages, settings, 'The title', 'The lead.', console).finish()
     finally:
@@ -178,3 +179,87 @@ def test_versions_name_what_runs():
 
 def test_plain_text_has_no_marks():
     assert plain('`a` **b** [c](https://d.e) [f]') == r'a b c \[f]'
+
+
+# ---- the real stages, in miniature
+
+@pytest.fixture
+def miniature(tmp_path, monkeypatch):
+    """Settings under which every real stage runs in seconds."""
+    from moe_zoo.demo import digits, folder, scenes
+    monkeypatch.setattr(scenes, 'SCENES', {'train': 8, 'val': 6})
+    tiny = {'epochs': 1, 'warmup_epochs': 0}
+    return Settings(tmp_path / 'out', 0, folder('configs') / 'demo', {}, {
+        digits.CNN_RECIPE: {**tiny, 'model_kwargs': {'num_experts': 3, 'channels': [8, 8, 16, 16]}},
+        digits.VIT_RECIPE: {**tiny, 'model_kwargs': {
+            'patch_size': 16, 'embed_dim': 32, 'depth': 2, 'num_heads': 2, 'num_experts': 4, 'num_selected': 2,
+            'moe_layers': [1], 'representation_size': 0}},
+        scenes.DETECTOR_RECIPE: {'SOLVER.MAX_ITER': 2, 'SOLVER.STEPS': '(1,)', 'SOLVER.IMS_PER_BATCH': 2},
+    })
+
+
+@pytest.mark.slow
+def test_the_whole_demonstration_runs_and_a_second_run_redoes_nothing(miniature, monkeypatch):
+    pytest.importorskip('sklearn')
+    from moe_zoo.demo import STAGES
+    terminal, page = run(miniature, STAGES)
+    ran = [stage for stage in STAGES if not stage.missing()]
+    assert f'{len(STAGES)} of {len(STAGES)} parts finished' in page
+    assert '129,872,800' in page  # parameters of condconv_resnet50, counted
+    assert 'reads <strong>' in page and 'unseen digits right' in page
+    assert all(json.loads((miniature.out / s.key / RECORD).read_text())['result'] for s in ran)
+    assert not re.search(r'\bnan\b', page, re.I)
+    if 'sizes' in [stage.key for stage in ran]:
+        assert 'separate</strong> object sizes' in page or 'not</strong> separate object sizes' in page
+        assert 'Control planted' in page
+
+    before = {p: p.stat().st_mtime_ns for p in miniature.out.rglob('*') if p.is_file() and p.name != 'index.html'}
+
+    def work(*args):
+        raise AssertionError('done again')
+
+    again, page_again = run(miniature, [dataclasses.replace(stage, work=work) for stage in STAGES])
+    assert again.count('kept from before') == len(ran)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert page_again == page
+
+
+@pytest.mark.slow
+def test_an_interrupted_training_resumes(miniature, monkeypatch):
+    from moe_zoo.demo import STAGES, digits
+    stages = [stage for stage in STAGES if stage.key == 'condconv']
+    real, trained = digits.train, []
+
+    def train(*args, **kwargs):
+        trained.append(kwargs['output'].name)
+        if trained == ['model', 'twin']:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(digits, 'train', train)
+    with pytest.raises(KeyboardInterrupt):
+        run(miniature, stages)
+    checkpoint = miniature.out / 'condconv' / 'model' / 'last.pth.tar'
+    written = checkpoint.stat().st_mtime_ns
+    run(miniature, stages)
+    assert trained == ['model', 'twin', 'model', 'twin']
+    assert checkpoint.stat().st_mtime_ns == written  # found finished: nothing was trained or written again
+
+
+def test_the_command_line(tmp_path, capsys):
+    from moe_zoo.demo import main, parser, settings_of
+    settings = settings_of(parser().parse_args(['--no-detection', '--out', str(tmp_path), '--seed', '7']))
+    assert set(settings.skip) == {'detector', 'sizes'} and settings.seed == 7 and settings.out == tmp_path
+    assert not settings_of(parser().parse_args([])).skip
+    with pytest.raises(SystemExit) as stopped:
+        main(['--help'])
+    assert stopped.value.code == 0 and '--restart' in capsys.readouterr().out
+
+
+def test_a_missing_recipe_is_one_sentence_before_anything_runs(tmp_path, capsys):
+    from moe_zoo.demo import main
+    with pytest.raises(SystemExit) as stopped:
+        main(['--configs', str(tmp_path), '--out', str(tmp_path / 'out')])
+    assert stopped.value.code == 2
+    assert "error: The recipe '" in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()

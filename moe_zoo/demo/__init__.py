@@ -82,15 +82,19 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def settings_of(args: argparse.Namespace) -> Settings:
+    """What the command line asks for."""
+    reason = 'Left out by `--no-detection`.'
+    skip = {stage.key: reason for stage in STAGES if args.no_detection and stage.key in ('detector', 'sizes')}
+    return Settings(args.out, args.seed, args.configs or folder('configs') / 'demo', skip, {})
+
+
 @exit_on_input_error
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the demonstration; returns the exit code."""
     args = parser().parse_args(argv)
-    reason = 'Left out by `--no-detection`.'
-    skip = {stage.key: reason for stage in STAGES if stage.key in ('detector', 'sizes') and args.no_detection}
-    settings = Settings(args.out, args.seed, args.configs or folder('configs') / 'demo', skip, {})
     if args.restart:
         forget(STAGES, args.out)
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 100)
-    Run(STAGES, settings, TITLE, LEAD, console).finish()
+    Run(STAGES, settings_of(args), TITLE, LEAD, console).finish()
     return 0

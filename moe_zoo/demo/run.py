@@ -181,10 +181,10 @@ class Run:
         if absent:
             return Progress('skipped', reason=f'It builds on a part that was skipped: {", ".join(absent)}.')
         folder = self.settings.out / stage.key
-        record = read_record(folder)
+        record, made_for = read_record(folder), self.made_for(stage)  # refuses a missing recipe before anything runs
         if record is None:
             return Progress()
-        if record['made_for'] != self.made_for(stage):
+        if record['made_for'] != made_for:
             self.console.print(f"'{stage.title}' was made for another seed, recipe or version: it starts again.")
             shutil.rmtree(folder)
             return Progress()
