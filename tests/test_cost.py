@@ -80,11 +80,11 @@ def test_attention_counts_both_products(device):
     assert set(count(Call(F.scaled_dot_product_attention), (q, q, q)).by_operator) == {'aten.bmm'}
     # 8 channels, 5 tokens of 2 images. in 5*8*24, out 5*8*8, two products of 2 heads 5*5*4, an image; the fast path of
     # nn.MultiheadAttention in evaluation mode would hide the products
-    x = torch.rand(5, 2, 8, device=device)
-    attention = nn.MultiheadAttention(8, 2, device=device).eval()
+    x = torch.rand(2, 5, 8, device=device)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True, device=device).eval()
     assert macs(attention, x, x, x) == 2 * (960 + 320 + 2 * 2 * 100)
     # a whole encoder layer (a fast path of its own): attention as above, and an MLP of hidden width 16
-    layer = nn.TransformerEncoderLayer(8, 2, 16, device=device).eval()
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, device=device).eval()
     assert macs(layer, x) == 2 * (960 + 320 + 400 + 2 * 5 * 8 * 16)
     assert torch.backends.mha.get_fastpath_enabled()
 
@@ -274,7 +274,7 @@ def test_a_routed_layer_inside_another_is_covered_by_the_outer_bound():
     class Outer(Switch):
         def __init__(self):
             super().__init__(3)
-            self.inner = Switch(3)
+            self.inner = Switch(3, capacity=1)
 
         def max_macs(self, input_shape):
             return 7
@@ -283,7 +283,7 @@ def test_a_routed_layer_inside_another_is_covered_by_the_outer_bound():
             return self.inner(x)
 
     cost = count(nn.Sequential(Outer()), torch.rand(10, 3))
-    assert (cost.macs_max, cost.macs_executed) == (7, 300)
+    assert cost.macs_max == 7 and 120 < cost.macs_executed < 300
 
 
 def test_images_are_counted_one_at_a_time():
