@@ -4,10 +4,12 @@ Letters: B images, N tokens, D width, M hidden width, E experts, K chosen expert
 """
 import copy
 import inspect
+from functools import partial
 
 import pytest
 import torch
 from timm.layers import LayerNorm, Mlp, get_notrace_modules
+from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.nn import functional as F
@@ -42,6 +44,16 @@ def test_signature_starts_like_timms_mlp():
     timm_args = [name for name in inspect.signature(Mlp).parameters if name not in ('device', 'dtype')]
     assert list(inspect.signature(MoEMlp).parameters)[:len(timm_args)] == timm_args
     assert list(inspect.signature(MoEMlp).parameters)[-2:] == ['device', 'dtype']
+
+
+def test_timms_transformer_takes_it_as_its_mlp():
+    model = VisionTransformer(
+        img_size=16, patch_size=8, embed_dim=8, depth=2, num_heads=2, num_classes=3, scale_mlp_norm=True,
+        mlp_layer=partial(MoEMlp, num_experts=3), weight_init='jax', fix_init=True).train()
+    with routing_context() as context:
+        model(torch.randn(2, 3, 16, 16)).sum().backward()
+    assert [record.shape for record in context.routings] == [(2, 5), (2, 5)]
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_one_expert_with_gate_one_is_timms_mlp():

@@ -115,6 +115,9 @@ class MoEMlp(RoutedLayer):
     With K = 1 the output is scaled by a gate below 1; where a router normalises its gates the value is 1 and the
     gradient that of p / p.detach(). An expert that received no token is not run and gets zero gradients.
 
+    Where shapes must be static (compilation, export, tracing, meta tensors) experts fill padded buffers, whose size is
+    the capacity. Without one, as in evaluation by default, every expert then sees every token: E / K times the cost.
+
     Input and output are (B, ..., D) or, with `use_conv`, (B, D, H, W); float32 routing, whatever the autocast.
 
     Args:
