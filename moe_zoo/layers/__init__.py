@@ -1,4 +1,16 @@
 """Routed layers, drop-in for a convolution, an MLP or a residual stage."""
+from .cond_conv import CondConv2d, CondLinear, RoutedConv2d
+from .moe_mlp import MoEMlp
+from .moe_stage import MoEStage
 from .routed import RoutedLayer, RoutedModel, masked_mean
 
-__all__ = ['RoutedLayer', 'RoutedModel', 'masked_mean']
+__all__ = [
+    'CondConv2d',
+    'CondLinear',
+    'MoEMlp',
+    'MoEStage',
+    'RoutedConv2d',
+    'RoutedLayer',
+    'RoutedModel',
+    'masked_mean',
+]
