@@ -172,3 +172,14 @@ def test_bad_arguments_are_named(tmp_path, keywords, message):
 def test_progress_is_told(tmp_path, capsys):
     write_scenes(tmp_path / 'a', train=4, val=4, progress=True)
     assert 'scenes: 8 of 8, about 0 s left' in capsys.readouterr().err
+
+
+def test_the_command_writes_and_refuses(tmp_path, capsys):
+    arguments = [str(tmp_path / 'a'), '--train', '4', '--val', '4', '--classes', '1', '7']
+    scenes.main(arguments)
+    assert capsys.readouterr().out.strip() == str(tmp_path / 'a')
+    assert all_bytes(tmp_path / 'a') == all_bytes(write_scenes(tmp_path / 'b', train=4, val=4, classes=(1, 7)))
+    with pytest.raises(SystemExit) as stopped:
+        scenes.main([*arguments[:-1], '12'])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == 'error: classes must be different digits from 0 to 9, not [1, 12].\n'

@@ -29,6 +29,7 @@ follow scenes, in which small objects are common.
 """
 import contextlib
 import copy
+import textwrap
 import zlib
 from dataclasses import dataclass, field
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
@@ -469,7 +470,7 @@ def size_table(analysis: SizeAnalysis) -> str:
         for e in range(layer.mass.shape[1]):
             cells = ' '.join(f'{"-":>8}' if np.isnan(v) else f'{100 * v:8.1f}' for v in layer.mass[:, e])
             lines.append(f'  {e:>6} {cells}   {layer.expert_p[e]:10.3f}')
-        lines.append(f'  {verdict(layer, analysis.alpha)}')
+        lines += textwrap.wrap(verdict(layer, analysis.alpha), 118, initial_indent='  ', subsequent_indent='  ')
     lines += [f'not analysed: {name}, because {reason}' for name, reason in analysis.skipped.items()]
     return '\n'.join(lines)
 
@@ -482,8 +483,9 @@ def verdict(layer: LayerSizes, alpha: float) -> str:
     text += f'shuffled routers reach {layer.untrained_separation:.3f} on average: p = {layer.untrained_p:.3f}. '
     if layer.separates:
         return text + 'Its experts separate object sizes.'
-    reason = 'no more than by chance' if layer.chance_p > alpha else 'no more than an untrained router'
-    return text + f'No separation by object size ({reason}).'
+    if layer.chance_p <= alpha:
+        return text + 'Gates differ between sizes, but no more than with shuffled weights: no separation.'
+    return text + 'No separation by object size.'
 
 
 # ---- controls: what the tests must not report, and what they must

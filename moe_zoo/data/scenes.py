@@ -2,6 +2,7 @@
 
 Every byte follows from the arguments. Image i of a set is the same whatever the length of the set.
 """
+import argparse
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from typing import Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from moe_zoo.errors import InputError
+from moe_zoo.errors import InputError, exit_on_input_error
 
 from .digits import load_digits_split
 
@@ -285,3 +286,19 @@ class _Progress:
             self.last = now
             left = (now - self.start) / self.done * (self.total - self.done)
             print(f'scenes: {self.done} of {self.total}, about {left:.0f} s left', file=sys.stderr)
+
+
+@exit_on_input_error
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """`python -m moe_zoo.data FOLDER` writes digit scenes; see `--help`."""
+    parser = argparse.ArgumentParser(
+        prog='python -m moe_zoo.data', description='Write detection scenes of real digits as COCO JSON and PNG.')
+    parser.add_argument('folder', help='receives annotations/instances_{train,val}.json, train/ and val/')
+    parser.add_argument('--train', type=int, default=400, metavar='N', help='training scenes (default: 400)')
+    parser.add_argument('--val', type=int, default=100, metavar='N', help='validation scenes (default: 100)')
+    parser.add_argument('--seed', type=int, default=0, help='of everything random (default: 0)')
+    parser.add_argument('--image-size', type=int, default=192, metavar='PIXELS', help='side (default: 192)')
+    parser.add_argument('--classes', type=int, nargs='+', default=list(range(10)), metavar='DIGIT',
+                        help='digits to use (default: all)')
+    args = parser.parse_args(argv)
+    print(write_scenes(args.folder, args.train, args.val, args.seed, args.image_size, args.classes))

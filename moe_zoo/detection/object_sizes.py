@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional
@@ -161,7 +162,7 @@ def report(found: Dict[str, Any]) -> str:
         for name, row in found['ap'].items():
             lines.append(f'{name:<10}' + ''.join(f'{"-":>8}' if v is None else f'{v:8.1f}' for v in row.values()))
     for name, control in found['controls'].items():
-        lines += ['', control_sentence(name, control)]
+        lines += ['', *textwrap.wrap(control_sentence(name, control), 118)]
     return '\n'.join(lines)
 
 
@@ -172,7 +173,7 @@ def control_sentence(name: str, control: SizeAnalysis) -> str:
     outcome = 'as it must' if control.separates == expected else 'AGAINST EXPECTATION: do not trust the verdicts above'
     return (f'Control {name} ({what}): {"separates" if control.separates else "does not separate"}, {outcome} '
             f'(separation {strongest.separation:.3f}, p = {strongest.chance_p:.3f} for permuted images, '
-            f'{strongest.untrained_p:.3f} for shuffled routers).')
+            f'{"none" if strongest.untrained_p is None else f"{strongest.untrained_p:.3f}"} for shuffled routers).')
 
 
 @exit_on_input_error
