@@ -1,9 +1,11 @@
 """Forced experts: what comes out is what the one expert computes, in sparse and in mixing layers."""
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import moe_zoo  # noqa: F401 - registers the models
 from moe_zoo.analysis.force import assign, force_expert, rewrite_routing, routed_layers
 from moe_zoo.errors import InputError
 from moe_zoo.layers.cond_conv import CondLinear, RoutedConv2d
@@ -126,3 +128,23 @@ def test_bad_arguments_are_named():
             pass
     with pytest.raises(InputError, match='model: Linear has no routed layer'):
         routed_layers(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize('name, keywords', [
+    ('condconv_mobilenetv1_025', {'num_experts': 3}),
+    ('condconv_mobilenetv1_025', {'num_experts': 3, 'route_fn': 'single'}),  # later blocks follow the first one
+    ('vmoe_vit_s', {'img_size': 64, 'num_experts': 3}),
+])
+def test_registered_models_can_be_forced(name, keywords):
+    model = timm.create_model(name, num_classes=5, **keywords).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad(), trace_routing(model) as trace, force_expert(model, 2):
+        forced = model.forward_features(x)  # a fresh head may be zero
+        assert trace and all((r.combine_matrix().argmax(-1) == 2).all() for records in trace.values() for r in records)
+        # An expert that nobody asks does not matter, the one that all ask does.
+        for expert, matters in ((0, False), (2, True)):
+            for layer in routed_layers(model).values():
+                for group in layer.expert_parameters():
+                    for parameter in group:
+                        parameter[expert] += torch.randn_like(parameter[expert])
+            assert torch.allclose(model.forward_features(x), forced) != matters
