@@ -10,7 +10,10 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
+from detectron2.modeling.backbone import ResNet
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
+from timm.layers import Format
 from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
 
@@ -66,7 +69,7 @@ def build_moe_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
                          "cannot synchronise; use 'FrozenBN', 'BN' or 'GN'.")
     if resnet_options.NORM == 'FrozenBN' and not cfg.MODEL.WEIGHTS:
         _warn_frozen('MODEL.RESNETS.NORM BN MODEL.BACKBONE.FREEZE_AT 0')
-    resnet = build_resnet_backbone(cfg, input_shape)
+    resnet = _resnet(cfg, input_shape)
     stage = MoEStage.from_dense(
         resnet.res5,
         in_chs=resnet.res5[0].in_channels,
@@ -112,16 +115,16 @@ class TimmBackbone(Backbone):
         if checkpoint:
             model_args['pretrained_cfg_overlay'] = dict(file=checkpoint)
         strides = sorted(index)
-        self.net = _create(name, model_args, bool(pretrained or checkpoint), tuple(index[s] for s in strides))
+        self.net = _create_for_any_size(
+            name, model_args, bool(pretrained or checkpoint), tuple(index[stride] for stride in strides))
         self.pretrained_cfg = self.net.pretrained_cfg
         self._out_features = [STAGES[stride] for stride in strides]
         self._out_feature_strides = dict(zip(self._out_features, strides))
         self._out_feature_channels = dict(zip(self._out_features, self.net.feature_info.channels()))
-        self._check_maps(name, in_chans)
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
         """x: (B, C, H, W), H and W multiples of 32. Returns name to (B, C', H / stride, W / stride)."""
-        return dict(zip(self._out_features, self.net(x)))
+        return dict(zip(self._out_features, _maps(self.net, x)))
 
     def freeze(self, freeze_at: int, frozen_bn: bool) -> None:
         """Freeze as detectron2's ResNet: 1 is all before res2, 2 res2 as well, and so on to 5.
@@ -133,16 +136,15 @@ class TimmBackbone(Backbone):
             self.net = freeze_batch_norm_2d(self.net)
         if not freeze_at:
             return
-        # Of several maps inside res2, the last ends it; what comes before its first parameter is the stem.
-        names = dict(zip(self._out_features, self.net.feature_info.module_name()))
-        stage = names[f'res{max(freeze_at, 2)}'] if f'res{max(freeze_at, 2)}' in names else None
-        modules = [name for name, module in self.net.named_modules() if next(module.parameters(recurse=False), None)
-                   is not None]
-        inside = [i for i, name in enumerate(modules) if stage and _is_inside(name, stage)]
+        # An extractor that flattens a model calls its `blocks.1` `blocks_1`; one that wraps it puts it a level down.
+        stage = dict(zip(self._out_features, self.net.feature_info.module_name())).get(f'res{max(freeze_at, 2)}', '')
+        forms = [head + form for form in (stage, stage.replace('.', '_', 1)) for head in ('', 'model.')]
+        names = [name for name, module in self.net.named_modules() if list(module.parameters(recurse=False))]
+        inside = [i for i, name in enumerate(names) if any(f'{name}.'.startswith(f'{form}.') for form in forms)]
         if not inside:
             raise InputError(f'MODEL.BACKBONE.FREEZE_AT {freeze_at}: the stages of this model cannot be told apart by '
                              'module; use 0.')
-        for name in modules[:inside[-1] + 1 if freeze_at > 1 else inside[0]]:
+        for name in names[:inside[-1] + 1 if freeze_at > 1 else inside[0]]:
             module = self.net.get_submodule(name)
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
@@ -150,24 +152,52 @@ class TimmBackbone(Backbone):
                 parent, _, child = name.rpartition('.')
                 setattr(self.net.get_submodule(parent), child, freeze_batch_norm_2d(module))
 
-    @torch.no_grad()
-    def _check_maps(self, name: str, in_chans: int) -> None:
-        """Run a small image through: layout, strides and free image sizes are what a pyramid builds on."""
-        training = self.training
+
+def _maps(net: nn.Module, x: torch.Tensor) -> List[torch.Tensor]:
+    """(B, C, H, W) maps; extractors of some transformers give channels last."""
+    channels_last = getattr(net, 'output_fmt', Format.NCHW) == Format.NHWC
+    return [m.permute(0, 3, 1, 2).contiguous() if channels_last else m for m in net(x)]
+
+
+def _create_for_any_size(name: str, model_args: Dict[str, Any], pretrained: bool, out_indices: tuple) -> nn.Module:
+    """The extractor, its image size freed where that is fixed and timm can free it; checked on a small image."""
+    refusal = None
+    for freed in ({}, {'strict_img_size': False}, {'dynamic_img_size': True}):
         try:
-            maps = self.eval()(torch.zeros(1, in_chans, 128, 192))
-        except Exception as error:  # a model of any origin may refuse in any way
-            raise InputError(
-                f'MOE.TIMM.NAME {name!r} cannot take images of any size ({str(error).splitlines()[0][:200]}): pass '
-                'what frees it in MOE.TIMM.ARGS, or choose another.') from error
-        finally:
-            self.train(training)
-        for key, value in maps.items():
-            stride, channels = self._out_feature_strides[key], self._out_feature_channels[key]
-            if value.shape != (1, channels, 128 // stride, 192 // stride):
-                raise InputError(
-                    f'MOE.TIMM.NAME {name!r} gives {tuple(value.shape)} for a 128 x 192 image at stride {stride}, '
-                    f'where {(1, channels, 128 // stride, 192 // stride)} is needed: choose another model.')
+            net = _create(name, {**model_args, **freed}, pretrained, out_indices)
+        except InputError as error:
+            if not freed:
+                raise
+            refusal = refusal or error
+            continue
+        reason = _check_maps(net, model_args['in_chans'])
+        if not reason:
+            return net
+        refusal = refusal or InputError(
+            f'MOE.TIMM.NAME {name!r} cannot stand under a feature pyramid: {reason}; set what helps in MOE.TIMM.ARGS, '
+            'or choose another model.')
+    raise refusal
+
+
+@torch.no_grad()
+def _check_maps(net: nn.Module, in_chans: int) -> str:
+    """Run a small image through: free image sizes, layout and strides are what a pyramid builds on.
+
+    Returns:
+        What is wrong, or an empty string.
+    """
+    training = net.training
+    try:
+        maps = _maps(net.eval(), torch.zeros(1, in_chans, 128, 192))
+    except Exception as error:  # a model of any origin may refuse in any way
+        return f'it does not take a 128 x 192 image ({" ".join(str(error).split())[:200]})'
+    finally:
+        net.train(training)
+    for value, channels, stride in zip(maps, net.feature_info.channels(), net.feature_info.reduction()):
+        wanted = (1, channels, 128 // stride, 192 // stride)
+        if value.shape != wanted:
+            return f'it gives {tuple(value.shape)} for a 128 x 192 image at stride {stride}, where {wanted} is needed'
+    return ''
 
 
 def _create(name: str, model_args: Dict[str, Any], pretrained: bool = False, out_indices=None) -> nn.Module:
@@ -205,10 +235,24 @@ def _check_input(cfg: CfgNode, backbone: TimmBackbone) -> None:
                 f'{[round(w, 3) for w in wanted]} (in RGB, 0 to 255); {remedy}.')
 
 
-def _is_inside(name: str, stage: str) -> bool:
-    """A wrapped model calls `blocks.1` `blocks_1`, and may stand one level down."""
-    return any(f'.{name}.'.startswith(f'.{head}{form}.')
-               for form in (stage, stage.replace('.', '_', 1), stage.replace('.', '_')) for head in ('', 'model.'))
+def _resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
+    """What detectron2 builds; it fixes the width of ResNet-18 and 34, and here RES2_OUT_CHANNELS sets that too."""
+    options = cfg.MODEL.RESNETS
+    if options.DEPTH not in (18, 34) or options.RES2_OUT_CHANNELS == 64:
+        return build_resnet_backbone(cfg, input_shape)
+    stem = BasicStem(in_channels=input_shape.channels, out_channels=options.STEM_OUT_CHANNELS, norm=options.NORM)
+    stages, in_channels = [], options.STEM_OUT_CHANNELS
+    for i, num_blocks in enumerate([2, 2, 2, 2] if options.DEPTH == 18 else [3, 4, 6, 3]):
+        stages.append(ResNet.make_stage(
+            BasicBlock,
+            num_blocks,
+            in_channels=in_channels,
+            out_channels=options.RES2_OUT_CHANNELS * 2 ** i,
+            stride_per_block=[1 if i == 0 else 2] + [1] * (num_blocks - 1),
+            norm=options.NORM,
+        ))
+        in_channels = options.RES2_OUT_CHANNELS * 2 ** i
+    return ResNet(stem, stages, out_features=options.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
 
 
 def _pyramid(cfg: CfgNode, bottom_up: Backbone) -> FPN:

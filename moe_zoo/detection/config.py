@@ -104,9 +104,8 @@ def _find(config_file: Union[str, Path]) -> Path:
     if not path.exists() and path.parts[:1] == ('configs',) and (folder('configs').parent / path).exists():
         return folder('configs').parent / path
     if not path.is_file():
-        names = {p.stem: p for p in folder('configs').glob('co*/*.yaml') if 'Base' not in p.stem}
-        hint = nearest(path.stem, names)
-        raise InputError(f"--config-file '{path}' is not a file.{hint}")
+        known = [f'configs/{p.parent.name}/{p.name}' for p in folder('configs').glob('*/retinanet_*.yaml')]
+        raise InputError(f"--config-file '{path}' is not a file.{nearest(str(path), known)}")
     return path
 
 

@@ -58,7 +58,7 @@ class MoERetinaNet(RetinaNet):
             if cut and any(p.requires_grad for p in module.parameters()):
                 raise InputError(
                     f'{self._name(module)} runs under re-entrant gradient checkpointing, which cuts its auxiliary loss '
-                    'off: checkpoint with use_reentrant=False, or through moe_zoo.routing.checkpoint_routed.')
+                    'off: checkpoint through moe_zoo.routing.checkpoint_routed.')
 
     @torch.no_grad()
     def _log(self, context: RoutingContext) -> None:

@@ -21,7 +21,9 @@ from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from torch import multiprocessing, nn
+from torch.utils.checkpoint import CheckpointError
 
 from ..errors import InputError, atomic_write, exit_on_input_error
 from .checkpoint import SafeCheckpointer
@@ -56,6 +58,14 @@ class Trainer(DefaultTrainer):
         """As detectron2's; a checkpoint to resume from must be whole, weights to start from need not be."""
         self.checkpointer.complete = resume and self.checkpointer.has_checkpoint()
         super().resume_or_load(resume)
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        try:
+            return super().build_model(cfg)
+        except (AssertionError, KeyError) as error:  # detectron2's way of refusing a config
+            reason = ' '.join(str(error).strip('"\'').split())
+            raise InputError(f'The model cannot be built from this config: {reason}.') from error
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
@@ -146,8 +156,10 @@ def work(args: argparse.Namespace) -> Dict[str, Any]:
     """What one process does: everything, or its share of it."""
     cfg = _config(args)
     cfg.freeze()
+    _forget_loggers()
     try:
         default_setup(cfg, args)
+        setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name='moe_zoo')
     except OSError as error:
         raise InputError(f"OUTPUT_DIR '{cfg.OUTPUT_DIR}' cannot be written: {error.strerror or error}.") from error
     # A user's mistake is told in one sentence at the end; detectron2 would print its traceback before.
@@ -160,6 +172,9 @@ def work(args: argparse.Namespace) -> Dict[str, Any]:
         results = _evaluate(cfg, args.resume) if args.eval_only else _train(cfg, args.resume)
     except FloatingPointError as error:
         raise InputError(_divergence(cfg, error)) from error
+    except CheckpointError as error:
+        raise InputError('Gradient checkpointing recomputed a routed layer without the true image sizes: checkpoint '
+                         'through moe_zoo.routing.checkpoint_routed, which keeps them.') from error
     except ValueError as error:
         raise _from_worker(error) from error
     if comm.is_main_process():
@@ -255,7 +270,17 @@ def _from_worker(error: ValueError) -> ValueError:
 
 
 def _no_traceback(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and isinstance(record.exc_info[1], (InputError, FloatingPointError)))
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, ValueError):
+        error = _from_worker(error)
+    return not isinstance(error, (InputError, FloatingPointError, CheckpointError))
+
+
+def _forget_loggers() -> None:
+    """A second run in one process writes to its own stdout and log file, not to those of the first as well."""
+    setup_logger.cache_clear()
+    for name in ('detectron2', 'fvcore', 'moe_zoo'):
+        logging.getLogger(name).handlers.clear()
 
 
 def _readable(batch: List[Dict[str, Any]]) -> List[Dict[str, Any]]:

@@ -1,0 +1,636 @@
+"""detectron2: configs, backbones, the meta-architecture, training, and what bad input is answered with."""
+import json
+import logging
+import math
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+pytest.importorskip('detectron2', reason='detectron2 is not installed')
+
+import detectron2.config  # noqa: E402
+from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
+from detectron2.layers import ShapeSpec  # noqa: E402
+from detectron2.modeling import build_model, build_resnet_backbone  # noqa: E402
+from detectron2.structures import Boxes, Instances  # noqa: E402
+from detectron2.utils.events import EventStorage  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+from moe_zoo.data.scenes import write_scenes  # noqa: E402
+from moe_zoo.detection import add_moe_config, install, load_config  # noqa: E402
+from moe_zoo.detection import config as detection_config  # noqa: E402
+from moe_zoo.detection.backbones import TimmBackbone  # noqa: E402
+from moe_zoo.detection.checkpoint import SafeCheckpointer  # noqa: E402
+from moe_zoo.detection.train import Trainer, main  # noqa: E402
+from moe_zoo.errors import InputError  # noqa: E402
+from moe_zoo.layers.moe_stage import MoEStage  # noqa: E402
+from moe_zoo.routing import checkpoint_routed, current_image_sizes, trace_routing  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings('ignore')  # of detectron2's older code
+
+CONFIGS = ['coco/retinanet_condconv_r50_fpn_1x', 'coco/retinanet_moe_res5_r50_fpn_1x', 'demo/retinanet_digits']
+SMALL = [
+    'MODEL.DEVICE', 'cpu', 'MODEL.WEIGHTS', '', 'MODEL.RESNETS.NORM', 'BN', 'MODEL.BACKBONE.FREEZE_AT', '0',
+    'INPUT.MIN_SIZE_TRAIN', '(64,)', 'INPUT.MIN_SIZE_TEST', '64', 'DATALOADER.NUM_WORKERS', '0',
+    'SOLVER.IMS_PER_BATCH', '2', 'SOLVER.MAX_ITER', '2', 'SOLVER.WARMUP_ITERS', '0', 'SOLVER.STEPS', '()', 'SEED', '1',
+]
+TINY = [  # the demonstration's detector, narrower still
+    *SMALL, 'MODEL.RESNETS.STEM_OUT_CHANNELS', '8', 'MODEL.RESNETS.RES2_OUT_CHANNELS', '8',
+    'MODEL.FPN.OUT_CHANNELS', '8',
+]
+
+
+def path_of(name):
+    return f'configs/{name}.yaml'
+
+
+@pytest.fixture(scope='module')
+def scenes(tmp_path_factory):
+    return write_scenes(tmp_path_factory.mktemp('data') / 'scenes', train=8, val=4, image_size=160)
+
+
+@pytest.fixture
+def tiny(scenes, tmp_path):
+    """Arguments of a run of a few seconds."""
+    return ['--config-file', path_of('demo/retinanet_digits'), *TINY, 'MOE.DATA.ROOT', str(scenes),
+            'OUTPUT_DIR', str(tmp_path / 'run')]
+
+
+def refusal(capsys, argv):
+    """What the command line prints for bad input: one line, exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert 'Traceback' not in err + out
+    lines = [line for line in err.splitlines() if line.startswith('error: ')]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def tiny_model(name='demo/retinanet_digits', *opts):
+    return build_model(load_config(path_of(name), [*(TINY if 'demo' in name else SMALL), *opts]))
+
+
+def images(*sizes, objects=1):
+    """Inputs as detectron2's mapper gives them, with one object each."""
+    inputs = []
+    for height, width in sizes:
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(torch.tensor([[4., 4., 40., 40.]] * objects))
+        instances.gt_classes = torch.zeros(objects, dtype=torch.long)
+        pixels = torch.randint(0, 255, (3, height, width), dtype=torch.uint8)
+        inputs.append({'image': pixels, 'instances': instances, 'height': height, 'width': width})
+    return inputs
+
+
+# --- configs
+
+@pytest.mark.parametrize('name', [*CONFIGS, 'coco/Base-RetinaNet'])
+def test_configs_are_plain_yaml_and_load(name, repository):
+    assert isinstance(yaml.safe_load((repository / path_of(name)).read_text()), dict)
+    cfg = load_config(path_of(name))
+    assert cfg.MODEL.META_ARCHITECTURE == 'MoERetinaNet'
+    if 'demo' not in name:  # x * 2^(i/3), as detectron2's python expression says
+        wanted = [[x * 2 ** (i / 3) for i in range(3)] for x in (32, 64, 128, 256, 512)]
+        assert np.allclose(cfg.MODEL.ANCHOR_GENERATOR.SIZES, wanted, rtol=1e-12)
+
+
+def test_configs_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config(path_of(CONFIGS[0])).MOE.TIMM.NAME == 'condconv_resnet50'
+
+
+def test_overrides_anywhere_and_nested_arguments(tmp_path):
+    file = tmp_path / 'own.yaml'
+    file.write_text('VERSION: 2\nMOE: {TIMM: {NAME: condconv_resnet18, ARGS: {num_experts: 3, new_one: true}}}\n')
+    cfg = load_config(file, ['MOE.RES5.NUM_EXPERTS', '8', 'MOE.TIMM.ARGS.num_experts', '5'])
+    assert dict(cfg.MOE.TIMM.ARGS) == {'num_experts': 5, 'new_one': True} and cfg.MOE.RES5.NUM_EXPERTS == 8
+
+
+@pytest.mark.parametrize('text, opts, message', [
+    ('MOE: {RES5: {NUM_EXPERT: 4}}', [],
+     "Unknown config key 'MOE.RES5.NUM_EXPERT' in .*own.yaml'.* 'MOE.RES5.NUM_EXPERTS'"),
+    ('', ['SOLVER.BASE_LRR', '1'], "Unknown config key 'SOLVER.BASE_LRR' in the command line.* 'SOLVER.BASE_LR'"),
+    ('', ['SOLVER.MAX_ITER', 'many'], 'the command line cannot be used as a config: Type mismatch.*SOLVER.MAX_ITER'),
+    ('', ['SOLVER.MAX_ITER'], 'KEY VALUE pairs, but there are 1 words'),
+    ('MODEL: {X: !!python/object/apply:eval ["1"]}', [], 'holds a python tag'),
+    ('MODEL: [', [], 'is not yaml: .* in line'),
+    ('_BASE_: nowhere.yaml', [], 'cannot be read: No such file'),
+])
+def test_a_wrong_config_is_one_sentence(tmp_path, text, opts, message):
+    file = tmp_path / 'own.yaml'
+    file.write_text(f'VERSION: 2\n{text}\n')
+    with pytest.raises(InputError, match=message):
+        load_config(file, opts)
+
+
+def test_a_missing_config_names_the_nearest():
+    with pytest.raises(InputError, match="is not a file. Did you mean 'configs/demo/retinanet_digits.yaml'"):
+        load_config('configs/demo/retinanet_digit.yaml')
+
+
+def test_install_lets_other_scripts_read_our_configs(monkeypatch, repository):
+    monkeypatch.setattr(detectron2.config, 'get_cfg', detection_config.get_cfg)
+    with pytest.raises(KeyError, match='Non-existent config key: MOE'):
+        detectron2.config.get_cfg().merge_from_file(str(repository / path_of(CONFIGS[1])))
+    install()
+    install()
+    cfg = detectron2.config.get_cfg()
+    cfg.merge_from_file(str(repository / path_of(CONFIGS[1])))
+    assert cfg.MOE.RES5.NUM_EXPERTS == 4
+    add_moe_config(cfg)
+    assert cfg.MOE.RES5.NUM_EXPERTS == 4  # a second call changes nothing
+
+
+# --- backbones
+
+@pytest.mark.parametrize('name', ['resnet18', 'convnext_atto', 'swin_tiny_patch4_window7_224', 'condconv_resnet18'])
+def test_timm_models_give_the_stages_of_a_resnet(name):
+    backbone = TimmBackbone(name).eval()
+    shapes = backbone.output_shape()
+    assert {key: shape.stride for key, shape in shapes.items()} == {'res2': 4, 'res3': 8, 'res4': 16, 'res5': 32}
+    with torch.no_grad():
+        maps = backbone(torch.randn(1, 3, 64, 96))
+    for key, value in maps.items():  # Swin thinks in channels last
+        assert value.shape == (1, shapes[key].channels, 64 // shapes[key].stride, 96 // shapes[key].stride)
+
+
+@pytest.mark.parametrize('name, args, message', [
+    ('resnet81', {}, "'resnet81' is no model of timm or moe_zoo. Did you mean 'resnet18'"),
+    ('vit_tiny_patch16_224', {}, r'feature maps of stride \[16, .*needs 8, 16 and 32: choose a hierarchical model'),
+    ('resnet18', {'experts': 2}, "with MOE.TIMM.ARGS {'experts': 2}: .*unexpected keyword argument 'experts'"),
+    ('inception_v4', {}, r'it gives \(1, 160, 30, 46\) for a 128 x 192 image at stride 4'),
+])
+def test_unfit_timm_models_are_refused(name, args, message):
+    with pytest.raises(InputError, match=message):
+        TimmBackbone(name, args)
+
+
+def test_colours_are_checked_against_the_model():
+    name, opts = 'coco/retinanet_condconv_r50_fpn_1x', ['MOE.TIMM.NAME', 'resnet18']
+    with pytest.raises(InputError, match="INPUT.FORMAT 'BGR': resnet18 expects 'RGB'"):
+        tiny_model(name, *opts, 'INPUT.FORMAT', 'BGR')
+    with pytest.raises(InputError, match=r'MODEL.PIXEL_MEAN .*expects \[123.675, 116.28, 103.53\]'):
+        tiny_model(name, *opts, 'MODEL.PIXEL_MEAN', '[103.53, 116.28, 123.675]')
+    tiny_model(name, *opts, 'INPUT.FORMAT', 'BGR', 'MOE.TIMM.CHECK_INPUT', 'False')
+
+
+def test_timm_backbone_freezes_stages_and_batch_norm():
+    backbone = TimmBackbone('resnet18')
+    backbone.freeze(2, frozen_bn=False)
+    trained = {name.split('.')[1] for name, p in backbone.named_parameters() if p.requires_grad}
+    assert trained == {'layer2', 'layer3', 'layer4'}
+    kinds = {part: any(isinstance(m, nn.BatchNorm2d) for m in getattr(backbone.net, part).modules())
+             for part in ('layer1', 'layer2')}
+    assert kinds == {'layer1': False, 'layer2': True}
+    assert not isinstance(backbone.net.bn1, nn.BatchNorm2d)
+
+
+def test_timm_checkpoint_of_a_classifier_loads(tmp_path):
+    import timm
+    classifier = timm.create_model('resnet18', num_classes=7)
+    torch.save({'state_dict': classifier.state_dict(), 'arch': 'resnet18'}, tmp_path / 'best.pth.tar')
+    backbone = TimmBackbone('resnet18', checkpoint=str(tmp_path / 'best.pth.tar'))
+    assert torch.equal(backbone.net.layer4[1].conv2.weight, classifier.layer4[1].conv2.weight)
+    (tmp_path / 'bad.pth').write_bytes(b'PK\x03\x04 not a checkpoint')
+    with pytest.raises(InputError, match=r"MOE.TIMM.CHECKPOINT '.*bad.pth' cannot be loaded into resnet18"):
+        TimmBackbone('resnet18', checkpoint=str(tmp_path / 'bad.pth'))
+
+
+def test_res5_is_routed_and_everything_before_it_is_detectron2s():
+    cfg = load_config(path_of(CONFIGS[1]), SMALL)
+    model = build_model(cfg)
+    resnet = model.backbone.bottom_up
+    assert isinstance(resnet.res5, MoEStage) and resnet.stages[-1] is resnet.res5
+    dense = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    gate = 2 * 1024 * 4  # clean and noise matrix
+    assert count(resnet) == count(dense) + 3 * count(dense.res5) + gate
+    assert list(model.backbone.output_shape()) == ['p3', 'p4', 'p5', 'p6', 'p7']
+
+
+@pytest.mark.parametrize('opts, message', [
+    (['MOE.RES5.NUM_SELECTED', '5'], 'num_selected=5 with num_experts=4'),
+    (['MODEL.RESNETS.OUT_FEATURES', "['res3', 'res4']"], 'the routed stage is res5'),
+    (['MODEL.RESNETS.NORM', 'SyncBN'], "NORM 'SyncBN': experts see different images"),
+    (['MODEL.FPN.IN_FEATURES', "['res3', 'res6']"], r"IN_FEATURES \['res3', 'res6'\]: this backbone gives"),
+    (['MOE.RES5.LOSSES', "[['kll', 0.1]]"], "Unknown auxiliary loss 'kll'. Did you mean 'kl'"),
+])
+def test_unfit_routed_backbones_are_refused(opts, message):
+    with pytest.raises(InputError, match=message):
+        model = tiny_model('demo/retinanet_digits', *opts)
+        with EventStorage():
+            model.train()(images((64, 64), (64, 64)))
+
+
+def test_random_weights_under_frozen_batch_norm_are_warned_of(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger('moe_zoo'), 'propagate', True)  # a run before may have switched it off
+    with caplog.at_level(logging.WARNING):
+        tiny_model('demo/retinanet_digits', 'MODEL.RESNETS.NORM', 'FrozenBN')
+    assert 'diverge within a few iterations' in caplog.text
+
+
+# --- weights
+
+def dense_names(model):
+    """State of the dense twin of a model with a routed res5, made from its first expert."""
+    state = {k: v.clone() for k, v in model.state_dict().items() if 'res5.' not in k}
+    expert = model.backbone.bottom_up.res5.experts[0].state_dict()
+    state.update({f'backbone.bottom_up.res5.{k}': v.clone() for k, v in expert.items()})
+    return state
+
+
+def test_dense_detector_weights_become_every_expert(tmp_path):
+    source, model = tiny_model(), tiny_model()
+    torch.save({'model': dense_names(source)}, tmp_path / 'dense.pth')
+    DetectionCheckpointer(model).load(str(tmp_path / 'dense.pth'))  # detectron2's own, as upstream's tools use it
+    wanted = source.backbone.bottom_up.res5.experts[0][1].conv2.weight
+    for expert in model.backbone.bottom_up.res5.experts:
+        assert 0 < (expert[1].conv2.weight - wanted).std() < 0.2 * wanted.std()
+    assert torch.equal(model.head.cls_score.weight, source.head.cls_score.weight)
+
+
+def test_model_zoo_pickle_of_a_classifier_becomes_every_expert(tmp_path):
+    """ImageNet weights carry bare names, which detectron2 matches by their ends."""
+    source, model = tiny_model(), tiny_model()
+    prefix = 'backbone.bottom_up.'
+    weights = {k[len(prefix):]: v.numpy() for k, v in dense_names(source).items() if k.startswith(prefix)}
+    file = tmp_path / 'R-18.pkl'
+    file.write_bytes(pickle.dumps({'model': weights, '__author__': 'torchvision', 'matching_heuristics': True}))
+    SafeCheckpointer(model).load(str(file))
+    wanted = source.backbone.bottom_up.res5.experts[0][0].conv1.weight
+    for expert in model.backbone.bottom_up.res5.experts:
+        assert 0 < (expert[0].conv1.weight - wanted).std() < 0.2 * wanted.std()
+    assert torch.equal(model.backbone.bottom_up.stem.conv1.weight, source.backbone.bottom_up.stem.conv1.weight)
+
+
+class Harm:
+    def __reduce__(self):
+        return os.system, ('echo harm',)
+
+
+def test_strangers_pickles_are_not_run(tmp_path, capfd):
+    file = tmp_path / 'evil.pkl'
+    file.write_bytes(pickle.dumps({'model': {'a': Harm()}}))
+    with pytest.raises(InputError, match=r"evil.pkl' is truncated, or no checkpoint.*asks for posix.system"):
+        SafeCheckpointer(tiny_model()).load(str(file))
+    assert 'harm' not in capfd.readouterr().out
+
+
+def test_broken_and_foreign_checkpoints_are_refused(tmp_path):
+    model = tiny_model()
+    SafeCheckpointer(model, str(tmp_path)).save('good')
+    whole = (tmp_path / 'good.pth').read_bytes()
+    (tmp_path / 'short.pth').write_bytes(whole[:len(whole) // 2])
+    torch.save({'model': {'conv.weight': torch.zeros(3)}}, tmp_path / 'foreign.pth')
+    for name, message in (('short', 'is truncated'), ('foreign', 'none of its 1 tensors belongs here'),
+                          ('absent', "Checkpoint '.*absent.pth' does not exist")):
+        with pytest.raises(InputError, match=message):
+            SafeCheckpointer(model).load(str(tmp_path / f'{name}.pth'))
+    more_classes = tiny_model('demo/retinanet_digits', 'MODEL.RETINANET.NUM_CLASSES', '12')
+    with pytest.raises(InputError, match='cls_score.weight has shape .* for another number of classes'):
+        SafeCheckpointer(more_classes, complete=True).load(str(tmp_path / 'good.pth'))
+    SafeCheckpointer(more_classes).load(str(tmp_path / 'good.pth'))  # fine-tuning may replace the classifier
+
+
+def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
+    model = tiny_model()
+    checkpointer = SafeCheckpointer(model, str(tmp_path))
+    checkpointer.save('model')
+    before = (tmp_path / 'model.pth').read_bytes()
+
+    def full(data, file):
+        file.write(b'part')
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(InputError, match='No space left'):
+        checkpointer.save('model')
+    assert (tmp_path / 'model.pth').read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ['last_checkpoint', 'model.pth']
+    with torch.no_grad():
+        model.head.cls_score.bias[0] = math.nan
+    with pytest.raises(FloatingPointError, match='head.cls_score.bias'):
+        checkpointer.save('model')
+
+
+# --- the meta-architecture
+
+def test_loss_dictionary_holds_losses_only_and_diagnostics_go_to_the_storage():
+    losses = "[['kl', 0.25], ['importance_unbiased', 0.5]]"
+    model = tiny_model('demo/retinanet_digits', 'MOE.RES5.LOSSES', losses).train()
+    with EventStorage(19) as storage:  # the twentieth iteration, which detectron2's writers write
+        losses = model(images((64, 64), (64, 96)))
+        latest = storage.latest()
+    assert set(losses) == {'loss_cls', 'loss_box_reg', 'loss_moe_kl', 'loss_moe_importance_unbiased'}
+    assert all(value.requires_grad and value.dim() == 0 for value in losses.values())
+    shares = [latest[f'moe/backbone.bottom_up.res5/expert{e}_share'][0] for e in range(4)]
+    assert sum(shares) == pytest.approx(1) and 'moe/backbone.bottom_up.res5/cv' in latest
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters())  # the idle experts' too: DDP waits for them
+    assert model.backbone.bottom_up.res5.router.weight.grad.abs().sum() > 0
+
+
+def test_auxiliary_loss_is_the_weighted_loss_of_the_records():
+    model = tiny_model().train()
+    model.backbone.bottom_up.res5.router.sample_noise = torch.zeros_like
+    with EventStorage():
+        loss = model(images((64, 64), (64, 64)))['loss_moe_kl']
+    # A zero gate without noise sends both images to experts 0 and 1, half each: KL to uniform over 4 is ln 2.
+    assert loss.item() == pytest.approx(0.25 * math.log(2), rel=1e-4)
+
+
+def test_context_carries_true_sizes_and_is_empty_afterwards():
+    model = tiny_model().eval()
+    seen = []
+    model.backbone.bottom_up.res5.register_forward_pre_hook(lambda *_: seen.append(current_image_sizes()))
+    with torch.no_grad():
+        model(images((60, 64), (50, 90)))
+    sizes, padded = seen[0]
+    assert sizes.tolist() == [[60, 64], [50, 90]] and padded == (64, 96)  # up to multiples of 32
+    assert current_image_sizes() is None
+    with pytest.raises(KeyError):
+        model.train()([{'image': torch.zeros(3, 64, 64), 'instances': None}, {}])
+    assert current_image_sizes() is None  # after a failure too
+
+
+def test_evaluation_gives_detections_and_does_not_depend_on_the_company():
+    model = tiny_model('demo/retinanet_digits', 'MODEL.RETINANET.SCORE_THRESH_TEST', '0.0').eval()
+    nn.init.normal_(model.backbone.bottom_up.res5.router.weight)
+    nn.init.normal_(model.head.cls_score.weight, std=0.5)
+    inputs = images((64, 96), (64, 96))
+    with torch.no_grad():
+        together, alone = model(inputs), model(inputs[:1])
+    assert set(together[0]) == {'instances'} and len(together[0]['instances']) > 0
+    torch.testing.assert_close(together[0]['instances'].scores, alone[0]['instances'].scores)
+    torch.testing.assert_close(together[0]['instances'].pred_boxes.tensor, alone[0]['instances'].pred_boxes.tensor)
+
+
+def test_padding_does_not_move_the_gate():
+    """Convolutions that see one position have no border effects: then the gate of the image alone is met exactly."""
+    model = tiny_model().eval()
+    nn.init.normal_(model.backbone.bottom_up.res5.router.weight)
+    for module in model.backbone.bottom_up.modules():
+        if isinstance(module, nn.Conv2d):
+            centre = torch.zeros_like(module.weight)
+            middle = centre.shape[-1] // 2
+            centre[:, :, middle, middle] = module.weight[:, :, middle, middle]
+            module.weight.data = centre
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.constant_(module.bias, 0.5)  # the padding is not zero inside a network
+    small, large = images((64, 64), (64, 128))
+    logits = {}
+    for name, inputs in (('alone', [small]), ('padded', [small, large])):
+        with torch.no_grad(), trace_routing(model) as trace:
+            model(inputs)
+        logits[name] = trace['backbone.bottom_up.res5'][0].logits[0]
+    with torch.no_grad(), trace_routing(model) as trace:  # the same, by a gate that knows nothing of padding
+        batch = model.preprocess_image([small, large])
+        model.backbone(batch.tensor)
+    torch.testing.assert_close(logits['padded'], logits['alone'])
+    assert (trace['backbone.bottom_up.res5'][0].logits[0] - logits['alone']).abs().max() > 0.1
+
+
+def test_reentrant_checkpointing_is_refused_in_one_sentence():
+    model = tiny_model().train()
+    stage = model.backbone.bottom_up.stages[-1]
+    inputs = images((64, 64), (64, 64))
+    for reentrant in (False, True):
+        def run(x, reentrant=reentrant):
+            return checkpoint(stage, x, use_reentrant=True) if reentrant else checkpoint_routed(stage, x)
+        run_stage = nn.Module()
+        run_stage.forward = run
+        model.backbone.bottom_up.stages[-1] = run_stage
+        with EventStorage():
+            if reentrant:
+                with pytest.raises(InputError, match='res5 runs under re-entrant gradient checkpointing'):
+                    model(inputs)
+            else:
+                sum(model(inputs).values()).backward()
+                assert stage.router.noise_weight.grad is not None
+
+
+# --- training
+
+def logged(run):
+    return [json.loads(line) for line in (run / 'metrics.json').read_text().splitlines()]
+
+
+def test_a_run_trains_evaluates_and_resumes(tiny, tmp_path):
+    results = main([*tiny, 'SOLVER.CHECKPOINT_PERIOD', '1'])
+    run = tmp_path / 'run'
+    assert set(results['bbox']) >= {'AP', 'AP50', 'AP75', 'APs', 'APm', 'APl'}
+    assert json.loads((run / 'results.json').read_text())['metrics'].keys() == {'bbox'}
+    assert (run / 'last_checkpoint').read_text() == 'model_final.pth'
+    assert [line['iteration'] for line in logged(run) if 'loss_moe_kl' in line] == [1]
+    main([*tiny, '--resume', 'SOLVER.MAX_ITER', '4'])
+    assert [line['iteration'] for line in logged(run) if 'loss_moe_kl' in line] == [1, 3]
+    state = torch.load(run / 'model_final.pth', weights_only=True)
+    assert state['iteration'] == 3 and state['trainer']['_trainer']['optimizer']['state']
+    weights = str(run / 'model_final.pth')
+    evaluated = main([*tiny, '--eval-only', 'MODEL.WEIGHTS', weights])
+    assert evaluated['bbox'].keys() == results['bbox'].keys()
+
+
+def test_coco_metrics_come_from_the_fast_evaluator(tiny, scenes):
+    from detectron2.evaluation import coco_evaluation
+    from faster_coco_eval import COCOeval_faster
+    cfg = load_config(tiny[1], tiny[2:])
+    Trainer.build_test_loader(cfg, cfg.DATASETS.TEST[0])  # which reads the category ids
+    evaluator = Trainer.build_evaluator(cfg, cfg.DATASETS.TEST[0])
+    assert coco_evaluation.COCOeval_opt is COCOeval_faster and evaluator._use_fast_impl
+    truth = json.loads((scenes / 'annotations' / 'instances_val.json').read_text())
+    evaluator.reset()
+    for image in truth['images']:  # perfect detections
+        objects = [a for a in truth['annotations'] if a['image_id'] == image['id']]
+        instances = Instances((image['height'], image['width']))
+        boxes = torch.tensor([a['bbox'] for a in objects], dtype=torch.float32)
+        instances.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1))
+        instances.scores = torch.ones(len(objects))
+        instances.pred_classes = torch.tensor([a['category_id'] - 1 for a in objects])
+        evaluator.process([{'image_id': image['id']}], [{'instances': instances}])
+    metrics = evaluator.evaluate()['bbox']
+    assert metrics['AP'] == pytest.approx(100) and metrics['APs'] == pytest.approx(100)
+
+
+def test_gates_of_a_condconv_backbone_are_logged_and_ask_for_no_loss():
+    model = tiny_model('coco/retinanet_condconv_r50_fpn_1x', 'MOE.TIMM.NAME', 'condconv_resnet18').train()
+    with EventStorage(19) as storage:
+        losses = model(images((64, 64), (64, 96)))
+        shares = [key for key in storage.latest() if key.startswith('moe/backbone.bottom_up.net.') and 'share' in key]
+    assert set(losses) == {'loss_cls', 'loss_box_reg'} and len(shares) >= 8
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_both_coco_configs_train_and_evaluate(scenes, tmp_path):
+    for name in CONFIGS[:2]:
+        results = main(['--config-file', path_of(name), *SMALL, 'MODEL.RETINANET.NUM_CLASSES', '10', 'MOE.DATA.ROOT',
+                        str(scenes), 'OUTPUT_DIR', str(tmp_path / name), 'SOLVER.MAX_ITER', '1'])
+        assert 'AP50' in results['bbox']
+
+
+def test_single_files_may_be_named_instead_of_a_folder(tiny, scenes):
+    argv = tiny[:tiny.index('MOE.DATA.ROOT')] + tiny[tiny.index('MOE.DATA.ROOT') + 2:]
+    annotations = scenes / 'annotations'
+    cfg = load_config(argv[1], [
+        *argv[2:], 'MOE.DATA.TRAIN_JSON', str(annotations / 'instances_train.json'), 'MOE.DATA.TRAIN_IMAGES',
+        str(scenes / 'train')])
+    assert 'instances_train' in cfg.DATASETS.TRAIN[0] and cfg.DATASETS.TEST == ('digit_scenes_val',)
+    with pytest.raises(InputError, match='MOE.DATA.TEST_JSON and MOE.DATA.TEST_IMAGES come together'):
+        load_config(argv[1], ['MOE.DATA.TEST_JSON', 'some.json'])
+
+
+@pytest.mark.parametrize('opts, message', [
+    (['MOE.RES5.NUM_SELECTED', '9'], 'num_selected=9 with num_experts=4: choose between 1 and 4'),
+    (['MODEL.RETINANET.NUM_CLASSES', '80'],
+     "instances_train.json' has 10 categories and MODEL.RETINANET.NUM_CLASSES is 80"),
+    (['MOE.DATA.ROOT', '/nowhere'], "is missing: there is no file '/nowhere/annotations/instances_train.json'"),
+    (['MOE.DATA.ROOT', '', 'DATASETS.TRAIN', "('coco_2017_trian',)"],
+     "Unknown data set 'coco_2017_trian'. Did you mean 'coco_2017_train'"),
+    (['MODEL.WEIGHTS', '/nowhere.pth'], "Checkpoint '/nowhere.pth' does not exist"),
+    (['MODEL.BACKBONE.NAME', 'build_moe'], "The model cannot be built .* 'build_moe' found in 'BACKBONE' registry"),
+    (['SOLVER.AMP.ENABLED', 'True'], 'mixed precision in detectron2 needs CUDA'),
+    (['--num-processes', '3'], 'IMS_PER_BATCH 2 does not divide into 3 processes'),
+    (['SOLVER.BASE_LR', '1e12', 'SOLVER.MAX_ITER', '9', 'SOLVER.CHECKPOINT_PERIOD', '1'],
+     'the loss or a weight is NaN or infinite'),
+])
+def test_bad_input_ends_with_one_sentence_and_code_2(tiny, capsys, opts, message):
+    import re
+    assert re.search(message, refusal(capsys, [*tiny, *opts]))
+
+
+def test_divergence_keeps_the_last_good_checkpoint(tiny, tmp_path, capsys):
+    main([*tiny, 'SOLVER.CHECKPOINT_PERIOD', '1'])
+    infinite = ['MOE.RES5.LOSSES', "[['kl', 1e39]]"]  # beyond float32
+    sentence = refusal(capsys, [*tiny, '--resume', 'SOLVER.MAX_ITER', '20', *infinite])
+    assert f"the last good checkpoint is '{tmp_path / 'run' / 'model_final.pth'}'" in sentence
+    assert 'iteration=2!' in sentence and "'loss_moe_kl': " in sentence
+    state = torch.load(tmp_path / 'run' / 'model_final.pth', weights_only=True)['model']
+    assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def damaged(scenes, folder, split='train', change=None, cut=()):
+    """A copy of the scenes with a changed JSON, or with some images cut short."""
+    import shutil
+    shutil.copytree(scenes, folder)
+    file = folder / 'annotations' / f'instances_{split}.json'
+    content = json.loads(file.read_text())
+    if change is not None:
+        change(content)
+        file.write_text(json.dumps(content))
+    for name in cut:
+        path = folder / split / name
+        path.write_bytes(path.read_bytes()[:200])
+    return folder
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda c: c['annotations'][2].update(category_id=99),
+     'annotation 3 has category_id 99, .* 10 ids .*from 1 to 10'),
+    (lambda c: c['annotations'][0].update(bbox=[1, 2, 3]), r'annotation 1 has bbox \[1, 2, 3\]'),
+    (lambda c: c.pop('categories'), 'is not COCO JSON: it lacks the list categories'),
+])
+def test_broken_coco_json_is_named(tiny, scenes, tmp_path, capsys, change, message):
+    import re
+    folder = damaged(scenes, tmp_path / 'damaged', change=change)
+    assert re.search(message, refusal(capsys, [*tiny, 'MOE.DATA.ROOT', str(folder)]))
+
+
+def test_unreadable_images_are_named_skipped_and_counted(tiny, scenes, tmp_path, capsys):
+    folder = damaged(scenes, tmp_path / 'damaged', cut=['000001.png'])
+    (folder / 'val' / '000002.png').write_text('no image')
+    main([*tiny, 'MOE.DATA.ROOT', str(folder), 'SOLVER.MAX_ITER', '6'])
+    out = capsys.readouterr().out
+    assert 'Unreadable images skipped: 2' in out and "train/000001.png' cannot be read" in out
+    listed = (tmp_path / 'run' / 'unreadable_images.txt').read_text().splitlines()
+    assert sorted(os.path.basename(name) for name in listed) == ['000001.png', '000002.png']
+    predictions = torch.load(tmp_path / 'run' / 'inference' / 'instances_predictions.pth', weights_only=True)
+    assert sorted(p['image_id'] for p in predictions) == [1, 3, 4]  # no other image stands in for the second
+    for workers in ('0', '1'):
+        sentence = refusal(capsys, [*tiny, '--strict-data', 'MOE.DATA.ROOT', str(folder), 'SOLVER.MAX_ITER', '6',
+                                    'DATALOADER.NUM_WORKERS', workers])
+        assert '000001.png' in sentence and 'MOE.DATA.STRICT is on' in sentence
+
+
+def test_a_training_set_without_one_readable_image_ends(tiny, scenes, tmp_path, capsys):
+    folder = damaged(scenes, tmp_path / 'damaged', cut=os.listdir(scenes / 'train'))
+    assert 'No image of the training set can be read' in refusal(capsys, [*tiny, 'MOE.DATA.ROOT', str(folder)])
+
+
+def test_grey_and_odd_sized_images_train(tiny, scenes, tmp_path):
+    folder = damaged(scenes, tmp_path / 'odd', change=lambda c: [i.update(height=117, width=133) for i in c['images']])
+    for name in os.listdir(folder / 'train'):
+        Image.open(folder / 'train' / name).convert('L').resize((133, 117)).save(folder / 'train' / name)
+    main([*tiny, 'MOE.DATA.ROOT', str(folder)])
+
+
+def gradients_of(model, inputs):
+    with EventStorage():
+        sum(model(inputs).values()).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_auxiliary_gradients_arrive_once():
+    """The gradient of the gate is that of the task plus that of the auxiliary loss, no more, no less."""
+    grads = []
+    for losses in ('[]', "[['kl', 1.0]]", "[['kl', 2.0]]"):
+        torch.manual_seed(0)
+        model = tiny_model('demo/retinanet_digits', 'MOE.RES5.LOSSES', losses).train()
+        torch.manual_seed(1)
+        inputs = images((64, 64), (64, 64))
+        torch.manual_seed(2)
+        grads.append(gradients_of(model, inputs)['backbone.bottom_up.res5.router.weight'])
+    none, once, twice = grads
+    torch.testing.assert_close(twice - once, once - none, rtol=1e-3, atol=1e-6)
+    assert (once - none).abs().max() > 1e-4
+
+
+@pytest.mark.slow
+def test_two_processes_on_the_cpu_train_alike_and_evaluate_whole(tiny, tmp_path, repository):
+    """Ranks whose images choose different experts must not wait for each other, and end with equal weights."""
+    command = [sys.executable, str(repository / 'tools' / 'train_coco.py'), *tiny, '--num-processes', '2',
+               'SOLVER.MAX_ITER', '6', 'SOLVER.IMS_PER_BATCH', '4', 'MODEL.DEVICE', 'cpu']
+    done = subprocess.run(command, capture_output=True, text=True, cwd=repository, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    predictions = torch.load(tmp_path / 'run' / 'inference' / 'instances_predictions.pth', weights_only=True)
+    assert sorted(p['image_id'] for p in predictions) == [1, 2, 3, 4]
+    assert json.loads((tmp_path / 'run' / 'results.json').read_text())['metrics']['bbox'].keys() >= {'AP50'}
+
+
+@pytest.mark.slow
+def test_a_mistake_in_one_of_two_processes_is_one_sentence(tiny, repository):
+    command = [sys.executable, str(repository / 'tools' / 'train_coco.py'), *tiny, '--num-gpus', '2',
+               'MODEL.RETINANET.NUM_CLASSES', '3']
+    done = subprocess.run(command, capture_output=True, text=True, cwd=repository, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.count('error: ') == 1 and 'has 10 categories' in done.stderr and 'Traceback' not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('tool, arguments', [
+    ('train_net.py', []),
+    ('train_net.py', ['--eval-only']),
+    ('analyze_model.py', ['--tasks', 'flop', 'parameter', 'structure', '-n', '2']),
+])
+def test_upstreams_own_tools_run_on_our_configs(tool, arguments, scenes, tmp_path, repository):
+    """The real scripts, unmodified, through `python -m moe_zoo.run`."""
+    script = os.path.join(sys.prefix, 'share', 'detectron2', 'tools', tool)
+    if not os.path.exists(script):
+        pytest.skip(f'{script} is missing (tools/setup.sh puts it there)')
+    (tmp_path / 'digit_scenes').symlink_to(scenes)
+    command = [sys.executable, '-m', 'moe_zoo.run', script, '--config-file',
+               str(repository / path_of('demo/retinanet_digits')), *arguments, *TINY, 'OUTPUT_DIR',
+               str(tmp_path / 'run')]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300,
+                          env={**os.environ, 'DETECTRON2_DATASETS': str(tmp_path)})
+    assert done.returncode == 0, done.stderr[-2000:]
