@@ -20,8 +20,9 @@ from ..errors import InputError, nearest
 from ..routing import SigmoidRouter, SoftmaxRouter, check_num_selected, linear_float32, record
 from .routed import RoutedLayer, masked_mean
 
-# Where a decision comes from, in a chain of blocks. The paper compares them (section 5.2) without exact definitions at
-# hand here: these are this project's, and no fidelity is claimed beyond 'sigmoid', the paper's default.
+# Where the decision of a block comes from. The paper compares such functions; their exact definitions were not at hand,
+# so those but 'sigmoid', the paper's default, and 'softmax' are this project's, and no fidelity is claimed for them.
+# Layers outside the chain of blocks (head convolution, classifier) have a router of their own in every case.
 ROUTE_FNS = {
     'sigmoid': 'every block decides for itself: sigmoid of one linear map of its pooled input (default)',
     'softmax': 'the same with a softmax',
@@ -228,7 +229,10 @@ class CondConv2d(TimmCondConv2d):
 
     def output_shape(self, input_shape: Tuple[int, ...]) -> Tuple[int, int, int, int]:
         """(B, C, H, W) to (B, O, H', W')."""
-        return conv_output_shape(self, input_shape)
+        size = []
+        for n, k, s, p, d in zip(input_shape[2:], self.kernel_size, self.stride, self.padding, self.dilation):
+            size.append(-(-n // s) if self.dynamic_padding else (n + 2 * p - d * (k - 1) - 1) // s + 1)
+        return input_shape[0], self.out_channels, size[0], size[1]
 
     def macs(self, input_shape: Tuple[int, ...]) -> int:
         """MACs of mixing the kernels and of the convolution, for all images of the input."""
@@ -241,16 +245,6 @@ class CondConv2d(TimmCondConv2d):
             f'{self.in_channels}, {self.out_channels}, num_experts={self.num_experts}, kernel_size={self.kernel_size}, '
             f'stride={self.stride}, padding={"same" if self.dynamic_padding else self.padding}, '
             f'dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}')
-
-
-def conv_output_shape(conv: nn.Module, input_shape: Tuple[int, ...]) -> Tuple[int, int, int, int]:
-    """Shape that a convolution (nn.Conv2d, timm's Conv2dSame, CondConv2d) makes of (B, C, H, W)."""
-    same = isinstance(conv, Conv2dSame) or getattr(conv, 'dynamic_padding', False)
-    size = []
-    for axis, n in enumerate(input_shape[2:]):
-        k, s, p, d = (getattr(conv, f)[axis] for f in ('kernel_size', 'stride', 'padding', 'dilation'))
-        size.append(-(-n // s) if same else (n + 2 * p - d * (k - 1) - 1) // s + 1)
-    return input_shape[0], conv.out_channels, size[0], size[1]
 
 
 class MixingLayer(RoutedLayer):

@@ -22,7 +22,6 @@ from ..layers.cond_conv import (
     CondConv2d,
     CondLinear,
     MixingLayer,
-    conv_output_shape,
     create_routing_fn,
 )
 from ..routing import checkpoint_routed
@@ -40,6 +39,9 @@ class CondConvBlock(MixingLayer):
         route_fn: A key of `moe_zoo.layers.cond_conv.ROUTE_FNS`.
         expert_drop_rate: Probability of dropping an expert in training.
         position: Place among the CondConv blocks of the model, from 0.
+
+    Raises:
+        InputError: The block has an anti-aliasing filter, or a value is out of range.
     """
     convs: Tuple[str, ...] = ()  # names of the convolutions that are mixed, in order
 
@@ -53,6 +55,8 @@ class CondConvBlock(MixingLayer):
     ):
         nn.Module.__init__(self)
         self.__dict__.update(block.__dict__)  # submodules and attributes alike
+        if not isinstance(block.aa, (nn.Identity, type(None))):
+            raise InputError('aa_layer: CondConv blocks have no anti-aliasing; leave it out.')
         first = getattr(block, self.convs[0])
         for name in self.convs:
             setattr(self, name, CondConv2d.from_conv(getattr(block, name), num_experts))
@@ -78,10 +82,9 @@ class CondConvBlock(MixingLayer):
         mixed = {id(conv) for conv in self.mixed_convs()}
         for name, conv in self.named_modules():
             if isinstance(conv, nn.Conv2d) and id(conv) not in mixed:
-                # A shortcut sees the block's input, squeeze-and-excitation one position.
-                at = input_shape if name.startswith('downsample') else (input_shape[0], conv.in_channels, 1, 1)
-                B, _, H, W = conv_output_shape(conv, at)
-                macs += B * H * W * conv.weight.numel()
+                # A shortcut makes the block's output, squeeze-and-excitation one position.
+                positions = shape[2] * shape[3] if name.startswith('downsample') else 1
+                macs += input_shape[0] * positions * conv.weight.numel()
         return macs
 
 
@@ -97,7 +100,6 @@ class CondConvBasicBlock(CondConvBlock, BasicBlock):
         x = self.bn1(x)
         x = self.drop_block(x)
         x = self.act1(x)
-        x = self.aa(x)
         x = self.conv2(x, routing_weights)
         x = self.bn2(x)
         if self.se is not None:
@@ -125,7 +127,6 @@ class CondConvBottleneck(CondConvBlock, Bottleneck):
         x = self.bn2(x)
         x = self.drop_block(x)
         x = self.act2(x)
-        x = self.aa(x)
         x = self.conv3(x, routing_weights)
         x = self.bn3(x)
         if self.se is not None:
@@ -148,7 +149,6 @@ class CondConvDepthwiseSeparable(CondConvBlock, DepthwiseSeparableConv):
         shortcut = x
         x = self.conv_dw(x, routing_weights)
         x = self.bn1(x)
-        x = self.aa(x)
         x = self.se(x)
         x = self.conv_pw(x, routing_weights)
         x = self.bn2(x)
@@ -169,7 +169,6 @@ class CondConvInvertedResidual(CondConvBlock, InvertedResidual):
         x = self.bn1(x)
         x = self.conv_dw(x, routing_weights)
         x = self.bn2(x)
-        x = self.aa(x)
         x = self.se(x)
         x = self.conv_pwl(x, routing_weights)
         x = self.bn3(x)
