@@ -9,11 +9,15 @@ set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 
 select=(-m 'not slow and not gpu')
-case ${1:-} in
-    --all) select=(); shift ;;
-    -h | --help) sed -n '2,/^set /{s/^# \{0,1\}//;/^set /!p}' "${BASH_SOURCE[0]}"; exit ;;
-esac
+arguments=()
+for argument in "$@"; do
+    case $argument in
+        --all) select=() ;;
+        -h | --help) sed -n '2,/^set /{s/^# \{0,1\}//;/^set /!p}' "${BASH_SOURCE[0]}"; exit ;;
+        *) arguments+=("$argument") ;;
+    esac
+done
 
 tools/setup.sh
 .venv/bin/python -m ruff check .
-exec .venv/bin/python -m pytest ${select[@]+"${select[@]}"} "$@"
+exec .venv/bin/python -m pytest ${select[@]+"${select[@]}"} ${arguments[@]+"${arguments[@]}"}
