@@ -4,8 +4,10 @@ import logging
 import math
 import os
 import pickle
+import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ from moe_zoo.detection import add_moe_config, install, load_config  # noqa: E402
 from moe_zoo.detection import config as detection_config  # noqa: E402
 from moe_zoo.detection.backbones import TimmBackbone  # noqa: E402
 from moe_zoo.detection.checkpoint import SafeCheckpointer  # noqa: E402
-from moe_zoo.detection.train import Trainer, main  # noqa: E402
+from moe_zoo.detection.train import StarvedExperts, Trainer, main  # noqa: E402
 from moe_zoo.errors import InputError  # noqa: E402
 from moe_zoo.layers.moe_stage import MoEStage  # noqa: E402
 from moe_zoo.routing import checkpoint_routed, current_image_sizes, trace_routing  # noqa: E402
@@ -302,18 +304,19 @@ def test_broken_and_foreign_checkpoints_are_refused(tmp_path):
     SafeCheckpointer(more_classes).load(str(tmp_path / 'good.pth'))  # fine-tuning may replace the classifier
 
 
-def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
+def test_saving_is_all_or_nothing(tmp_path):
     model = tiny_model()
     checkpointer = SafeCheckpointer(model, str(tmp_path))
     checkpointer.save('model')
     before = (tmp_path / 'model.pth').read_bytes()
 
-    def full(data, file):
-        file.write(b'part')
-        raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(torch, 'save', full)
-    with pytest.raises(InputError, match='No space left'):
-        checkpointer.save('model')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # a full disk, as the kernel tells it
+    try:
+        with pytest.raises(InputError, match='No space left'):
+            checkpointer.save('model')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / 'model.pth').read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ['last_checkpoint', 'model.pth']
     with torch.no_grad():
@@ -420,6 +423,24 @@ def test_reentrant_checkpointing_is_refused_in_one_sentence():
 
 # --- training
 
+def test_a_starved_expert_is_warned_of_once(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger('moe_zoo'), 'propagate', True)
+    hook = StarvedExperts(epoch=40)  # two values of the storage
+    hook.trainer = SimpleNamespace(iter=0, storage=EventStorage())
+    with caplog.at_level(logging.WARNING):
+        for iteration in range(120):
+            hook.trainer.iter = iteration
+            if (iteration + 1) % 20 == 0:
+                # Mean over 40 iterations: 0.03 is above a tenth of 1 / 4, then 0.02 below.
+                low = (0.04, 0.02, 0.02, 0.02, 0.02, 0.02)[iteration // 20]
+                for e, share in enumerate((low, 0.4, 0.3, 0.3 - low)):
+                    hook.trainer.storage.put_scalar(f'moe/res5/expert{e}_share', share)
+            hook.after_step()
+            assert len(caplog.records) == (iteration >= 79)
+    assert 'Layer res5: of 4 experts, [0] got less than a tenth of the fair share over an epoch (the least 2.00%)' \
+        in caplog.text
+
+
 def logged(run):
     return [json.loads(line) for line in (run / 'metrics.json').read_text().splitlines()]
 
@@ -436,6 +457,8 @@ def test_a_run_trains_evaluates_and_resumes(tiny, tmp_path):
     state = torch.load(run / 'model_final.pth', weights_only=True)
     assert state['iteration'] == 3 and state['trainer']['_trainer']['optimizer']['state']
     weights = str(run / 'model_final.pth')
+    # Nothing is left to train: it evaluates again.
+    assert main([*tiny, '--resume', 'SOLVER.MAX_ITER', '4'])['bbox'].keys() == results['bbox'].keys()
     evaluated = main([*tiny, '--eval-only', 'MODEL.WEIGHTS', weights])
     assert evaluated['bbox'].keys() == results['bbox'].keys()
 

@@ -3,7 +3,7 @@
 Both stand under a feature pyramid P3 to P7, as RetinaNet wants it (Lin et al. 2017, arXiv 1708.02002).
 """
 import logging
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 import timm
 import torch
@@ -38,6 +38,8 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         in_chans=input_shape.channels,
         pretrained=options.PRETRAINED,
         checkpoint=options.CHECKPOINT,
+        # A map that nobody uses would leave parameters without gradient.
+        out_features=[*cfg.MODEL.FPN.IN_FEATURES, 'res5'],
     )
     if options.CHECK_INPUT:
         _check_input(cfg, bottom_up)
@@ -92,6 +94,7 @@ class TimmBackbone(Backbone):
         in_chans: Channels of the image.
         pretrained: Load the weights that timm knows for this name.
         checkpoint: Or a classification checkpoint of this model.
+        out_features: Which of the maps to give.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class TimmBackbone(Backbone):
             in_chans: int = 3,
             pretrained: bool = False,
             checkpoint: str = '',
+            out_features: Sequence[str] = tuple(STAGES.values()),
     ):
         super().__init__()
         model_args = dict(model_args or {}, in_chans=in_chans)
@@ -114,7 +118,8 @@ class TimmBackbone(Backbone):
                 'stride only).')
         if checkpoint:
             model_args['pretrained_cfg_overlay'] = dict(file=checkpoint)
-        strides = sorted(index)
+        self._modules_of_stages = {STAGES[stride]: infos[i]['module'] for stride, i in index.items()}
+        strides = [stride for stride in sorted(index) if STAGES[stride] in out_features]
         self.net = _create_for_any_size(
             name, model_args, bool(pretrained or checkpoint), tuple(index[stride] for stride in strides))
         self.pretrained_cfg = self.net.pretrained_cfg
@@ -137,7 +142,7 @@ class TimmBackbone(Backbone):
         if not freeze_at:
             return
         # An extractor that flattens a model calls its `blocks.1` `blocks_1`; one that wraps it puts it a level down.
-        stage = dict(zip(self._out_features, self.net.feature_info.module_name())).get(f'res{max(freeze_at, 2)}', '')
+        stage = self._modules_of_stages.get(f'res{max(freeze_at, 2)}', '')
         forms = [head + form for form in (stage, stage.replace('.', '_', 1)) for head in ('', 'model.')]
         names = [name for name, module in self.net.named_modules() if list(module.parameters(recurse=False))]
         inside = [i for i, name in enumerate(names) if any(f'{name}.'.startswith(f'{form}.') for form in forms)]

@@ -78,7 +78,10 @@ class SafeCheckpointer(DetectionCheckpointer):
         path = Path(self.save_dir) / f'{name}.pth'
         self.logger.info(f'Saving checkpoint to {path}')
         with atomic_write(path) as part, open(part, 'wb') as file:
-            torch.save(data, file)  # into a file object: a full disk is then an OSError
+            try:
+                torch.save(data, file)
+            except RuntimeError as error:  # torch fails once more while closing, which hides the full disk
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
         self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:

@@ -82,8 +82,7 @@ def load_config(config_file: Union[str, Path], opts: Sequence[str] = ()) -> CfgN
 def install() -> None:
     """Let every config of this process know our keys: for scripts that never call `add_moe_config`.
 
-    `moe_zoo.run` calls this before it runs detectron2's own tools. Processes that such a script spawns
-    (`--num-gpus 2`) start afresh and do not know it; tools/train_coco.py does.
+    `moe_zoo.run` calls this before it runs detectron2's own tools.
     """
     if hasattr(detectron2.config.get_cfg, '__wrapped__'):
         return

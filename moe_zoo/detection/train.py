@@ -17,7 +17,15 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.data.samplers import InferenceSampler
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model, default_setup, launch
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    HookBase,
+    SimpleTrainer,
+    create_ddp_model,
+    default_setup,
+    launch,
+)
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.utils import comm
@@ -29,6 +37,7 @@ from ..errors import InputError, atomic_write, exit_on_input_error
 from .checkpoint import SafeCheckpointer
 from .coco import ReadableMapper, load_datasets, skipped_images
 from .config import load_config
+from .retinanet import LOG_PERIOD
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -40,7 +49,8 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode):
         TrainerBase.__init__(self)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        loader = self.build_train_loader(cfg)  # first, because data is what most often is wrong
+        dataset = _training_set(cfg)  # first, because data is what most often is wrong
+        loader = self.build_train_loader(cfg, dataset)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         model = distribute(model, cfg.MOE.FIND_UNUSED_PARAMETERS)
@@ -52,7 +62,7 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self._last_eval_results: Dict[str, Any] = {}
-        self.register_hooks(self.build_hooks())
+        self.register_hooks([*self.build_hooks(), StarvedExperts(len(dataset) / cfg.SOLVER.IMS_PER_BATCH)])
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As detectron2's; a checkpoint to resume from must be whole, weights to start from need not be."""
@@ -68,9 +78,8 @@ class Trainer(DefaultTrainer):
             raise InputError(f'The model cannot be built from this config: {reason}.') from error
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode):
-        dataset = load_datasets(
-            cfg.DATASETS.TRAIN, cfg.MODEL.RETINANET.NUM_CLASSES, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    def build_train_loader(cls, cfg: CfgNode, dataset: Optional[List[Dict[str, Any]]] = None):
+        dataset = _training_set(cfg) if dataset is None else dataset
         return build_detection_train_loader(cfg, dataset=dataset, mapper=ReadableMapper(cfg, True, _unreadable(cfg)))
 
     @classmethod
@@ -96,6 +105,34 @@ class Trainer(DefaultTrainer):
             raise InputError(f"'{evaluator._metadata.json_file}' has annotations without area, which COCO's metrics "
                              'for small, medium and large objects need.')
         return evaluator
+
+
+class StarvedExperts(HookBase):
+    """Warn once a layer where an expert gets less than a tenth of its fair share over an epoch.
+
+    Args:
+        epoch: Iterations an epoch.
+    """
+
+    def __init__(self, epoch: float):
+        self.window = max(1, math.ceil(epoch / LOG_PERIOD))  # so many values of the event storage are an epoch
+        self.warned = set()
+
+    def after_step(self) -> None:
+        if (self.trainer.iter + 1) % (self.window * LOG_PERIOD):
+            return
+        shares: Dict[str, List[float]] = {}
+        for key, history in self.trainer.storage.histories().items():
+            if key.startswith('moe/') and key.endswith('_share'):
+                shares.setdefault(key.rpartition('/')[0][4:], []).append(history.avg(self.window))
+        for layer, share in shares.items():
+            starved = [e for e, value in enumerate(share) if value < 0.1 / len(share)]
+            if starved and layer not in self.warned:
+                self.warned.add(layer)
+                _LOGGER.warning(
+                    'Layer %s: of %d experts, %s got less than a tenth of the fair share over an epoch (the least '
+                    '%.2f%%); raise the weights of its balance losses, add gate noise, or use fewer experts.',
+                    layer, len(share), starved, 100 * min(share))
 
 
 class NonEmpty:
@@ -281,6 +318,11 @@ def _forget_loggers() -> None:
     setup_logger.cache_clear()
     for name in ('detectron2', 'fvcore', 'moe_zoo'):
         logging.getLogger(name).handlers.clear()
+
+
+def _training_set(cfg: CfgNode) -> List[Dict[str, Any]]:
+    return load_datasets(
+        cfg.DATASETS.TRAIN, cfg.MODEL.RETINANET.NUM_CLASSES, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
 
 
 def _readable(batch: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
