@@ -99,6 +99,15 @@ def test_a_model_that_insists_on_a_fused_kernel_is_counted_all_the_same():
     assert set(count(Call(attention), q).by_operator) == {'aten._scaled_dot_product_flash_attention_for_cpu'}
 
 
+def test_inference_mode_inside_a_model_changes_nothing():
+    def forward(x, weight):  # composite operators reach the counter whole here
+        with torch.inference_mode():
+            return F.dropout(F.scaled_dot_product_attention(*[F.linear(x, weight) @ weight] * 3), training=False)
+
+    # 2 images, 1 head, 5 tokens of 4: two products with a 4 x 4 matrix, then the two of attention
+    assert macs(forward, torch.rand(2, 1, 5, 4), torch.rand(4, 4)) == 2 * (2 * 5 * 4 * 4 + 2 * 5 * 5 * 4)
+
+
 def test_a_convolution_per_image_costs_one_convolution_per_image():
     # B images folded into groups, each with its own kernel: B * 4*4 positions * 6 outputs * 3*3*3
     x, kernels = torch.rand(5, 3, 4, 4), torch.rand(5 * 6, 3, 3, 3)

@@ -319,6 +319,10 @@ def _plus_matrix_product(bias, a, b, *args, **kwargs) -> int:
     return 2 * math.prod(a) * b[-1]
 
 
+def _linear(x, weight, *args, **kwargs) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
 def _grouped_product(a, b, *args, **kwargs) -> int:
     """torch's grouped_mm: rows, columns or the inner axis of 2-D operands are cut into groups; every element of `a`
     meets each column of its group once, and only 3-D by 2-D cuts the columns themselves.
@@ -350,24 +354,30 @@ def _deformable_convolution(x, weight, *args, out_shape=None, **kwargs) -> int:
     return 2 * math.prod(weight) * out_shape[0] * math.prod(out_shape[2:])
 
 
+# By operator; older versions of torch lack a few.
 FORMULAS: dict[Any, Callable[..., int]] = {
-    aten.mv: _vector_product,
-    aten.dot: _vector_product,
-    aten.vdot: _vector_product,
-    aten.addmv: _plus_matrix_vector,
-    aten.addbmm: _plus_matrix_product,
-    aten._addmm_activation: _plus_matrix_product,
-    aten.linear: lambda x, weight, *args, **kwargs: 2 * math.prod(x) * weight[0],
-    aten._int_mm: _matrix_product,
-    aten._grouped_mm: _grouped_product,
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten._scaled_dot_product_fused_attention_overrideable: _attention,
-    aten._trilinear: _trilinear,
-    aten._cdist_forward: _distances,
-    aten.mkldnn_rnn_layer: _recurrent,
-    torch.ops.torchvision.deform_conv2d: _deformable_convolution,
+    getattr(aten, name): formula for name, formula in {
+        'mv': _vector_product,
+        'dot': _vector_product,
+        'vdot': _vector_product,
+        'addmv': _plus_matrix_vector,
+        'addbmm': _plus_matrix_product,
+        '_addmm_activation': _plus_matrix_product,
+        'linear': _linear,
+        '_int_mm': _matrix_product,
+        '_grouped_mm': _grouped_product,
+        '_scaled_dot_product_flash_attention_for_cpu': _attention,
+        '_scaled_dot_product_fused_attention_overrideable': _attention,
+        '_trilinear': _trilinear,
+        '_cdist_forward': _distances,
+        'mkldnn_rnn_layer': _recurrent,
+    }.items() if hasattr(aten, name)
 }
-FREE_TAGS = {torch.Tag.pointwise, torch.Tag.reduction, torch.Tag.view_copy, torch.Tag.inplace_view}
+FORMULAS[torch.ops.torchvision.deform_conv2d] = _deformable_convolution
+FREE_TAGS = {
+    getattr(torch.Tag, name) for name in ('pointwise', 'reduction', 'view_copy', 'inplace_view')
+    if hasattr(torch.Tag, name)
+}
 # What the tags of torch do not say, by family. In-place forms are meant too.
 FREE = frozenset(f'aten.{name}' for name in """
     native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training native_layer_norm native_group_norm
@@ -381,7 +391,8 @@ FREE = frozenset(f'aten.{name}' for name in """
     grid_sampler_2d grid_sampler_3d affine_grid_generator
 
     hardswish hardsigmoid hardtanh prelu _prelu_kernel glu rrelu_with_noise native_dropout floor_divide
-    cumsum cumprod cummax cummin diff std var std_mean var_mean median mode kthvalue aminmax histc bincount
+    sum mean prod any all max min amax amin aminmax argmax argmin median mode kthvalue std var std_mean var_mean
+    cumsum cumprod cummax cummin diff histc bincount
 
     index _unsafe_index gather scatter scatter_add scatter_reduce index_add index_copy index_fill index_put
     _unsafe_index_put index_reduce index_select take masked_select masked_fill masked_scatter nonzero embedding
