@@ -64,7 +64,7 @@ def test_a_kernel_is_the_weighted_sum_of_the_experts():
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 def test_fast_path_equals_both_plain_ones(geometry, batch, memory_format):
     layer = build(geometry)
-    x = torch.randn(batch, 4, 7, 9, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    x = torch.randn(batch, 4, 17, 19, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
     a = torch.rand(batch, 3, dtype=torch.float64, requires_grad=True)
     expected = layer.forward_reference(x, a)
     leaves = [x, a, *layer.parameters()]
@@ -75,6 +75,23 @@ def test_fast_path_equals_both_plain_ones(geometry, batch, memory_format):
     torch.testing.assert_close(gradients(lambda: layer.forward_experts(x, a), *leaves),
                                gradients(lambda: layer.forward_reference(x, a), *leaves))
     assert layer.output_shape(x.shape) == tuple(expected.shape)
+
+
+@pytest.mark.parametrize('geometry', ['full', 'full_stride_dilation_bias', 'full_same_stride', 'oblong_valid'])
+def test_batches_of_small_maps_run_every_expert(geometry, monkeypatch):
+    layer = build(geometry)
+    x = torch.randn(8, 4, 5, 7, dtype=torch.float64, requires_grad=True)  # at most 35 positions times 3 experts
+    a = torch.rand(8, 3, dtype=torch.float64, requires_grad=True)
+    leaves, forward_experts, calls = [x, a, *layer.parameters()], layer.forward_experts, []
+    expected = gradients(lambda: layer.forward_reference(x, a), *leaves)
+    monkeypatch.setattr(layer, 'forward_experts', lambda *args: calls.append(1) or forward_experts(*args))
+    torch.testing.assert_close(gradients(lambda: layer(x, a), *leaves), expected)
+    assert len(calls) == 1
+    # fewer images, larger maps: a kernel for every image
+    calls.clear()
+    layer(x[:7], a[:7])
+    layer(torch.randn(8, 4, 25, 25, dtype=torch.float64), a)
+    assert not calls
 
 
 @pytest.mark.parametrize('geometry', GEOMETRIES)
@@ -116,7 +133,7 @@ def test_every_expert_is_initialised_for_itself():
 def test_large_batches_go_in_calls_of_eight_images(monkeypatch):
     groups, conv2d = [], F.conv2d
     monkeypatch.setattr(F, 'conv2d', lambda *args: groups.append(args[6]) or conv2d(*args))
-    x, a = torch.randn(19, 4, 5, 5), torch.rand(19, 3)
+    x, a = torch.randn(19, 4, 9, 9), torch.rand(19, 3)
     build('full', dtype=torch.float32)(x, a)
     assert groups == [8, 8, 3]
     groups.clear()
