@@ -227,7 +227,7 @@ def track(reporter: Reporter, batches: Iterable, total: int, title: str) -> Iter
     if not (reporter.primary and reporter.out.is_terminal and not reporter.out.quiet and sys.stdout.isatty()):
         yield from batches
         return
-    columns = (TextColumn('{task.description}'), BarColumn(), TextColumn('{task.completed}/{task.total}'),
+    columns = (TextColumn('{task.description}'), BarColumn(bar_width=20), TextColumn('{task.completed}/{task.total}'),
                TextColumn('{task.fields[status]}'))
     with Progress(*columns, console=reporter.out, transient=True) as bar:
         reporter.bar = bar

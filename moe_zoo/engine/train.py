@@ -334,7 +334,7 @@ class Trainer:
 
     def _tell_progress(self, title: str, update: int) -> None:
         left = self.clock.left(self.epoch * self.batches + self.batch)
-        text = f'{describe_losses(self.log.means())}  left {left}'
+        text = f'left {left}  {describe_losses(self.log.means())}'
         if self.reporter.bar is not None:
             self.reporter.bar.status(text)
         else:
