@@ -154,6 +154,17 @@ def test_pointwise_keeps_channels_last():
 
 
 @pytest.mark.parametrize('geometry', ['pointwise', 'depthwise', 'full_same_stride'])
+def test_autocast_reaches_every_way(geometry):
+    layer = build(geometry, dtype=torch.float32)
+    for batch, size in ((1, 6), (9, 6), (9, 20)):  # one image, many small maps, many larger ones
+        x, a = torch.randn(batch, 4, size, size), torch.rand(batch, 3)
+        with torch.autocast('cpu', torch.bfloat16):
+            out = layer(x, a)
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out.float(), layer(x, a), rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize('geometry', ['pointwise', 'depthwise', 'full_same_stride'])
 def test_images_do_not_meet(geometry):
     layer = build(geometry)
     x, a = torch.randn(10, 4, 7, 7, dtype=torch.float64), torch.rand(10, 3)

@@ -71,6 +71,9 @@ def test_eleven_names_are_registered():
     ('condconv_mobilenetv1_100', {}, 32_826_824, 601_413_952),
     ('condconv_mobilenetv1_100', dict(num_experts=32), 130_847_840, 699_434_752),
     ('condconv_mobilenetv2_100', {}, 27_457_768, 328_145_856),
+    # It is open where MobileNetV2 begins: from 7 or 6 on, or the last 6 without head.
+    ('condconv_mobilenetv2_100', dict(start_block=6), 27_556_144, 328_258_240),
+    ('condconv_mobilenetv2_100', dict(start_block=12, cond_head=False), 22_885_496, 322_921_152),
     ('condconv_mnasnet_a1', {}, 14_984_718, 324_261_184),
     ('condconv_efficientnet_b0', {}, 24_013_284, 407_213_024),
     ('condconv_efficientnet_b0', dict(num_experts=4), 13_314_116, 396_513_888),

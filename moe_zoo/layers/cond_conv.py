@@ -235,7 +235,8 @@ class CondConv2d(TimmCondConv2d):
         out = 0.
         for e, (weight, a) in enumerate(zip(self.weight.unbind(0), routing_weights.unbind(1))):
             bias = None if self.bias is None else self.bias.unbind(0)[e]
-            out = out + a.view(-1, 1, 1, 1) * self._convolve_plain(x, weight, bias)
+            y = self._convolve_plain(x, weight, bias)
+            out = out + a.view(-1, 1, 1, 1).to(y.dtype) * y  # under autocast y is narrower than a
         return out
 
     def _convolve_plain(self, x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
