@@ -86,6 +86,11 @@ def test_set_up_uses_what_the_calling_python_has_and_finishes_what_was_interrupt
     python = venv / 'bin' / 'python'
     # Python 3.11 puts its old setuptools into .venv, in front of the caller's, and torch wants a newer one.
     subprocess.run([python, '-m', 'pip', 'uninstall', '-y', '-q', 'setuptools'], check=True)
+    # timm's tests come from its source distribution.
+    timm_tests = Path(sys.prefix) / 'share' / 'timm'
+    if not timm_tests.is_dir():
+        pytest.skip(f'{timm_tests} is missing: tools/setup.sh has not run here')
+    shutil.copytree(timm_tests, venv / 'share' / 'timm')
     # Without isolation nothing more has to be fetched, torch least of all (0 turns it off: pip's spelling, not ours).
     done = _run(set_up, cwd=tmp_path, PIP_NO_BUILD_ISOLATION='0', **offline)
     assert done.returncode == 0, done.stdout + done.stderr

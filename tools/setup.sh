@@ -12,6 +12,8 @@ CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 torch_pins=(torch==2.14.1 torchvision==0.29.1)
 # The Python part of detectron2: a third-party build of upstream's a59f0563, reviewed file by file, so bound by its hash.
 detectron2_pin='sal-detectron2==0.7.2 --hash=sha256:491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561'
+# timm's own tests, which our models have to pass, come with its source distribution only.
+timm_pin='timm==1.0.31 --hash=sha256:baa0b333339c46d3d6d4965d99b69f5053afed71210e8f433d7ea5ee6a18f0ec'
 venv_python=.venv/bin/python
 stamp=.venv/moe_zoo_setup  # written last: holds what was set up, and that it was finished
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0
@@ -110,6 +112,20 @@ install_detectron2() {
     detectron2_origin=', the Python part of sal-detectron2 0.7.2; its compiled file was removed, its scripts lie in '$share/tools
 }
 
+fetch_timm_tests() {
+    local share=.venv/share/timm staged=.venv/share/timm/staged
+    if [[ -f $share/tests/test_models.py ]]; then
+        return
+    fi
+    rm -rf $share
+    mkdir -p $staged
+    say "$timm_pin" > $staged/requirements.txt
+    $venv_python -m pip download --no-deps --no-binary=:all: --require-hashes -d $staged -r $staged/requirements.txt \
+        && tar -xzf $staged/timm-*.tar.gz -C $staged --strip-components=1 \
+        && mv $staged/tests $share/tests \
+        && rm -rf $staged
+}
+
 detection=
 for argument in "$@"; do
     case $argument in
@@ -142,8 +158,12 @@ announce
 install_packages
 detectron2_origin=', which was there already and is left alone'
 if [[ $detection == detection ]]; then install_detectron2; fi
-say "$now" > $stamp.part
-mv $stamp.part $stamp
+if fetch_timm_tests; then
+    say "$now" > $stamp.part
+    mv $stamp.part $stamp
+else
+    say "timm's source distribution could not be fetched: its tests are skipped, and the next run tries again."
+fi
 
 $venv_python - "$detection" "$detectron2_origin" <<'PYTHON'
 import sys
