@@ -106,7 +106,8 @@ def test_data_folder(says, tmp_path, images):
         f"The data folder '{tmp_path / 'bare'}' is empty: it needs 'train' with a folder for each class.")
     assert says(*OPTIONS, 'val_split=test') == (
         f"The data folder '{images}' has no folder 'test', only: train, validation; name it with val_split=NAME.")
-    assert says(*OPTIONS, data=None).startswith("No data: give --data-dir DIR, a folder with 'train' in it, or dataset=")
+    assert says(*OPTIONS, data=None).startswith(
+        "No data: give --data-dir DIR, a folder with 'train' in it, or dataset=")
     assert says(*OPTIONS, 'dataset=digit', data=None).startswith("dataset='digit' is not known. Did you mean 'digits'?")
     assert says(*OPTIONS, 'batch_size=16') == (
         'The training data have 8 images, fewer than one batch of 16: lower batch_size.')
@@ -157,7 +158,8 @@ def test_checkpoints(says, trained, tmp_path, capsys):
     bad.write_bytes(b'')
     assert evaluating(bad) == f"The checkpoint '{bad}' cannot be read: it is empty."
     bad.write_text('a text')
-    assert evaluating(bad).startswith(f"The checkpoint '{bad}' cannot be read: its 6 bytes are not a checkpoint of torch")
+    assert evaluating(bad).startswith(
+        f"The checkpoint '{bad}' cannot be read: its 6 bytes are not a checkpoint of torch")
     torch.save({'weights': Image.new('RGB', (2, 2))}, bad)  # a class that loading would have to import
     assert 'files that need code to be executed are not loaded' in evaluating(bad)
     torch.save([1, 2], bad)

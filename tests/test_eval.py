@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
+from moe_zoo.engine.config import load_config
 from moe_zoo.engine.data import LEFT_OUT, CheckedImages, open_dataset
 from moe_zoo.engine.evaluate import evaluate, main
 from moe_zoo.engine.train import train
-from moe_zoo.engine.config import load_config
 from moe_zoo.errors import InputError
 
 RECIPE = dict(
