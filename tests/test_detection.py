@@ -275,6 +275,49 @@ def test_model_zoo_pickle_of_a_classifier_becomes_every_expert(tmp_path):
     assert torch.equal(model.backbone.bottom_up.stem.conv1.weight, source.backbone.bottom_up.stem.conv1.weight)
 
 
+def test_caffe2_names_of_imagenet_weights_become_every_expert(tmp_path):
+    """detectron2://ImageNetPretrained/MSRA/R-50.pkl, the default of its RetinaNet, is a flat file of such names."""
+    source, model = tiny_model(), tiny_model()
+    resnet = source.backbone.bottom_up
+    expert = resnet.res5.experts[0]
+    weights = {'conv1_w': resnet.stem.conv1.weight, 'res4_1_branch2b_w': resnet.res4[1].conv2.weight,
+               'res5_0_branch1_w': expert[0].shortcut.weight, 'res5_0_branch1_bn_s': expert[0].shortcut.norm.weight + 1}
+    file = tmp_path / 'R-50.pkl'
+    file.write_bytes(pickle.dumps({k: v.detach().numpy() for k, v in weights.items()}))
+    SafeCheckpointer(model).load(str(file))
+    loaded = model.backbone.bottom_up
+    assert torch.equal(loaded.stem.conv1.weight, resnet.stem.conv1.weight)
+    assert torch.equal(loaded.res4[1].conv2.weight, resnet.res4[1].conv2.weight)
+    for own in loaded.res5.experts:
+        assert 0 < (own[0].shortcut.weight - expert[0].shortcut.weight).std() < 0.2 * expert[0].shortcut.weight.std()
+        assert torch.equal(own[0].shortcut.norm.weight, expert[0].shortcut.norm.weight + 1)
+
+
+def test_a_traced_detector_routes_other_images_by_their_own_gates():
+    from detectron2.export import TracingAdapter
+    model = tiny_model('demo/retinanet_digits', 'MODEL.RETINANET.SCORE_THRESH_TEST', '0.0').eval()
+    nn.init.normal_(model.head.cls_score.weight, std=0.5)
+    first, other = ([{'image': image}] for image in (torch.rand(3, 64, 96) * 255, torch.zeros(3, 64, 96)))
+    stage = model.backbone.bottom_up.res5
+    pooled = []
+    hook = stage.router.register_forward_pre_hook(lambda router, inputs: pooled.append(inputs[0][0]))
+    with torch.no_grad():
+        model(first), model(other)
+    hook.remove()
+    # By Cauchy and Schwarz an image likes its own direction best: the first takes experts 0 and 1, the other 2 and 3.
+    stage.router.weight.data = nn.functional.normalize(torch.stack([pooled[0], pooled[0], pooled[1], pooled[1]]))
+    for inputs, experts in ((first, [0, 1]), (other, [2, 3])):
+        with torch.no_grad(), trace_routing(model) as trace:
+            model(inputs)
+        assert sorted(trace['backbone.bottom_up.res5'][0].indices[0].tolist()) == experts
+    adapter = TracingAdapter(model, first)
+    with torch.no_grad():
+        traced = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
+        found = adapter.outputs_schema(traced(other[0]['image'], *adapter.flattened_inputs[1:]))
+        wanted = model(other)
+    torch.testing.assert_close(found[0]['instances'].scores, wanted[0]['instances'].scores)
+
+
 class Harm:
     def __reduce__(self):
         return os.system, ('echo harm',)

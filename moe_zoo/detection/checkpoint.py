@@ -52,9 +52,11 @@ class SafeCheckpointer(DetectionCheckpointer):
             return super().load(path, *args, **kwargs)
         except (OSError, AssertionError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, KeyError,
                 ValueError, TypeError, AttributeError, IndexError) as error:
+            reason = ' '.join(str(error).split())[:300] or type(error).__name__
+            if '://' in path and isinstance(error, OSError):
+                raise InputError(f"Checkpoint '{path}' cannot be fetched: {reason}; give a file.") from error
             if not os.path.isfile(path) and '://' not in path:
                 raise InputError(f"Checkpoint '{path}' does not exist.") from error
-            reason = ' '.join(str(error).split())[:300] or type(error).__name__
             raise InputError(f"Checkpoint '{path}' is truncated, or no checkpoint of this model: {reason.rstrip('.')}."
                              ) from error
         finally:

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -194,6 +195,7 @@ def work(args: argparse.Namespace) -> Dict[str, Any]:
     cfg = _config(args)
     cfg.freeze()
     _forget_loggers()
+    warnings.filterwarnings('ignore', message='torch.meshgrid')  # detectron2's, once a process
     try:
         default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name='moe_zoo')
