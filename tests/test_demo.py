@@ -136,9 +136,11 @@ def test_what_cannot_run_is_skipped_with_the_reason_and_so_is_what_builds_on_it(
     assert works.done == []
     assert 'It needs detectron2.' in terminal and 'It needs <code>detectron2</code>.' in page
     assert 'It builds on a part that was skipped: First part.' in page
-    settings = dataclasses.replace(settings, skip={})  # a skip is not remembered
+    left_out, settings = settings, dataclasses.replace(settings, skip={})  # a skip is not remembered
     run(settings, works.stages(needs=('first',)))
     assert works.done == ['first', 'second']
+    _, page = run(left_out, works.stages(needs=('first',)))  # and does not hide what an earlier run found
+    assert 'Value <strong>1</strong>.' in page and '2 of 2 parts finished' in page
 
 
 def test_only_folders_of_stages_are_ever_removed(settings):

@@ -95,7 +95,9 @@ class Run:
         self.title, self.lead = title, lead
         self.console = console
         self.page = settings.out / 'index.html'
-        self.progress = {stage.key: self._remembered(stage) for stage in stages}
+        self.progress: dict[str, Progress] = {}
+        for stage in stages:  # those that others build on come first
+            self.progress[stage.key] = self._remembered(stage)
 
     def finish(self) -> None:
         """Do every stage that is not done.
@@ -104,7 +106,7 @@ class Run:
             InputError: A stage could not use what it was given. The page says so, and the stages before it are kept.
         """
         self.write_page()
-        self.console.print(f'The page, rewritten after every stage: {self.page}')
+        self.console.print(f'The page, rewritten after every stage: {plain(str(self.page))}')
         for number, stage in enumerate(self.stages, 1):
             progress = self.progress[stage.key]
             self.console.print()
@@ -117,6 +119,8 @@ class Run:
                 self._print(stage, 'kept from before · ')
             else:
                 self.console.print(f'Skipped: {plain(progress.reason)}')
+        total = sum(progress.seconds for progress in self.progress.values())
+        self.console.print(f'\nFinished, {duration(total)} of work in all. Open {plain(str(self.page.resolve()))} in a browser.')
 
     def write_page(self) -> None:
         """Write index.html for how things stand."""
@@ -172,24 +176,28 @@ class Run:
         return stage.seconds * (taken / planned if planned > 30 else 1)
 
     def _remembered(self, stage: Stage) -> Progress:
-        """What an earlier run left of a stage; a folder made for other settings is emptied."""
-        reason = self.settings.skip.get(stage.key) or stage.missing()
+        """What an earlier run left of a stage; a folder made for other settings is emptied before it is used again."""
+        folder = self.settings.out / stage.key
+        record, reason = read_record(folder), self._obstacle(stage)
+        if reason and record is None:
+            return Progress('skipped', reason=reason)
+        made_for = self.made_for(stage)  # refuses a missing recipe before anything runs
+        if record is not None and record.pop('made_for') == made_for:
+            if record['result'] is not None:
+                return Progress('done', **record)
+            return Progress('skipped', reason=reason) if reason else Progress(**record)
         if reason:
             return Progress('skipped', reason=reason)
-        absent = [s.title for s in self.stages if s.key in stage.needs and s.key in self.settings.skip or
-                  s.key in stage.needs and s.missing()]
-        if absent:
-            return Progress('skipped', reason=f'It builds on a part that was skipped: {", ".join(absent)}.')
-        folder = self.settings.out / stage.key
-        record, made_for = read_record(folder), self.made_for(stage)  # refuses a missing recipe before anything runs
-        if record is None:
-            return Progress()
-        if record['made_for'] != made_for:
+        if record is not None:
             self.console.print(f"'{stage.title}' was made for another seed, recipe or version: it starts again.")
             shutil.rmtree(folder)
-            return Progress()
-        del record['made_for']
-        return Progress('pending' if record['result'] is None else 'done', **record)
+        return Progress()
+
+    def _obstacle(self, stage: Stage) -> str:
+        """Why a stage cannot be done, or nothing."""
+        reason = self.settings.skip.get(stage.key) or stage.missing()
+        absent = [s.title for s in self.stages if s.key in stage.needs and self.progress[s.key].status == 'skipped']
+        return reason or (f'It builds on a part that was skipped: {", ".join(absent)}.' if absent else '')
 
     def _remember(self, stage: Stage, progress: Progress) -> None:
         record = {'made_for': self.made_for(stage), **{name: getattr(progress, name) for name in KEPT}}
