@@ -37,6 +37,7 @@ def learn(recipe: str, settings: Settings, folder: Path, results: dict) -> dict:
         'options': options,
         'images': len(open_dataset(args, False)),
         'experts': num_experts(model),
+        'keywords': {'img_size': args.img_size, **args.model_kwargs},
         'model': {key: routed[key] for key in kept},
         'twin': {key: twin[key] for key in kept},
     }
@@ -57,6 +58,8 @@ def show_learn(settings: Settings, result: dict, folder: Path) -> tuple[str, lis
              for r in (routed, twin)],
             f'Seed {settings.seed}, final epoch. One test image is {100 / images:.2f} %.',
         ),
+        f'Built with {", ".join(f"`{k}={v}`" for k, v in result["keywords"].items())}. The digits have 8 x 8 pixels, '
+        'enlarged to `img_size`.',
         *(f'**Warning while training:** {text}' for text in routed['warnings']),
         command('tools/train_imagenet.py', '--config', result['recipe'], '--twin', f'seed={settings.seed}'),
     ]

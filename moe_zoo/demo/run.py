@@ -120,7 +120,8 @@ class Run:
             else:
                 self.console.print(f'Skipped: {plain(progress.reason)}')
         total = sum(progress.seconds for progress in self.progress.values())
-        self.console.print(f'\nFinished, {duration(total)} of work in all. Open {plain(str(self.page.resolve()))} in a browser.')
+        page = plain(str(self.page.resolve()))
+        self.console.print(f'\nFinished, {duration(total)} of work in all. Open {page} in a browser.')
 
     def write_page(self) -> None:
         """Write index.html for how things stand."""

@@ -90,6 +90,9 @@ def look(config: str, options: list[str], weights: Path, scenes: Path, folder: P
     return {
         'pictures': pictures, 'experts': num_experts(model), 'parameters': cost.parameters,
         'active_parameters': cost.active_parameters, 'macs': cost.macs_max, 'size': list(image.size),
+        'classes': cfg.MODEL.RETINANET.NUM_CLASSES, 'depth': cfg.MODEL.RESNETS.DEPTH,
+        'width': cfg.MODEL.RESNETS.RES2_OUT_CHANNELS, 'pyramid': cfg.MODEL.FPN.OUT_CHANNELS,
+        'selected': cfg.MOE.RES5.NUM_SELECTED, 'steps': cfg.SOLVER.MAX_ITER, 'batch': cfg.SOLVER.IMS_PER_BATCH,
     }
 
 
@@ -125,6 +128,10 @@ def show_detect(settings: Settings, result: dict, folder: Path) -> tuple[str, li
               f'{scenes["val"]} test scenes of {" x ".join(map(str, result["size"]))} pixels; trained on '
               f'{scenes["train"]}, from random weights, seed {settings.seed}.'),
         *figures,
+        f'A ResNet-{result["depth"]} that starts {result["width"]} channels wide, its last stage '
+        f'{result["experts"]} experts of which {result["selected"]} serve an image, under a pyramid of '
+        f'{result["pyramid"]} channels; {result["classes"]} classes; {result["steps"]} steps of {result["batch"]} '
+        'scenes.',
         command('tools/train_coco.py', '--config-file', result['recipe'], *result['options']),
     ]
 
