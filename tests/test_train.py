@@ -20,6 +20,7 @@ from moe_zoo.engine.log import BalanceWatch, EpochLog, describe_losses, duration
 from moe_zoo.engine.random_state import get_random_state, iterate_apart, seed_stream, set_random_state
 from moe_zoo.engine.train import train
 from moe_zoo.errors import InputError
+from moe_zoo.resources import folder
 
 # Two blocks of width 16 on four patches, the second routed; dropout and router noise draw random numbers.
 MODEL = dict(
@@ -181,7 +182,8 @@ def test_warns_of_an_expert_without_work(images, tmp_path):
     result = run(images, tmp_path / 'run', model_kwargs=keywords, initial_checkpoint=str(tmp_path / 'start.pth'))
     told = [text for text in result['warnings'] if 'expert' in text]
     assert len(told) == 1
-    assert told[0].startswith("Layer 'blocks.1.mlp': expert 0 of 4 got less than a tenth of the fair share of 25.00%")
+    assert told[0].startswith(
+        "Layer 'blocks.1.mlp': expert 0 of 4 got less than a tenth of the fair share of 25.00% in epoch 1")
     assert 'raise the weights of its balance losses' in told[0]
 
 
@@ -323,3 +325,22 @@ def test_compiled_training(images, tmp_path, options):
     assert compiled['history'][0]['train_task_loss'] == pytest.approx(plain['history'][0]['train_task_loss'], rel=0.05)
     weights = read_checkpoint(tmp_path / 'compiled' / 'last.pth.tar')['state_dict']
     assert set(weights) == set(read_checkpoint(tmp_path / 'plain' / 'last.pth.tar')['state_dict'])
+
+
+RECIPES = sorted(
+    path for kind in ('imagenet', 'demo') for path in (folder('configs') / kind).glob('*.yaml')
+    if 'retinanet' not in path.name)
+
+
+@pytest.mark.parametrize('recipe', RECIPES, ids=lambda path: f'{path.parent.name}/{path.stem}')
+def test_recipes_are_whole(recipe):
+    """Every key is an option of timm's train.py, and model, loss, optimiser and schedule can be built from it."""
+    from moe_zoo.engine.build import build_optimizer, build_schedule, criterion_kwargs
+    args = load_config(recipe)
+    args.world_size = 8
+    assert recipe.stem.startswith(args.model)
+    model = timm.create_model(args.model, device='meta', **args.model_kwargs)
+    assert model.get_classifier() is not None
+    criterion_kwargs(args, args.mixup > 0 or args.cutmix > 0)
+    schedule, epochs = build_schedule(args, build_optimizer(args, torch.nn.Linear(2, 2)), updates_per_epoch=100)
+    assert schedule is not None and epochs >= args.epochs

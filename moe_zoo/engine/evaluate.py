@@ -114,19 +114,13 @@ def evaluate(
     reporter.primary = utils.is_primary(args)
     dataset = open_dataset(args, False, strict_data)
     settle_num_classes(args, None, dataset)
-    model = build_model(args)
-    if checkpoint:
-        weights = find_weights(content, checkpoint, use_ema)
-        check_fits(model, weights, checkpoint, args.model)
-        model.load_state_dict(weights)
-    model = prepare_model(args, model, device).eval()
+    model = _load_model(args, content, checkpoint, use_ema, device)
     data_config = resolve_data_config(vars(args), model=model, use_test_size=not (args.img_size or args.input_size))
     loader = create_loaders(args, data_config, None, dataset, device).eval
     autocast, _ = mixed_precision(args, device)
     found = evaluate_loader(model, loader, ClassificationEvaluator(device=device), args, device, autocast)
     image = torch.zeros(1, *data_config['input_size'], device=device, dtype=next(model.parameters()).dtype)
     cost = count(model, image)
-    used = measure_usage(model, loader) if usage and _routes(model) else {}
     corrupt = report_corrupt(reporter, dataset)
     return {
         'model': args.model,
@@ -135,9 +129,24 @@ def evaluate(
         'parameters': cost.parameters,
         'active_parameters': cost.active_parameters,
         'macs': cost.macs_max,
-        'usage': used,
+        'usage': measure_usage(model, loader) if usage and _routes(model) else {},
         'corrupt': corrupt,
     }
+
+
+def _load_model(
+        args: argparse.Namespace,
+        content: Mapping[str, Any],
+        checkpoint: Any,
+        use_ema: bool,
+        device: torch.device,
+) -> nn.Module:
+    model = build_model(args)
+    if checkpoint:
+        weights = find_weights(content, checkpoint, use_ema)
+        check_fits(model, weights, checkpoint, args.model)
+        model.load_state_dict(weights)
+    return prepare_model(args, model, device).eval()
 
 
 def _routes(model: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 Letters: E experts.
 """
+import contextlib
 import csv
 import math
 import sys
@@ -93,8 +94,13 @@ class BalanceWatch:
         self.model_name = model_name
         self.seen: set = set()
 
-    def check(self, balance: Mapping[str, Mapping[str, torch.Tensor]], has_routed_layers: bool) -> List[str]:
-        """The warnings of one epoch: what is wrong, in which layer, and what helps."""
+    def check(
+            self,
+            balance: Mapping[str, Mapping[str, torch.Tensor]],
+            has_routed_layers: bool,
+            epoch: int = 1,
+    ) -> List[str]:
+        """The warnings of an epoch (counted from 1): what is wrong, in which layer, and what helps."""
         if not balance:
             return self._nothing_routed(has_routed_layers)
         messages = []
@@ -108,8 +114,8 @@ class BalanceWatch:
             many = 's' if len(starved) > 1 else ''
             messages.append(
                 f"Layer '{layer}': expert{many} {', '.join(starved[:8])} of {len(share)} got less than a tenth of the"
-                f' fair share of {fair:.2%} over an epoch (the least {float(share.min()):.2%}); raise the weights of'
-                ' its balance losses, add router noise, or use fewer experts (num_experts).')
+                f' fair share of {fair:.2%} in epoch {epoch} (the least {float(share.min()):.2%}); should it last,'
+                ' raise the weights of its balance losses, add router noise, or use fewer experts (num_experts).')
         return messages
 
     def _nothing_routed(self, has_routed_layers: bool) -> List[str]:
@@ -199,7 +205,8 @@ class Reporter:
 
     def close(self) -> None:
         if self.board is not None:
-            self.board.close()
+            with contextlib.suppress(OSError):  # a full disk has been told of already
+                self.board.close()
 
 
 class Clock:

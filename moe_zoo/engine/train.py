@@ -131,6 +131,8 @@ class Trainer:
         """Wrap the model (compilation, DDP), open the logs, bring the schedule to where the run is."""
         args = self.args
         if args.torchcompile:
+            if args.distributed and args.grad_checkpointing:
+                torch._dynamo.config.optimize_ddp = False  # which cannot split a checkpointed graph; as timm does
             self.task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
         if args.distributed:
             self.task.prepare_distributed(device_ids=[self.device], broadcast_buffers=not args.no_ddp_bb)
@@ -142,7 +144,10 @@ class Trainer:
         self.folder = folder
         if not self.reporter.primary:
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"Cannot write to '{folder}': {error.strerror}; choose a folder by output=DIR.") from error
         self.saver = AtomicCheckpointSaver(
             unwrap_model(self.task.trainable_module), self.optimizer, args=args, amp_scaler=self.scaler, task=self.task,
             checkpoint_dir=str(folder), recovery_dir=str(folder), decreasing=args.eval_metric == 'loss',
@@ -180,7 +185,7 @@ class Trainer:
             self.log = EpochLog()
             if self.schedule is not None:
                 self.schedule.step(self.epoch, metric)
-            for message in self.watch.check(balance, self.routed):
+            for message in self.watch.check(balance, self.routed, self.epoch):
                 self.reporter.warn(message)
             row['seconds'] = time.monotonic() - started
             self._save(row, metric, milestone)
