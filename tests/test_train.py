@@ -18,7 +18,7 @@ from moe_zoo.engine.checkpoint import read_checkpoint, save_atomically
 from moe_zoo.engine.config import load_config
 from moe_zoo.engine.log import BalanceWatch, EpochLog, describe_losses, duration
 from moe_zoo.engine.random_state import get_random_state, iterate_apart, seed_stream, set_random_state
-from moe_zoo.engine.train import train
+from moe_zoo.engine.train import newest_checkpoint, train
 from moe_zoo.errors import InputError
 from moe_zoo.resources import folder
 
@@ -123,6 +123,48 @@ def test_resuming_inside_an_epoch(images, tmp_path, workers):
     assert [path.name for path in kept] == ['recovery-1-3.pth.tar', 'recovery-1-5.pth.tar']
     parts = run(images, tmp_path / 'parts', resume=kept[0], **options)
     assert exact(parts['history'])[-1] == exact(whole['history'])[-1]
+
+
+def test_resume_auto_takes_the_newest_checkpoint(images, tmp_path):
+    """A run killed inside an epoch goes on from there: not from the epoch's start, and not anew in the first one."""
+    options = dict(epochs=2, recovery_interval=2)
+    whole = run(images, tmp_path / 'whole', **options)
+    for epoch in (0, 1):
+        folder = tmp_path / f'killed-{epoch}'
+        run(images, folder, stop_epoch=epoch + 1, **options)
+        for path in folder.glob('*.pth.tar'):  # as if killed after update 6 of 6, before the epoch was evaluated
+            if path.name != f'recovery-{epoch}-5.pth.tar' and (epoch == 0 or path.name != 'checkpoint-0.pth.tar'):
+                path.unlink()
+        if epoch == 1:
+            (folder / 'checkpoint-0.pth.tar').rename(folder / 'last.pth.tar')
+        recovery = folder / f'recovery-{epoch}-5.pth.tar'
+        assert newest_checkpoint(folder) == recovery
+        parts = run(images, folder, resume='auto', **options)
+        assert exact(parts['history'])[-1] == exact(whole['history'])[-1]
+        assert newest_checkpoint(folder) == folder / 'last.pth.tar'
+    with pytest.raises(InputError, match='already holds a run'):
+        folder = tmp_path / 'recovery only'
+        folder.mkdir()
+        (folder / 'recovery-0-1.pth.tar').touch()
+        run(images, folder, **options)
+
+
+def test_broken_weights_are_not_kept(images, tmp_path, monkeypatch):
+    """Every loss of an epoch was finite, its last update was not: the checkpoint of the epoch before stays the last."""
+    run(images, tmp_path, epochs=3, stop_epoch=1)
+    before = (tmp_path / 'last.pth.tar').read_bytes()
+    step, taken = torch.optim.AdamW.step, []
+
+    def breaking_step(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        taken.append(self)
+        if len(taken) == 6:  # the last of the epoch
+            self.param_groups[0]['params'][0].data.fill_(float('nan'))
+
+    monkeypatch.setattr(torch.optim.AdamW, 'step', breaking_step)
+    with pytest.raises(InputError, match='not finite .* after step 6 of 6 in epoch 2; .* last good checkpoint is'):
+        run(images, tmp_path, resume='auto', epochs=3)
+    assert (tmp_path / 'last.pth.tar').read_bytes() == before
 
 
 def test_resume_auto_without_a_checkpoint_starts(images, tmp_path):

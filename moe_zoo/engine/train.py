@@ -171,6 +171,7 @@ class Trainer:
             last = self.epoch + 1 == self.stop
             milestone = self.epoch + 1 in (args.save_epochs or ())
             metrics = self.evaluate() if last or milestone or (self.epoch + 1) % args.val_interval == 0 else {}
+            self._check_worth_keeping(metrics)
             row = {
                 'epoch': self.epoch,
                 **{f'train_{name}': value for name, value in losses.items()},
@@ -211,10 +212,12 @@ class Trainer:
             self.batch = index + 1
             update = self.batch // args.grad_accum_steps
             if self.batch % args.grad_accum_steps == 0:
-                self._check_finite(update % args.log_interval == 0)
-                if update % args.log_interval == 0:
+                tells = update % args.log_interval == 0
+                saves = bool(args.recovery_interval) and update % args.recovery_interval == 0
+                self._check_finite(tells or saves)
+                if tells:
                     self._tell_progress(title, update)
-                if args.recovery_interval and update % args.recovery_interval == 0:
+                if saves:
                     self._save_recovery(index)
         self._check_finite(True)
         if hasattr(self.optimizer, 'sync_lookahead'):
@@ -290,14 +293,24 @@ class Trainer:
         first = self.first_bad.clone()
         if self.args.distributed:
             dist.all_reduce(first, dist.ReduceOp.MIN)
-        if int(first) == NEVER:
-            return
-        epoch, batch = divmod(int(first), self.batches)
-        kept = self.folder / 'last.pth.tar'
-        good = f"The last good checkpoint is '{kept}'" if kept.is_file() else 'No checkpoint had been written yet'
+        if int(first) != NEVER:
+            self._stop('The loss is not finite (NaN or infinite) at', int(first))
+
+    def _check_worth_keeping(self, metrics: Mapping[str, float]) -> None:
+        """Raises: InputError: The last step of an epoch broke the weights, which no loss in training has shown yet."""
+        parameters = unwrap_model(self.task.trainable_module).parameters()
+        if not all(map(math.isfinite, metrics.values())) or not all(bool(p.isfinite().all()) for p in parameters):
+            self._stop(
+                'The weights, or the loss in evaluation, are not finite (NaN or infinite) after',
+                (self.epoch + 1) * self.batches - 1)
+
+    def _stop(self, problem: str, step: int) -> None:
+        epoch, batch = divmod(step, self.batches)
+        kept = newest_checkpoint(self.folder)
+        good = f"The last good checkpoint is '{kept}'" if kept else 'No checkpoint had been written yet'
         raise InputError(
-            f'The loss is not finite (NaN or infinite) at step {batch + 1} of {self.batches} in epoch {epoch + 1};'
-            f' training stopped. {good}; lower lr, lengthen warmup_epochs or set clip_grad.')
+            f'{problem} step {batch + 1} of {self.batches} in epoch {epoch + 1}; training stopped. {good};'
+            ' lower lr, lengthen warmup_epochs or set clip_grad.')
 
     def evaluate(self) -> Dict[str, float]:
         """Metrics of the model and, with a prefix, of its moving average."""
@@ -434,16 +447,23 @@ def _choose_folder(args: argparse.Namespace, size: int, output: Any, resume: Any
         path = Path(resume)
         return named or path.parent, path, None
     if resume and named is None:
-        runs = sorted(base.glob(f'*-{stem}/last.pth.tar'), key=lambda path: path.stat().st_mtime)
-        named = runs[-1].parent if runs else None
+        newest = newest_checkpoint(*base.glob(f'*-{stem}'))
+        named = newest.parent if newest else None
     folder = named or base / f'{datetime.now():%Y%m%d-%H%M%S}-{stem}'
-    last = folder / 'last.pth.tar'
+    last = newest_checkpoint(folder)
     if resume:
-        return folder, last if last.is_file() else None, None
+        return folder, last, None
     problem = None
-    if last.is_file():
+    if last:
         problem = f"'{folder}' already holds a run: add --resume to continue it, or name another experiment=NAME."
     return folder, None, problem
+
+
+def newest_checkpoint(*folders: Path) -> Optional[Path]:
+    """Where the runs in these folders got to: the end of an epoch, or a recovery checkpoint inside one."""
+    names = ('last.pth.tar', 'recovery-*.pth.tar')
+    found = [path for folder in folders for name in names for path in folder.glob(name)]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def _introduce(trainer: Trainer) -> None:
