@@ -241,6 +241,24 @@ def test_traced_by_fx(kwargs):
     torch.testing.assert_close(traced(x)[nodes[-1]], model(x))
 
 
+@pytest.mark.filterwarnings('ignore')
+def test_captured_in_training_a_model_returns_its_output_alone():
+    """Graphs carry no records, whatever the switch."""
+    model, x = tiny(noise_std=0., capacity_factor=None).train(), torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    model.set_aux_loss(True)
+    leaves = dict(leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions())
+    nodes = get_graph_node_names(model, tracer_kwargs=leaves)[0]
+    assert nodes[-1] == 'head'
+    for captured in (
+            torch.export.export(model, (x,)).module(),
+            torch.jit.script(model),
+            torch.jit.trace(model, (x,), check_trace=False),
+    ):
+        torch.testing.assert_close(captured(x), expected)
+    assert isinstance(model(x), tuple)
+
+
 def test_evaluation_is_deterministic_and_images_are_independent():
     model = tiny().eval()
     x = torch.randn(5, 3, 32, 32)
@@ -411,6 +429,17 @@ def test_from_config_reads_every_field():
     assert from_config({**ENTRY, 'classifier': '0'}).cls_token is None
     assert from_config({**ENTRY, 'num_classes': None, 'representation_size': 24}).pre_logits.fc.out_features == 24
     assert not any(hasattr(b.mlp, 'router') for b in from_config(changed(('encoder', 'moe'), None)).blocks)
+
+
+def test_the_table_that_comes_tells_the_size_of_square_images():
+    """16 x 8 patches on 32 x 32 pixels: 2 x 4 positions and the class token."""
+    source = from_config({**ENTRY, 'patch_size': (16, 8)}, img_size=32, group_size=None)
+    assert source.pos_embed.shape[1] == 9
+    model = from_config({**ENTRY, 'patch_size': (16, 8)}, group_size=None)
+    model.load_state_dict(source.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model.eval()(x), source.eval()(x))
+    assert model.patch_embed.grid_size == (2, 4)
 
 
 def test_first_patch_pooling_without_a_class_token():

@@ -404,13 +404,14 @@ def from_config(entry: Mapping[str, Any], img_size: Union[None, int, Tuple[int, 
 
 
 def _adopt_table_size(model: VMoE, state_dict: Mapping[str, torch.Tensor], prefix: str, *_) -> None:
-    """Before loading: give a model without an image size the (square) grid of the table that comes."""
+    """Before loading: give a model without an image size the grid of the table that comes, for square images."""
     table = state_dict.get(f'{prefix}pos_embed')
     if table is None or model.pos_embed is None or table.shape == model.pos_embed.shape:
         return
-    side = math.isqrt(table.shape[1] - model._prefix_positions())
-    if side * side == table.shape[1] - model._prefix_positions():
-        model.set_input_size(img_size=tuple(side * size for size in model.patch_embed.patch_size))
+    height, width = model.patch_embed.patch_size
+    side = math.isqrt((table.shape[1] - model._prefix_positions()) * height * width)
+    if (side // height) * (side // width) == table.shape[1] - model._prefix_positions():
+        model.set_input_size(img_size=(side, side))
 
 
 def _cfg(**kwargs) -> Dict[str, Any]:
