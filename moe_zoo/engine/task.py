@@ -54,7 +54,7 @@ class MoEClassificationTask(ClassificationTask):
         output = self.trainable_module(input)
         routings: List[Routing] = []
         if isinstance(output, tuple) and self.training:
-            if not self._layers:
+            if not self._layers and not torch.compiler.is_compiling():
                 self._layers = self._name_layers(input)
             output, routings = output
         task_loss = self.criterion(output, target)
