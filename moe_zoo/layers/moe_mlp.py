@@ -3,6 +3,7 @@
 Letters: B images, D width, M hidden width of an expert, T routed tokens (of the whole batch), E experts, K chosen ones,
 S tokens a group, C slots an expert has in a group.
 """
+import inspect
 import math
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
@@ -193,6 +194,8 @@ class MoEMlp(RoutedLayer):
         _check_at_least_one(
             capacity=capacity, group_images=group_images, group_size=group_size, expert_ratio=expert_ratio)
         _check_positive(capacity_factor=capacity_factor, eval_capacity_factor=eval_capacity_factor)
+        if noise_std < 0 or num_shared_experts < 0:
+            raise InputError(f'noise_std={noise_std}, num_shared_experts={num_shared_experts}: use 0 or more for both.')
         if hidden_features % expert_ratio:
             raise InputError(
                 f'expert_ratio={expert_ratio} does not divide the hidden width {hidden_features}: use a divisor.')
@@ -369,7 +372,7 @@ def create_router(
     """A router that chooses K of E experts, by name; see `MoEMlp`.
 
     Raises:
-        InputError: The router or one of the losses is unknown.
+        InputError: The router, one of the losses or a keyword of the router is unknown.
     """
     if name not in ROUTERS:
         raise InputError(f'router={name!r} is unknown.{nearest(name, ROUTERS)} Known: {", ".join(ROUTERS)}.')
@@ -383,6 +386,11 @@ def create_router(
             if loss not in LOSSES:
                 raise InputError(f'losses has {loss!r}.{nearest(loss, LOSSES)} Known: {", ".join(LOSSES)}.')
         args['losses'] = tuple(losses.items())
+    known = list(inspect.signature(ROUTERS[name]).parameters)[3:-2]
+    for keyword in args:
+        if keyword not in known:
+            raise InputError(
+                f'router_args has {keyword!r}.{nearest(keyword, known)} Known to {name!r}: {", ".join(known)}.')
     return ROUTERS[name](in_features, num_experts, num_selected, device=device, dtype=dtype, **args)
 
 

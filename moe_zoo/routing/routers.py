@@ -13,6 +13,7 @@ Letters: T routed items, D features, E experts, K chosen experts.
 Router arithmetic is float32 whatever the autocast: differences between logits decide, and bfloat16 has three digits.
 """
 import math
+import numbers
 from typing import Optional, Sequence, Tuple
 
 import torch
@@ -31,7 +32,10 @@ Choice = Tuple[
 
 
 def check_num_selected(num_selected: int, num_experts: int) -> None:
-    """Raises: InputError: `num_selected` is not between 1 and `num_experts`."""
+    """Raises: InputError: `num_selected` is not between 1 and `num_experts`, or one of them is no whole number."""
+    for name, value in (('num_experts', num_experts), ('num_selected', num_selected)):
+        if not isinstance(value, numbers.Integral):
+            raise InputError(f'{name}={value!r}: use a whole number.')
     if num_experts < 1:
         raise InputError(f'num_experts={num_experts}: a routed layer needs at least one expert.')
     if not 1 <= num_selected <= num_experts:
