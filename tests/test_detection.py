@@ -56,7 +56,7 @@ def path_of(name):
 
 @pytest.fixture(scope='module')
 def scenes(tmp_path_factory):
-    return write_scenes(tmp_path_factory.mktemp('data') / 'scenes', train=8, val=4, image_size=160)
+    return write_scenes(tmp_path_factory.mktemp('data') / 'scenes', train=8, val=4, image_size=160, classes=range(5))
 
 
 @pytest.fixture
@@ -540,7 +540,7 @@ def test_gates_of_a_condconv_backbone_are_logged_and_ask_for_no_loss():
 @pytest.mark.slow
 def test_both_coco_configs_train_and_evaluate(scenes, tmp_path):
     for name in CONFIGS[:2]:
-        results = main(['--config-file', path_of(name), *SMALL, 'MODEL.RETINANET.NUM_CLASSES', '10', 'MOE.DATA.ROOT',
+        results = main(['--config-file', path_of(name), *SMALL, 'MODEL.RETINANET.NUM_CLASSES', '5', 'MOE.DATA.ROOT',
                         str(scenes), 'OUTPUT_DIR', str(tmp_path / name), 'SOLVER.MAX_ITER', '1'])
         assert 'AP50' in results['bbox']
 
@@ -559,7 +559,7 @@ def test_single_files_may_be_named_instead_of_a_folder(tiny, scenes):
 @pytest.mark.parametrize('opts, message', [
     (['MOE.RES5.NUM_SELECTED', '9'], 'num_selected=9 with num_experts=4: choose between 1 and 4'),
     (['MODEL.RETINANET.NUM_CLASSES', '80'],
-     "instances_train.json' has 10 categories and MODEL.RETINANET.NUM_CLASSES is 80"),
+     "instances_train.json' has 5 categories and MODEL.RETINANET.NUM_CLASSES is 80"),
     (['MOE.DATA.ROOT', '/nowhere'], "is missing: there is no file '/nowhere/annotations/instances_train.json'"),
     (['MOE.DATA.ROOT', '', 'DATASETS.TRAIN', "('coco_2017_trian',)"],
      "Unknown data set 'coco_2017_trian'. Did you mean 'coco_2017_train'"),
@@ -602,7 +602,7 @@ def damaged(scenes, folder, split='train', change=None, cut=()):
 
 @pytest.mark.parametrize('change, message', [
     (lambda c: c['annotations'][2].update(category_id=99),
-     'annotation 3 has category_id 99, .* 10 ids .*from 1 to 10'),
+     'annotation 3 has category_id 99, .* 5 ids .*from 1 to 5'),
     (lambda c: c['annotations'][0].update(bbox=[1, 2, 3]), r'annotation 1 has bbox \[1, 2, 3\]'),
     (lambda c: c.pop('categories'), 'is not COCO JSON: it lacks the list categories'),
 ])
@@ -679,7 +679,7 @@ def test_a_mistake_in_one_of_two_processes_is_one_sentence(tiny, repository):
                'MODEL.RETINANET.NUM_CLASSES', '3']
     done = subprocess.run(command, capture_output=True, text=True, cwd=repository, timeout=300)
     assert done.returncode == 2
-    assert done.stderr.count('error: ') == 1 and 'has 10 categories' in done.stderr and 'Traceback' not in done.stderr
+    assert done.stderr.count('error: ') == 1 and 'has 5 categories' in done.stderr and 'Traceback' not in done.stderr
 
 
 @pytest.mark.slow

@@ -262,7 +262,7 @@ DETECTORS = {
 def scenes(tmp_path_factory):
     pytest.importorskip('sklearn')
     from moe_zoo.data import write_scenes
-    return write_scenes(tmp_path_factory.mktemp('data') / 'scenes', train=8, val=60)
+    return write_scenes(tmp_path_factory.mktemp('data') / 'scenes', train=8, val=60, classes=range(5))
 
 
 @pytest.mark.slow

@@ -167,7 +167,7 @@ def test_train_net_of_detectron2(repository, tmp_path, monkeypatch):
     script = upstream_tool('train_net.py')
     pytest.importorskip('sklearn')
     from moe_zoo.data import write_scenes
-    write_scenes(tmp_path / 'digit_scenes', train=4, val=4)
+    write_scenes(tmp_path / 'digit_scenes', train=4, val=4, classes=range(5))
     monkeypatch.setenv('DETECTRON2_DATASETS', str(tmp_path))
     done = moe_zoo_run(
         repository, script, '--config-file', repository / 'configs' / 'demo' / 'retinanet_digits.yaml',
