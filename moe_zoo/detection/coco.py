@@ -135,7 +135,7 @@ def _check_files(name: str) -> None:
         return
     where = f"set DETECTRON2_DATASETS (now {os.environ.get('DETECTRON2_DATASETS', 'datasets')!r}) or MOE.DATA.ROOT"
     if name.startswith('digit_scenes_'):
-        where += ", or write the scenes with moe_zoo.data.scenes.write_scenes('datasets/digit_scenes', classes=range(5))"
+        where += ", or write them: moe_zoo.data.scenes.write_scenes('datasets/digit_scenes', classes=range(5))"
     if not Path(json_file).is_file():
         raise InputError(f"Data set {name!r} is missing: there is no file '{json_file}'; {where}.")
     if not Path(images).is_dir() or not any(Path(images).iterdir()):
