@@ -375,6 +375,10 @@ def test_import_is_strict():
         ({**tree, 'params/cls': tree['cls']}, "The weights hold 'cls' twice"),
         ({**tree, 'Encoder/encoderblock_1/Moe/Router/dense/kernel': np.zeros((32, 2, 2))},
          "'Encoder/encoderblock_1/Moe/Router/dense/kernel' has the shape (32, 2, 2): 2 axes were expected. Ensembles"),
+        ({**tree, 'Encoder/encoder_norm/scale': np.ones(31)},
+         "'Encoder/encoder_norm/scale' has the shape (31,): (32,) would fit the other arrays."),
+        ({**tree, 'Encoder/encoderblock_0/SelfAttention/out/kernel': np.zeros((8, 4, 32))},
+         "'Encoder/encoderblock_0/SelfAttention/out/kernel' has the shape (8, 4, 32): (4, 8, 32) would fit"),
         ({}, "The weights have no 'embedding/kernel'"),
     ]
     for weights, message in refused:
