@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -147,6 +148,18 @@ def test_resume_auto_takes_the_newest_checkpoint(images, tmp_path):
         folder.mkdir()
         (folder / 'recovery-0-1.pth.tar').touch()
         run(images, folder, **options)
+
+
+def test_inside_an_epoch_the_processes_must_be_as_many(images, tmp_path):
+    """Their random states are part of such a checkpoint; the end of an epoch takes any number."""
+    run(images, tmp_path, epochs=1, recovery_interval=2)
+    for name, refused in (('recovery-0-3.pth.tar', True), ('last.pth.tar', False)):
+        state = read_checkpoint(tmp_path / name)
+        if refused:
+            state['moe_zoo'].update(random=state['moe_zoo']['random'] * 2, logs=state['moe_zoo']['logs'] * 2)
+        torch.save(state, tmp_path / f'two-{name}')
+        with pytest.raises(InputError, match='by 2 processes, and this is a run of 1') if refused else nullcontext():
+            run(images, tmp_path / f'again-{name}', epochs=2, resume=tmp_path / f'two-{name}')
 
 
 def test_broken_weights_are_not_kept(images, tmp_path, monkeypatch):

@@ -110,6 +110,10 @@ class Trainer:
         self.epoch, self.batch, self.random = run['epoch'], run['batch'], run.get('random')
         self.watch.seen = set(run.get('warned_of', ()))
         if self.batch and self.random is not None:
+            if len(self.random) != args.world_size:
+                raise InputError(
+                    f"'{path}' was written inside an epoch by {len(self.random)} processes, and this is a run of"
+                    f' {args.world_size}: use as many, or --resume with a checkpoint from the end of an epoch.')
             self.log.load_state_dict(run['logs'][args.rank])
         if args.start_epoch is not None:
             self.epoch, self.batch = args.start_epoch, 0
