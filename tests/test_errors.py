@@ -168,7 +168,8 @@ def test_checkpoints(says, trained, tmp_path, capsys):
     assert says(*OPTIONS, f'initial_checkpoint={bad}').startswith(
         f"The checkpoint '{bad}' does not fit the model 'vmoe_vit_s': ")
     assert says(*OPTIONS, '--resume', bad).startswith(f"The checkpoint '{bad}' does not fit the model 'vmoe_vit_s'")
-    assert evaluating(bad) == f"The checkpoint '{bad}' does not say what it was trained with: give --config FILE."
+    assert evaluating(bad) == (
+        f"The checkpoint '{bad}' does not say what it was trained with: give --config FILE or model=NAME.")
     assert evaluating(trained, 'model_kwargs.depth=3').startswith(f"The checkpoint '{trained}' does not fit the model")
     assert says(tool=evaluate.main).startswith('Nothing to evaluate: give --checkpoint FILE')
 

@@ -118,6 +118,9 @@ def test_safetensors_and_plain_weights(trained, tmp_path):
     for name in ('w.safetensors', 'w.pth'):
         found = evaluate({**RECIPE, 'data_dir': str(data)}, checkpoint=tmp_path / name, quiet=True, usage=False)
         assert found['top1'] == result['history'][-1]['eval_top1']
+    options = {name: RECIPE[name] for name in ('model', 'model_kwargs', 'img_size', 'workers')}
+    named = evaluate(overrides=dict(options, data_dir=str(data)), checkpoint=tmp_path / name, quiet=True, usage=False)
+    assert named['top1'] == found['top1']
 
 
 def test_thousand_classes_through_a_class_map(shared_data):

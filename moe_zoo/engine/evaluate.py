@@ -107,7 +107,8 @@ def evaluate(
     from ..analysis.cost import count
     from ..analysis.usage import measure_usage
     content = read_checkpoint(checkpoint) if checkpoint else {}
-    args = load_config(_recipe(config, content, checkpoint), overrides)
+    overrides = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
+    args = load_config(_recipe(config, content, None if 'model' in overrides else checkpoint), overrides)
     if not (checkpoint or args.initial_checkpoint or args.pretrained or args.pretrained_path):
         raise InputError('Nothing to evaluate: give --checkpoint FILE, or pretrained=true for a model with weights.')
     reporter, device = Reporter(quiet), open_device(args)
@@ -154,13 +155,15 @@ def _routes(model: nn.Module) -> bool:
 
 
 def _recipe(config: Any, content: Mapping[str, Any], checkpoint: Any) -> Any:
-    """The recipe that was given, or the options that the checkpoint was trained with."""
+    """The recipe that was given, or the options that the checkpoint was trained with, which it then must tell."""
     if config is not None:
         return config
     saved = content.get('args')
     saved = vars(saved) if isinstance(saved, argparse.Namespace) else saved
     if not saved and checkpoint:
-        raise InputError(f"The checkpoint '{checkpoint}' does not say what it was trained with: give --config FILE.")
+        raise InputError(
+            f"The checkpoint '{checkpoint}' does not say what it was trained with: give --config FILE or"
+            ' model=NAME.')
     # What describes the training process does not carry over to this machine.
     elsewhere = ('device', 'resume', 'initial_checkpoint', 'pretrained', 'pretrained_path', 'device_modules')
     return {name: value for name, value in (saved or {}).items() if name in OPTIONS and name not in elsewhere}
