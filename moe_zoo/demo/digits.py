@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import timm
+import yaml
 
 from moe_zoo.analysis.charts import heat_map, scatter, share_bars
 from moe_zoo.analysis.page import Block, Figure, Table, duration
@@ -15,7 +16,7 @@ from moe_zoo.engine.data import open_dataset
 from moe_zoo.engine.evaluate import evaluate
 from moe_zoo.engine.train import train
 
-from .run import Settings
+from .run import Settings, read_recipe
 from .words import command, num_experts, short
 
 CNN_RECIPE = 'condconv_resnet18_digits.yaml'
@@ -24,7 +25,7 @@ VIT_RECIPE = 'vmoe_vit_s_digits.yaml'
 
 def learn(recipe: str, settings: Settings, folder: Path, results: dict) -> dict:
     """Train the model of a recipe, then its dense twin on the same batches. Both resume where they were interrupted."""
-    config = settings.recipes / recipe
+    config = yaml.safe_load(read_recipe(settings.recipes / recipe))  # once: both runs follow the same text
     options = {**settings.overrides.get(recipe, {}), 'seed': settings.seed}
     routed = train(config, options, output=folder / 'model', resume='auto')
     dense = twin_options(load_config(config, options))
@@ -33,7 +34,7 @@ def learn(recipe: str, settings: Settings, folder: Path, results: dict) -> dict:
     model = timm.create_model(args.model, device='meta', **args.model_kwargs)
     kept = ('model', 'checkpoint', 'epochs', 'seconds', 'top1', 'parameters', 'active_parameters', 'macs', 'warnings')
     return {
-        'recipe': str(config),
+        'recipe': str(settings.recipes / recipe),
         'options': options,
         'images': len(open_dataset(args, False)),
         'experts': num_experts(model),

@@ -151,8 +151,8 @@ class Run:
         self.console.print(f'[dim]About {duration(self._expected(stage))}; about {duration(rest)} to the end.[/dim]')
         progress.status = 'running'
         self.write_page()
-        folder = self.settings.out / stage.key
-        self._remember(stage, progress)
+        folder, made_for = self.settings.out / stage.key, self.made_for(stage)
+        self._remember(stage, progress, made_for)
         started = time.perf_counter()
         try:
             results = {key: self.progress[key].result for key in stage.needs}
@@ -167,7 +167,7 @@ class Run:
             if progress.status == 'running':
                 progress.status, progress.reason = 'pending', 'Interrupted: the next run goes on from here.'
             progress.facts, progress.memory = facts(self.settings), peak_memory()
-            self._remember(stage, progress)
+            self._remember(stage, progress, made_for)
             self.write_page()
 
     def _expected(self, stage: Stage) -> float:
@@ -200,8 +200,8 @@ class Run:
         absent = [s.title for s in self.stages if s.key in stage.needs and self.progress[s.key].status == 'skipped']
         return reason or (f'It builds on a part that was skipped: {", ".join(absent)}.' if absent else '')
 
-    def _remember(self, stage: Stage, progress: Progress) -> None:
-        record = {'made_for': self.made_for(stage), **{name: getattr(progress, name) for name in KEPT}}
+    def _remember(self, stage: Stage, progress: Progress, made_for: str) -> None:
+        record = {'made_for': made_for, **{name: getattr(progress, name) for name in KEPT}}
         with atomic_write(self.settings.out / stage.key / RECORD) as path:
             path.write_text(json.dumps(record, indent=1), encoding='utf-8')
 

@@ -48,10 +48,13 @@ class Quiet(io.TextIOBase):
 
 def detect(settings: Settings, folder: Path, results: dict) -> dict:
     """Write digit scenes, train the detector on them (it resumes), and draw what it finds in four of them."""
+    from moe_zoo.detection.config import load_config
     from moe_zoo.detection.train import main
-    scenes = write_scenes(folder / 'scenes', **SCENES, seed=settings.seed, progress=False)
     config = settings.recipes / DETECTOR_RECIPE
+    classes = range(load_config(config).MODEL.RETINANET.NUM_CLASSES)
+    scenes = write_scenes(folder / 'scenes', **SCENES, seed=settings.seed, classes=classes, progress=False)
     options = {
+        'SOLVER.CHECKPOINT_PERIOD': 200,
         **settings.overrides.get(DETECTOR_RECIPE, {}),
         'MOE.DATA.ROOT': scenes, 'OUTPUT_DIR': folder / 'model', 'SEED': settings.seed,
     }
@@ -59,18 +62,19 @@ def detect(settings: Settings, folder: Path, results: dict) -> dict:
     with contextlib.redirect_stdout(Quiet(Console(file=sys.stdout))), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of detectron2's older code
         metrics = main.__wrapped__(['--config-file', str(config), '--resume', *options])['bbox']
-    weights = folder / 'model' / 'model_final.pth'
+    # detectron2 leaves the config that it ran next to the weights: what follows rests on that, not on the recipe.
+    config, weights = str(folder / 'model' / 'config.yaml'), str(folder / 'model' / 'model_final.pth')
     return {
-        'recipe': str(config), 'options': options, 'weights': str(weights), 'scenes': SCENES,
+        'config': config, 'weights': weights, 'scenes': SCENES,
         'metrics': {name: finite(metrics[name]) for name in METRICS},
-        **look(str(config), options, weights, scenes, folder),
+        **look(config, weights, scenes, folder),
     }
 
 
-def look(config: str, options: list[str], weights: Path, scenes: Path, folder: Path) -> dict:
+def look(config: str, weights: str, scenes: Path, folder: Path) -> dict:
     """Cost of the detector, and the first four test scenes with what it finds and which experts it asks."""
     from moe_zoo.detection.count_inputs import load, read
-    cfg, model = load(config, options, str(weights))
+    cfg, model = load(config, [], weights)
     model.eval()
     files = sorted((scenes / 'val').iterdir())[:4]
     pictures = []
@@ -132,7 +136,8 @@ def show_detect(settings: Settings, result: dict, folder: Path) -> tuple[str, li
         f'{result["experts"]} experts of which {result["selected"]} serve an image, under a pyramid of '
         f'{result["pyramid"]} channels; {result["classes"]} classes; {result["steps"]} steps of {result["batch"]} '
         'scenes.',
-        command('tools/train_coco.py', '--config-file', result['recipe'], *result['options']),
+        command('tools/train_coco.py', '--eval-only', '--config-file', result['config'],
+                'MODEL.WEIGHTS', result['weights']),
     ]
 
 
@@ -154,7 +159,7 @@ def sizes(settings: Settings, folder: Path, results: dict) -> dict:
     from moe_zoo.detection.count_inputs import load
     from moe_zoo.detection.object_sizes import analyze_detector, control_sentence
     detector = results['detector']
-    cfg, model = load(detector['recipe'], [*detector['options'], 'OUTPUT_DIR', str(folder)], detector['weights'])
+    cfg, model = load(detector['config'], ['OUTPUT_DIR', str(folder)], detector['weights'])
     found = analyze_detector(cfg, model, controls=('untrained', 'planted'), seed=settings.seed)
     analysis = found['sizes']
     return {
@@ -162,7 +167,7 @@ def sizes(settings: Settings, folder: Path, results: dict) -> dict:
         'verdicts': [verdict(layer, analysis.alpha) for layer in analysis.layers],
         'controls': [control_sentence(name, control) for name, control in found['controls'].items()],
         'ap': found['ap'],
-        'config': detector['recipe'], 'weights': detector['weights'], 'options': detector['options'],
+        'config': detector['config'], 'weights': detector['weights'],
     }
 
 
@@ -194,6 +199,5 @@ def show_sizes(settings: Settings, result: dict, folder: Path) -> tuple[str, lis
         'common.',
         *verdicts,
         *result['controls'],
-        command('tools/analyze_object_sizes.py', '--config-file', result['config'], '--weights', result['weights'],
-                *result['options']),
+        command('tools/analyze_object_sizes.py', '--config-file', result['config'], '--weights', result['weights']),
     ]
