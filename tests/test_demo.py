@@ -189,7 +189,7 @@ def test_plain_text_has_no_marks():
 def miniature(tmp_path, monkeypatch):
     """Settings under which every real stage runs in seconds."""
     from moe_zoo.demo import digits, folder, scenes
-    monkeypatch.setattr(scenes, 'SCENES', {'train': 8, 'val': 6, 'classes': [0, 1, 2, 3, 4]})
+    monkeypatch.setattr(scenes, 'SCENES', {'train': 8, 'val': 6})
     tiny = {'epochs': 1, 'warmup_epochs': 0}
     return Settings(tmp_path / 'out', 0, folder('configs') / 'demo', {}, {
         digits.CNN_RECIPE: {**tiny, 'model_kwargs': {'num_experts': 3, 'channels': [8, 8, 16, 16]}},

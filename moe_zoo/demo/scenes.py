@@ -24,7 +24,7 @@ from .run import Settings
 from .words import command, num_experts, short
 
 DETECTOR_RECIPE = 'retinanet_digits.yaml'
-SCENES = {'train': 400, 'val': 100, 'classes': [0, 1, 2, 3, 4]}  # the recipe's classes
+SCENES = {'train': 400, 'val': 100}
 CONFIDENT = .5  # score from which a detection is drawn
 METRICS = {
     'AP': 'at 50 to 95 % overlap', 'AP50': 'at 50 %', 'AP75': 'at 75 %',
