@@ -170,7 +170,9 @@ def test_weights_of_timms_condconv_give_timms_outputs(experts, twin, tmp_path):
     ).eval()
     x = images(size=96)
     with torch.no_grad():
-        torch.testing.assert_close(model(x), reference(x), rtol=1e-5, atol=1e-5)
+        expected = reference(x)
+        # Logits of these random norms reach 1,500; rounding alone moves them by 2e-5 of that.
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=2e-4 * expected.abs().max().item())
     reference.train()
     model.train()
     # The gradient, too: of a router, an expert stack, and a layer before them all.
