@@ -341,7 +341,7 @@ def test_the_tool_names_what_it_cannot_use(repository, tmp_path, capsys):
     assert "Checkpoint 'none.pth' does not exist" in refusal('--config-file', demo, '--weights', 'none.pth')
     assert 'RetinaNet has no routed layer' in refusal(
         '--config-file', demo, 'MODEL.META_ARCHITECTURE', 'RetinaNet', 'MODEL.BACKBONE.NAME',
-        'build_retinanet_resnet_fpn_backbone')
+        'build_retinanet_resnet_fpn_backbone', 'MODEL.RESNETS.RES2_OUT_CHANNELS', '64')
     assert 'the analysis takes one data set' in refusal(
         '--config-file', demo, 'DATASETS.TEST', "('digit_scenes_val', 'digit_scenes_train')")
 
