@@ -37,33 +37,33 @@ STAGES = (
     Stage(
         'cost', 'A large CondConv beside its dense twin',
         f'Parameters, multiply-adds and one forward pass of `{first.LARGE}`, and of the dense network it is made from.',
-        10, first.meet, first.show_meet),
+        2, first.meet, first.show_meet),
     Stage(
         'photographs', 'Two photographs', 'What a network with real ImageNet weights sees in them.',
-        3, first.photos, first.show_photos, missing=lambda: lacks(first.PHOTO_PACKAGE, NO_WEIGHTS)),
+        1, first.photos, first.show_photos, missing=lambda: lacks(first.PHOTO_PACKAGE, NO_WEIGHTS)),
     Stage(
         'condconv', 'A CondConv ResNet-18 learns handwritten digits',
         'Test accuracy and cost of a CNN that mixes its kernels for every image, and of its dense twin.',
-        100, functools.partial(digits.learn, digits.CNN_RECIPE), digits.show_learn, recipes=(digits.CNN_RECIPE,)),
+        76, functools.partial(digits.learn, digits.CNN_RECIPE), digits.show_learn, recipes=(digits.CNN_RECIPE,)),
     Stage(
         'vmoe', 'A V-MoE learns handwritten digits',
         'Test accuracy and cost of a vision transformer that routes every patch to few experts, and of its dense twin.',
-        150, functools.partial(digits.learn, digits.VIT_RECIPE), digits.show_learn, recipes=(digits.VIT_RECIPE,)),
+        95, functools.partial(digits.learn, digits.VIT_RECIPE), digits.show_learn, recipes=(digits.VIT_RECIPE,)),
     Stage(
         'compared', 'Accuracy against cost', 'All four classifiers in one figure.',
         1, digits.compare, digits.show_compare, needs=('condconv', 'vmoe')),
     Stage(
         'experts', 'Which expert does what', 'How evenly the experts are used, and for which digits.',
-        5, digits.use, digits.show_use, needs=('condconv', 'vmoe')),
+        1, digits.use, digits.show_use, needs=('condconv', 'vmoe')),
     Stage(
         'detector', 'A MoE RetinaNet learns to find digits',
         'Average precision on scenes of small, medium and large digits, and what it finds in four of them.',
-        150, scenes.detect, scenes.show_detect, recipes=(scenes.DETECTOR_RECIPE,),
+        158, scenes.detect, scenes.show_detect, recipes=(scenes.DETECTOR_RECIPE,),
         missing=lambda: lacks('detectron2', NO_DETECTRON2)),
     Stage(
         'sizes', 'Experts and object sizes',
         'Which expert of the detector serves small, medium and large objects, tested against chance.',
-        40, scenes.sizes, scenes.show_sizes, needs=('detector',),
+        22, scenes.sizes, scenes.show_sizes, needs=('detector',),
         missing=lambda: lacks('detectron2', NO_DETECTRON2)),
 )
 
