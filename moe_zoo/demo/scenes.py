@@ -122,7 +122,8 @@ def show_detect(settings: Settings, result: dict, folder: Path) -> tuple[str, li
     figures = []
     for picture in result['pictures']:
         experts = [f'{e} ({100 * w:.0f} %)' for e, w in enumerate(picture['experts']) if w > 0]
-        text = f'{picture["found"]} digits found with a score above {CONFIDENT}; experts {" and ".join(experts)} at work'
+        found = f'{picture["found"]} digits found with a score above {CONFIDENT}'
+        text = f'{found}; experts {" and ".join(experts)} at work'
         figures.append(Figure((folder / picture['file']).read_bytes(), f'A scene of digits. {text}.', f'{text}.'))
     return headline, [
         Stats([(percent(metrics['AP50']), 'AP50'), (short(result['parameters']), 'parameters'),
