@@ -145,3 +145,16 @@ def test_an_empty_batch_costs_nothing(name):
     loss = LOSSES[name](routing)
     loss.backward()
     assert loss.item() == 0
+
+
+def test_the_embedding_loss_is_a_cross_entropy_and_wants_the_labels():
+    # softmax of (0, ln 3) is (1/4, 3/4): -ln(1/4) = ln 4 for class 0
+    routing = routing_of([[0.0, math.log(3.0)]])._replace(losses=(('embedding', 0.5),))
+    routing = routing._replace(logits=torch.tensor([[0.0, math.log(3.0)]]))
+    found = auxiliary_losses([routing], torch.tensor([0]))
+    assert found['embedding'].item() == pytest.approx(0.5 * math.log(4.0))
+    # soft targets (1/2, 1/2): the mean of ln 4 and ln 4/3
+    soft = auxiliary_losses([routing], torch.tensor([[0.5, 0.5]]))
+    assert soft['embedding'].item() == pytest.approx(0.25 * (math.log(4.0) + math.log(4.0 / 3.0)))
+    with pytest.raises(InputError, match=r"'embedding' needs labels: call auxiliary_losses\(routings, target\)"):
+        auxiliary_losses([routing])

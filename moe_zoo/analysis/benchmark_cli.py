@@ -128,7 +128,7 @@ def make_run(model: nn.Module, x: torch.Tensor, mode: str) -> Callable[[], None]
     def step() -> None:
         output = model(x)
         output, routings = output if isinstance(output, tuple) else (output, [])
-        loss = sum(auxiliary_losses(routings).values(), F.cross_entropy(output, target))
+        loss = sum(auxiliary_losses(routings, target).values(), F.cross_entropy(output, target))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

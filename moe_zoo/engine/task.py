@@ -58,7 +58,7 @@ class MoEClassificationTask(ClassificationTask):
                 self._layers = self._name_layers(input)
             output, routings = output
         task_loss = self.criterion(output, target)
-        auxiliary = auxiliary_losses(routings)
+        auxiliary = auxiliary_losses(routings, target)
         return {
             'loss': sum(auxiliary.values(), task_loss),
             'output': output,

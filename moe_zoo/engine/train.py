@@ -21,6 +21,7 @@ from timm.utils import dispatch_clip_grad, unwrap_model
 
 from ..errors import InputError, atomic_write, exit_on_input_error
 from ..layers import RoutedLayer
+from ..routing import set_epoch
 from .build import (
     build_model,
     build_optimizer,
@@ -206,6 +207,7 @@ class Trainer:
             if hasattr(part, 'set_epoch'):
                 part.set_epoch(self.epoch)
         self._mixup_until(args.mixup_off_epoch)
+        set_epoch(unwrap_model(self.task.trainable_module), self.epoch)
         self.task.trainable_module.train()
         batches = iterate_apart(loader, args.seed, self.epoch, args.rank)
         title = f'epoch {self.epoch + 1}/{self.stop}'

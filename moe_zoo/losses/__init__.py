@@ -1,5 +1,5 @@
 """Auxiliary losses: pure functions of `Routing` records, and the one place that weighs and sums them."""
-from typing import Callable, Dict, Sequence
+from typing import Callable, Dict, Optional, Sequence
 
 import torch
 
@@ -15,11 +15,14 @@ from .balance import (
     vmoe_load_loss,
     z_loss,
 )
+from .target import embedding_loss
 
 __all__ = [
     'LOSSES',
+    'TARGET_LOSSES',
     'auxiliary_losses',
     'balance',
+    'embedding_loss',
     'gshard_loss',
     'importance_loss',
     'importance_loss_unbiased',
@@ -41,27 +44,46 @@ LOSSES: Dict[str, Callable[[Routing], torch.Tensor]] = {
     'kl': kl_loss,
 }
 
+# Losses that also want the labels of the batch.
+TARGET_LOSSES: Dict[str, Callable[[Routing, torch.Tensor], torch.Tensor]] = {
+    'embedding': embedding_loss,
+}
 
-def auxiliary_losses(routings: Sequence[Routing]) -> Dict[str, torch.Tensor]:
+
+def auxiliary_losses(
+        routings: Sequence[Routing],
+        target: Optional[torch.Tensor] = None,
+) -> Dict[str, torch.Tensor]:
     """The weighted auxiliary losses that the records ask for, summed over layers, by name.
 
     Args:
         routings: Records of one forward, each with its (name, weight) pairs in `losses`.
+        target: (B,) classes or (B, classes) soft targets of the images, for records that ask for one of
+            `TARGET_LOSSES`.
 
     Returns:
         Name to a differentiable scalar; empty where no layer asks for one. Their sum is added to the task loss.
 
     Raises:
-        InputError: A record names an unknown loss.
+        InputError: A record names an unknown loss, or one that needs the target, which was not given.
     """
     totals: Dict[str, torch.Tensor] = {}
     for routing in routings:
         for name, weight in routing.losses:
-            if name not in LOSSES:
-                raise InputError(f'Unknown auxiliary loss {name!r}.{nearest(name, LOSSES)} Known: {", ".join(LOSSES)}.')
-            value = weight * LOSSES[name](routing)
+            value = weight * _loss(name, routing, target)
             totals[name] = totals[name] + value if name in totals else value
     return totals
+
+
+def _loss(name: str, routing: Routing, target: Optional[torch.Tensor]) -> torch.Tensor:
+    if name in LOSSES:
+        return LOSSES[name](routing)
+    if name not in TARGET_LOSSES:
+        known = [*LOSSES, *TARGET_LOSSES]
+        raise InputError(f'Unknown auxiliary loss {name!r}.{nearest(name, known)} Known: {", ".join(known)}.')
+    if target is None:
+        raise InputError(f'The auxiliary loss {name!r} needs labels: call auxiliary_losses(routings, target).')
+    return TARGET_LOSSES[name](routing, target)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from .context import (
     trace_routing,
 )
 from .dispatch import dispatch_padded, dispatch_reference, dispatch_sorted
+from .notices import end_step, set_epoch
 from .routers import (
     NoisyTopKRouter,
     SigmoidRouter,
@@ -16,7 +17,6 @@ from .routers import (
     SoftmaxRouter,
     SoftmaxTopKRouter,
     check_num_selected,
-    end_step,
     linear_float32,
 )
 from .types import Routing
@@ -41,5 +41,6 @@ __all__ = [
     'linear_float32',
     'record',
     'routing_context',
+    'set_epoch',
     'trace_routing',
 ]

@@ -352,10 +352,3 @@ def _normalise(weights: torch.Tensor) -> torch.Tensor:
     if weights.shape[-1] == 1:
         total = total.detach()
     return weights / total.clamp_min(1.2e-38)  # the smallest normal float32
-
-
-def end_step(model: nn.Module) -> None:
-    """Tell every router that keeps a state between steps that an optimiser step has been taken."""
-    for module in model.modules():
-        if isinstance(module, SigmoidTopKRouter):
-            module.end_step()
