@@ -21,8 +21,8 @@ class RoutedLayer(nn.Module):
     num_selected: int
 
     def expert_parameters(self) -> List[List[nn.Parameter]]:
-        """One list per expert-indexed group: stacked parameters (leading axis E) as `[[p], ...]`, or one list of E
-        parameters for separate modules. Empty for layers that mix every expert."""
+        """One list per expert-indexed group: `[p]` for a stacked parameter (leading axis E), E parameters where experts
+        are separate modules. Layers that mix every expert name theirs too."""
         raise NotImplementedError(f'{type(self).__name__} does not name its expert parameters')
 
     def max_macs(self, input_shape: Tuple[int, ...]) -> int:
