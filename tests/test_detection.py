@@ -19,6 +19,7 @@ pytest.importorskip('detectron2', reason='detectron2 is not installed')
 
 import detectron2.config  # noqa: E402
 from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
+from detectron2.config import CfgNode  # noqa: E402
 from detectron2.layers import ShapeSpec  # noqa: E402
 from detectron2.modeling import build_model, build_resnet_backbone  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
@@ -31,6 +32,7 @@ from moe_zoo.detection import add_moe_config, install, load_config  # noqa: E402
 from moe_zoo.detection import config as detection_config  # noqa: E402
 from moe_zoo.detection.backbones import TimmBackbone  # noqa: E402
 from moe_zoo.detection.checkpoint import SafeCheckpointer  # noqa: E402
+from moe_zoo.detection.coco import load_datasets  # noqa: E402
 from moe_zoo.detection.train import StarvedExperts, Trainer, main  # noqa: E402
 from moe_zoo.errors import InputError  # noqa: E402
 from moe_zoo.layers.moe_stage import MoEStage  # noqa: E402
@@ -140,8 +142,9 @@ def test_a_missing_config_names_the_nearest():
         load_config('configs/demo/retinanet_digit.yaml')
 
 
-def test_install_lets_other_scripts_read_our_configs(monkeypatch, repository):
+def test_install_lets_other_scripts_read_our_configs_and_data(monkeypatch, repository, scenes):
     monkeypatch.setattr(detectron2.config, 'get_cfg', detection_config.get_cfg)
+    monkeypatch.setattr(CfgNode, 'freeze', CfgNode.freeze)  # put back afterwards
     with pytest.raises(KeyError, match='Non-existent config key: MOE'):
         detectron2.config.get_cfg().merge_from_file(str(repository / path_of(CONFIGS[1])))
     install()
@@ -151,6 +154,13 @@ def test_install_lets_other_scripts_read_our_configs(monkeypatch, repository):
     assert cfg.MOE.RES5.NUM_EXPERTS == 4
     add_moe_config(cfg)
     assert cfg.MOE.RES5.NUM_EXPERTS == 4  # a second call changes nothing
+    before = cfg.DATASETS.TRAIN
+    cfg.clone().freeze()
+    assert cfg.DATASETS.TRAIN == before  # MOE.DATA is empty
+    cfg.merge_from_list(['MOE.DATA.ROOT', str(scenes)])
+    cfg.freeze()  # as detectron2's tools do before they read data
+    assert cfg.is_frozen() and cfg.DATASETS.TRAIN != before
+    assert [len(load_datasets(cfg.DATASETS[split], 5, False)) for split in ('TRAIN', 'TEST')] == [8, 4]
 
 
 # --- backbones
@@ -639,7 +649,15 @@ def test_grey_and_odd_sized_images_train(tiny, scenes, tmp_path):
     folder = damaged(scenes, tmp_path / 'odd', change=lambda c: [i.update(height=117, width=133) for i in c['images']])
     for name in os.listdir(folder / 'train'):
         Image.open(folder / 'train' / name).convert('L').resize((133, 117)).save(folder / 'train' / name)
-    main([*tiny, 'MOE.DATA.ROOT', str(folder)])
+    argv = [*tiny, 'MOE.DATA.ROOT', str(folder)]
+    cfg = load_config(argv[1], argv[2:])
+    for image in next(iter(Trainer.build_train_loader(cfg))):  # three channels; 117 x 133 with a short side of 64
+        assert image['image'].shape == (3, 64, 73) and (image['image'][0] == image['image'][2]).all()
+    results = main(argv)
+    last, = [line for line in logged(tmp_path / 'run') if 'total_loss' in line]
+    assert last['iteration'] == 1 and math.isfinite(last['total_loss'])
+    assert not (tmp_path / 'run' / 'unreadable_images.txt').exists()  # none was passed over
+    assert set(results['bbox']) >= {'AP', 'AP50'}
 
 
 def gradients_of(model, inputs):

@@ -162,16 +162,16 @@ def test_processes_of_detectron2_know_our_keys(repository, tmp_path):
 
 
 @pytest.mark.slow
-def test_train_net_of_detectron2(repository, tmp_path, monkeypatch):
+def test_train_net_of_detectron2(repository, tmp_path):
     """Upstream's trainer, two iterations and an evaluation of our routed RetinaNet on four scenes of digits."""
     script = upstream_tool('train_net.py')
     pytest.importorskip('sklearn')
     from moe_zoo.data import write_scenes
-    write_scenes(tmp_path / 'digit_scenes', train=4, val=4, classes=range(5))
-    monkeypatch.setenv('DETECTRON2_DATASETS', str(tmp_path))
+    write_scenes(tmp_path / 'scenes', train=4, val=4, classes=range(5))
     done = moe_zoo_run(
         repository, script, '--config-file', repository / 'configs' / 'demo' / 'retinanet_digits.yaml',
-        'SOLVER.MAX_ITER', 2, 'SOLVER.IMS_PER_BATCH', 2, 'OUTPUT_DIR', tmp_path / 'run', cwd=tmp_path)
+        'MOE.DATA.ROOT', tmp_path / 'scenes', 'SOLVER.MAX_ITER', 2, 'SOLVER.IMS_PER_BATCH', 2,
+        'OUTPUT_DIR', tmp_path / 'run', cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / 'run' / 'model_final.pth').is_file()
     assert 'loss_moe' in (tmp_path / 'run' / 'metrics.json').read_text()

@@ -80,9 +80,10 @@ def load_config(config_file: Union[str, Path], opts: Sequence[str] = ()) -> CfgN
 
 
 def install() -> None:
-    """Let every config of this process know our keys: for scripts that never call `add_moe_config`.
+    """Let every config of this process know our keys, and use the data that MOE.DATA names once it is frozen: for
+    scripts that never call `add_moe_config`.
 
-    `moe_zoo.run` calls this before it runs detectron2's own tools.
+    `moe_zoo.run` calls this before it runs detectron2's own tools, which freeze their config when it is complete.
     """
     if hasattr(detectron2.config.get_cfg, '__wrapped__'):
         return
@@ -93,7 +94,16 @@ def install() -> None:
         add_moe_config(cfg)
         return cfg
 
+    freeze = CfgNode.freeze
+
+    @functools.wraps(freeze)
+    def freeze_with_data(cfg: CfgNode) -> None:
+        if 'MOE' in cfg:
+            register_user_data(cfg)
+        freeze(cfg)
+
     detectron2.config.get_cfg = get_cfg_with_moe
+    CfgNode.freeze = freeze_with_data
 
 
 def _find(config_file: Union[str, Path]) -> Path:
