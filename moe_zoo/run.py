@@ -5,10 +5,11 @@
     moe-zoo run tools/train_net.py --config-file configs/coco/retinanet_moe_res5_r50_fpn_1x.yaml
 
 Models are registered with timm. `timm.task.ClassificationTask`, which timm's train.py trains with, is the one that adds
-auxiliary losses. A script that speaks of detectron2 finds our backbones, meta-architecture and config keys. Processes
-that the script spawns (`--num-gpus 2`) are prepared in the same way. Imports are absolute: spawned processes run this
-file by its path.
+auxiliary losses; a script that trains a routed model without it is warned. A script that speaks of detectron2 finds our
+backbones, meta-architecture and config keys. Processes that the script spawns (`--num-gpus 2`) are prepared in the same
+way. Imports are absolute: spawned processes run this file by its path.
 """
+import functools
 import importlib.util
 import os
 import runpy
@@ -17,8 +18,12 @@ from multiprocessing import spawn
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
+from torch import nn
+
 import moe_zoo  # noqa: F401 - registers the models
 from moe_zoo.errors import InputError, exit_on_input_error
+from moe_zoo.routing import Routing
+from moe_zoo.routing.context import on_unheard
 
 SCRIPT = 'MOE_ZOO_RUN_SCRIPT'  # environment variable that tells spawned processes what they are part of
 
@@ -49,7 +54,9 @@ def main(argv: Optional[List[str]] = None) -> int:
 def enter(script: Path, run_name: str) -> Dict[str, Any]:
     """Make moe_zoo known, run a script under a name, and return its globals."""
     use_routed_tasks()
-    if 'detectron2' in script.read_text(encoding='utf-8') and importlib.util.find_spec('detectron2'):
+    detection = 'detectron2' in script.read_text(encoding='utf-8') and bool(importlib.util.find_spec('detectron2'))
+    on_unheard(functools.partial(_warn_of_own_loop, detection))
+    if detection:
         from moe_zoo.detection import install
         install()
     sys.path.insert(0, str(script.resolve().parent))  # where Python puts the folder of a script
@@ -64,6 +71,23 @@ def use_routed_tasks() -> None:
     for module in (timm.task, timm.task.classification):
         module.ClassificationTask = MoEClassificationTask
         module.MultiLabelClassificationTask = MoEMultiLabelClassificationTask
+
+
+def _warn_of_own_loop(detection: bool, layer: nn.Module, routing: Routing) -> None:
+    """Tell what a script has to do that trains a routed model by a loop of its own."""
+    if os.environ.get('RANK', '0') != '0':
+        return
+    problems = []
+    if routing.losses:
+        names = ', '.join(name for name, _ in routing.losses)
+        remedy = 'set MODEL.META_ARCHITECTURE MoERetinaNet' if detection else \
+            'build timm.task.ClassificationTask, or call model.set_aux_loss() and add moe_zoo.losses.auxiliary_losses'
+        problems.append(f'auxiliary losses ({names}) are not added: {remedy}')
+    wanted = [name for name in ('set_epoch', 'end_step') if any(hasattr(m, name) for m in layer.modules())]
+    if wanted:
+        problems.append(f'it must call moe_zoo.routing.{" and ".join(wanted)} itself')
+    print(f'warning: {sys.argv[0]} trains {type(layer).__name__} by a loop of its own: {"; ".join(problems)}.',
+          file=sys.stderr)
 
 
 def _prepare_children() -> None:

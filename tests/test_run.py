@@ -11,6 +11,7 @@ import pytest
 import timm.task.classification
 
 from moe_zoo import run
+from moe_zoo.routing import context
 
 # What timm's train.py does, and nothing else: import the task by name, build it, divide, differentiate, step, log.
 MINIATURE = """
@@ -69,6 +70,20 @@ if __name__ == '__main__':
     import sys
     torch.multiprocessing.spawn(worker, (sys.argv[1],), nprocs=1)
 """
+# A loop of one's own, twice around.
+OWN_LOOP = """
+import sys
+
+import timm
+import torch
+
+router = {'router': 'sigmoid', 'router_args': {'bias_rate': 0.01}} if 'bias' in sys.argv else {}
+model = timm.create_model('vmoe_vit_s', patch_size=8, img_size=16, embed_dim=16, depth=2, num_heads=2, **router)
+if 'listens' in sys.argv:
+    model.set_aux_loss()
+for step in range(2):
+    model(torch.randn(2, 3, 16, 16))
+"""
 TINY = ['patch_size=8', 'embed_dim=16', 'depth=2', 'num_heads=2', 'representation_size=0', 'num_experts=4']
 
 
@@ -85,6 +100,7 @@ def run_here(monkeypatch):
     for module in (timm.task, timm.task.classification):
         for name in ('ClassificationTask', 'MultiLabelClassificationTask'):
             monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(context, '_OPEN', [])
     monkeypatch.setattr(spawn, 'get_preparation_data', spawn.get_preparation_data)
     monkeypatch.setattr(sys, 'argv', list(sys.argv))
     monkeypatch.setattr(sys, 'path', list(sys.path))
@@ -97,8 +113,24 @@ def test_script_that_builds_timms_task(run_here, tmp_path, capsys):
     (tmp_path / 'train.py').write_text(MINIATURE)
     (tmp_path / 'helper.py').write_text('VALUE = 7\n')
     assert run_here(tmp_path / 'train.py', '--model', 'vmoe_vit_s', '--model-kwargs', *TINY) == 0
-    assert capsys.readouterr().out == (
-        f"MoEClassificationTask ['loss_importance', 'loss_vmoe_load'] {tmp_path / 'train.py'} 7\n")
+    assert capsys.readouterr() == (
+        f"MoEClassificationTask ['loss_importance', 'loss_vmoe_load'] {tmp_path / 'train.py'} 7\n", '')
+
+
+def test_a_loop_that_loses_auxiliary_losses_is_warned_once(run_here, tmp_path, capsys, monkeypatch):
+    script = tmp_path / 'own.py'
+    script.write_text(OWN_LOOP)
+    begin, losses = f'warning: {script} trains MoEMlp by a loop of its own: ', (
+        'auxiliary losses (importance, vmoe_load) are not added: build timm.task.ClassificationTask, or call '
+        'model.set_aux_loss() and add moe_zoo.losses.auxiliary_losses')
+    run_here(script)
+    assert capsys.readouterr().err == f'{begin}{losses}.\n'
+    run_here(script, 'bias')
+    assert capsys.readouterr().err == f'{begin}it must call moe_zoo.routing.end_step itself.\n'
+    run_here(script, 'listens')
+    monkeypatch.setenv('RANK', '1')
+    run_here(script)
+    assert capsys.readouterr().err == ''
 
 
 def test_spawned_processes_know_it_too(repository, tmp_path):

@@ -75,6 +75,28 @@ class routing_context:
         _OPEN.pop()
 
 
+class _Unheard(RoutingContext):
+    """The outermost context of a process, until a layer in training speaks: then it knows whether anybody listens."""
+
+    def __init__(self, tell: Callable[[nn.Module, Routing], None]):
+        super().__init__()
+        self.tell = tell
+
+    def add(self, module: nn.Module, routing: Routing) -> None:
+        if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
+            return
+        if routing.losses or any(hasattr(m, 'end_step') or hasattr(m, 'set_epoch') for m in module.modules()):
+            _OPEN.remove(self)
+            if not _OPEN:
+                self.tell(module, routing)
+
+
+def on_unheard(tell: Callable[[nn.Module, Routing], None]) -> None:
+    """Call `tell` at most once: where the first routed layer in training that wants auxiliary losses or notices of
+    steps and epochs is heard by no context, so that a loop which knows nothing of them is training it."""
+    _OPEN.insert(0, _Unheard(tell))
+
+
 def record(module: nn.Module, routing: Routing) -> None:
     """Hand a layer's decision to every open context. Does nothing where none is open."""
     for context in reversed(_OPEN):
