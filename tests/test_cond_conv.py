@@ -13,7 +13,6 @@ from moe_zoo.layers.cond_conv import (
     ROUTE_FNS,
     CondConv2d,
     CondLinear,
-    HiddenRouter,
     RoutedConv2d,
     create_routing_fn,
 )
@@ -218,7 +217,7 @@ def test_kinds_of_router():
 
 
 def test_hidden_router_is_a_small_network():
-    router = HiddenRouter(2, num_experts=1, hidden_features=2)
+    router = SigmoidRouter(2, num_experts=1, hidden_features=2)
     with torch.no_grad():
         router.hidden.weight.copy_(torch.tensor([[1., 0.], [0., 1.]]))
         router.hidden.bias.copy_(torch.tensor([0., 1.]))

@@ -1,5 +1,6 @@
 """Routed layers, drop-in for a convolution, an MLP or a residual stage."""
 from .cond_conv import CondConv2d, CondLinear, RoutedConv2d
+from .dynamic_conv import DynamicConv2d
 from .moe_mlp import MoEMlp
 from .moe_stage import MoEStage
 from .routed import RoutedLayer, RoutedModel, masked_mean
@@ -7,6 +8,7 @@ from .routed import RoutedLayer, RoutedModel, masked_mean
 __all__ = [
     'CondConv2d',
     'CondLinear',
+    'DynamicConv2d',
     'MoEMlp',
     'MoEStage',
     'RoutedConv2d',

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import InputError, nearest
-from ..routing import SigmoidRouter, SoftmaxRouter, check_num_selected, linear_float32, record
+from ..routing import SigmoidRouter, SoftmaxRouter, check_num_selected, record
 from .routed import RoutedLayer, masked_mean
 
 # Where the decision of a block comes from. The paper compares such functions; their exact definitions were not at hand,
@@ -35,27 +35,6 @@ ROUTE_FNS = {
 }
 _HIDDEN_RATIO = {'hidden_small': 1 / 8, 'hidden_medium': 1., 'hidden_large': 8.}
 CHAINED = ('single', 'partially_shared', 'hierarchical')  # a block needs the decision of the one before it
-
-
-class HiddenRouter(SigmoidRouter):
-    """a = sigmoid(relu(x H + h) R + b): one hidden layer before the sigmoid (CondConv, ablation of the routing).
-
-    Args:
-        in_features: C.
-        num_experts: E.
-        hidden_features: Units of the hidden layer.
-    """
-
-    def __init__(self, in_features: int, num_experts: int, hidden_features: int, device=None, dtype=None):
-        super().__init__(hidden_features, num_experts, device=device, dtype=dtype)
-        self.hidden = nn.Linear(in_features, hidden_features, device=device, dtype=dtype)
-
-    def compute_logits(self, x: torch.Tensor) -> torch.Tensor:
-        x = linear_float32(x, self.hidden.weight, self.hidden.bias).relu()
-        return linear_float32(x, self.weight, self.bias)
-
-    def macs(self, num_items: int) -> int:
-        return num_items * self.hidden.weight.numel() + super().macs(num_items)
 
 
 def create_routing_fn(
@@ -90,7 +69,8 @@ def create_routing_fn(
     if route_fn == 'softmax':
         return SoftmaxRouter(in_features, num_experts, **dd)
     if route_fn in _HIDDEN_RATIO:
-        return HiddenRouter(in_features, num_experts, max(1, int(in_features * _HIDDEN_RATIO[route_fn])), **dd)
+        hidden_features = max(1, int(in_features * _HIDDEN_RATIO[route_fn]))
+        return SigmoidRouter(in_features, num_experts, hidden_features=hidden_features, **dd)
     if route_fn == 'hierarchical' and position > 0:
         in_features += num_experts
     return SigmoidRouter(in_features, num_experts, **dd)
@@ -293,10 +273,21 @@ class MixingLayer(RoutedLayer):
         """
         if not 0. <= expert_drop_rate < 1.:
             raise InputError(f'expert_drop_rate={expert_drop_rate}: choose a probability of at least 0 and below 1.')
-        self.routing_fn = create_routing_fn(route_fn, in_features, num_experts, position, device=device, dtype=dtype)
+        router = create_routing_fn(route_fn, in_features, num_experts, position, device=device, dtype=dtype)
+        self.set_router(router, num_experts, expert_drop_rate, route_fn == 'hierarchical' and position > 0)
+
+    def set_router(
+            self,
+            router: Optional[SigmoidRouter],
+            num_experts: int,
+            expert_drop_rate: float = 0.,
+            takes_previous: bool = False,
+    ) -> None:
+        """The same for a router that exists."""
+        self.routing_fn = router
         self.num_experts = self.num_selected = num_experts
         self.expert_drop_rate = float(expert_drop_rate)
-        self.takes_previous = route_fn == 'hierarchical' and position > 0
+        self.takes_previous = takes_previous
 
     def route(self, x: torch.Tensor, previous: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Decide, and record the decision.
@@ -340,17 +331,8 @@ class MixingLayer(RoutedLayer):
         return 0 if self.routing_fn is None else self.routing_fn.macs(num_images)
 
 
-class RoutedConv2d(MixingLayer, CondConv2d):
-    """A CondConv2d with a router of its own, for a convolution that stands outside a block: drop-in for nn.Conv2d.
-
-    Args: As in `CondConv2d`, then `route_fn` and `expert_drop_rate`.
-    """
-
-    def __init__(self, in_channels: int, *args, route_fn: str = 'sigmoid', expert_drop_rate: float = 0., **kwargs):
-        super().__init__(in_channels, *args, **kwargs)
-        self.set_routing(
-            in_channels, self.num_experts, route_fn, expert_drop_rate,
-            device=self.weight.device, dtype=self.weight.dtype)
+class MixedConv2d(MixingLayer, CondConv2d):
+    """A CondConv2d with a router of its own, which the constructor of a subclass makes: drop-in for nn.Conv2d."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.convolve(x, self.route(x))
@@ -360,6 +342,19 @@ class RoutedConv2d(MixingLayer, CondConv2d):
 
     def max_macs(self, input_shape: Tuple[int, ...]) -> int:
         return self.router_macs(input_shape[0]) + self.macs(input_shape)
+
+
+class RoutedConv2d(MixedConv2d):
+    """CondConv for a convolution that stands outside a block.
+
+    Args: As in `CondConv2d`, then `route_fn` and `expert_drop_rate`.
+    """
+
+    def __init__(self, in_channels: int, *args, route_fn: str = 'sigmoid', expert_drop_rate: float = 0., **kwargs):
+        super().__init__(in_channels, *args, **kwargs)
+        self.set_routing(
+            in_channels, self.num_experts, route_fn, expert_drop_rate,
+            device=self.weight.device, dtype=self.weight.dtype)
 
 
 @register_notrace_module

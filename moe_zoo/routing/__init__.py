@@ -11,6 +11,7 @@ from .context import (
 from .dispatch import dispatch_padded, dispatch_reference, dispatch_sorted
 from .notices import end_step, set_epoch
 from .routers import (
+    AnnealedSoftmaxRouter,
     NoisyTopKRouter,
     SigmoidRouter,
     SigmoidTopKRouter,
@@ -22,6 +23,7 @@ from .routers import (
 from .types import Routing
 
 __all__ = [
+    'AnnealedSoftmaxRouter',
     'NoisyTopKRouter',
     'Routing',
     'RoutingContext',

@@ -6,6 +6,7 @@ Letters: T routed items, D features, E experts, K chosen experts.
 | --- | --- | --- |
 | `SigmoidRouter` | sigmoid of every logit, all experts mixed | CondConv, Yang et al. 2019 |
 | `SoftmaxRouter` | tempered softmax, all experts mixed | Dynamic Convolution, Chen et al. 2020 |
+| `AnnealedSoftmaxRouter` | the same with a temperature that falls by the epoch | the same |
 | `NoisyTopKRouter` | learned noise, top-k, **then** softmax over the k kept | Shazeer et al. 2017 |
 | `SoftmaxTopKRouter` | softmax over all experts, **then** top-k, not renormalised | V-MoE, Riquelme et al. 2021 |
 | `SigmoidTopKRouter` | sigmoid, top-k by gate plus bias, chosen gates normalised | Wang et al. 2024 |
@@ -121,15 +122,38 @@ class SigmoidRouter(_Router):
     """a = sigmoid(x R + b); every expert is mixed, the weights need not sum to one (CondConv, section 3).
 
     Initialised as timm's CondConv routing functions: Glorot uniform, zero bias, so that every gate starts near 1/2.
+
+    Args:
+        hidden_features: Units of a hidden layer, a = sigmoid(relu(x H + h) R + b); None for one linear map.
     """
 
-    def __init__(self, in_features: int, num_experts: int, bias: bool = True, losses=(), device=None, dtype=None):
-        super().__init__(in_features, num_experts, num_experts, bias, losses, device=device, dtype=dtype)
+    def __init__(
+            self,
+            in_features: int,
+            num_experts: int,
+            bias: bool = True,
+            hidden_features: Optional[int] = None,
+            losses=(),
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(hidden_features or in_features, num_experts, num_experts, bias, losses, **dd)
+        self.hidden = nn.Linear(in_features, hidden_features, **dd) if hidden_features else None
 
     def reset_parameters(self) -> None:
         nn.init.xavier_uniform_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def compute_logits(self, x: torch.Tensor) -> torch.Tensor:
+        if self.hidden is not None:
+            x = linear_float32(x, self.hidden.weight, self.hidden.bias).relu()
+        return linear_float32(x, self.weight, self.bias)
+
+    def macs(self, num_items: int) -> int:
+        hidden = 0 if self.hidden is None else self.hidden.weight.numel()
+        return super().macs(num_items) + num_items * hidden
 
     def mix(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """x: (T, D). Returns (T, E) logits and gates; the arithmetic, in the part of Python TorchScript reads."""
@@ -152,19 +176,69 @@ class SoftmaxRouter(SigmoidRouter):
             num_experts: int,
             temperature: float = 1.0,
             bias: bool = True,
+            hidden_features: Optional[int] = None,
             losses=(),
             device=None,
             dtype=None,
     ):
-        super().__init__(in_features, num_experts, bias, losses, device=device, dtype=dtype)
+        super().__init__(in_features, num_experts, bias, hidden_features, losses, device=device, dtype=dtype)
         if not temperature > 0:
             raise InputError(f'temperature={temperature}: a softmax needs a temperature above 0.')
         self.temperature = float(temperature)
 
+    def temper(self, logits: torch.Tensor) -> torch.Tensor:
+        """(T, E) logits, divided by the temperature."""
+        return logits / self.temperature
+
     def mix(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """x: (T, D). Returns (T, E) logits and gates that sum to one."""
         logits = self.compute_logits(x)
-        return logits, torch.softmax(logits / self.temperature, dim=-1)
+        return logits, torch.softmax(self.temper(logits), dim=-1)
+
+
+class AnnealedSoftmaxRouter(SoftmaxRouter):
+    """A softmax whose temperature falls linearly from `temperature` to 1 over `anneal_epochs`, and stays there.
+
+    It follows from the epoch alone, in training and in evaluation: an integer in a buffer, which is saved with the
+    weights and which a moving average of them copies. `moe_zoo.routing.set_epoch(model, epoch)` sets it.
+
+    Raises:
+        InputError: A temperature below 1, or `anneal_epochs` is no whole number above 0.
+    """
+
+    def __init__(
+            self,
+            in_features: int,
+            num_experts: int,
+            temperature: float = 30.0,
+            anneal_epochs: int = 10,
+            bias: bool = True,
+            hidden_features: Optional[int] = None,
+            losses=(),
+            device=None,
+            dtype=None,
+    ):
+        super().__init__(
+            in_features, num_experts, temperature, bias, hidden_features, losses, device=device, dtype=dtype)
+        if not isinstance(anneal_epochs, numbers.Integral) or anneal_epochs < 1:
+            raise InputError(f'anneal_epochs={anneal_epochs!r}: use a whole number of epochs, at least 1.')
+        if temperature < 1:
+            raise InputError(f'temperature={temperature}: annealing ends at 1, so start at 1 or above.')
+        self.anneal_epochs = int(anneal_epochs)
+        self.register_buffer('epoch', torch.zeros((), dtype=torch.int64, device=device))
+
+    @torch.jit.ignore
+    def set_epoch(self, epoch: int) -> None:
+        """Take the temperature of an epoch, counted from 0."""
+        self.epoch.fill_(epoch)
+
+    def current_temperature(self) -> torch.Tensor:
+        """T of the epoch, a scalar: no value leaves the device, and one compiled graph serves every epoch."""
+        left = (1.0 - self.epoch / self.anneal_epochs).clamp(min=0.0)
+        return 1.0 + (self.temperature - 1.0) * left
+
+    def temper(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits / self.current_temperature()
 
 
 class _TopKRouter(_Router):
