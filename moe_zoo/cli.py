@@ -22,6 +22,7 @@ TOOLS = {
     'analyze-object-sizes': (
         'moe_zoo.detection.object_sizes', 'which expert serves small, medium and large objects', 'detection'),
     'demo': ('moe_zoo.demo', 'train, count and explain small models, and write one page about it', 'demo'),
+    'reproduce': ('moe_zoo.reproduce.cli', "the papers' own experiments, small, each with its verdict", 'demo'),
     'run': ('moe_zoo.run', "run any script of timm or detectron2 with moe_zoo's models known", None),
 }
 OWN = {

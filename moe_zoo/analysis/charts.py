@@ -5,13 +5,14 @@ Letters: E experts.
 """
 import html
 import math
-from typing import Sequence
+from typing import Callable, Sequence
 
 from moe_zoo.errors import InputError
 
-__all__ = ['expert_colour', 'heat_map', 'scatter', 'share_bars', 'ticks']
+__all__ = ['curves', 'expert_colour', 'heat_map', 'intervals', 'scatter', 'share_bars', 'ticks']
 
 WIDTH = 440
+LEFT, BOTTOM = 58, 280  # of the plane of scatter and curves
 COLOURS = 8  # --expert-0 .. --expert-7 of page.css
 
 
@@ -36,34 +37,123 @@ def scatter(
     """
     if not points or any(x <= 0 for _, x, _, _ in points):
         raise InputError(f'points={points!r}: a chart on a logarithmic scale needs at least one point, and x above 0.')
-    left, right, top, bottom = 58, 14, 14, 280
-    exponents = [math.log10(x) for _, x, _, _ in points]
-    low, high = min(exponents) - .25, max(exponents) + .25
-    marks = ticks(min(y for _, _, y, _ in points), max(y for _, _, y, _ in points))
-
-    def across(exponent: float) -> float:
-        return left + (exponent - low) / (high - low) * (WIDTH - left - right)
-
-    def up(y: float) -> float:
-        return bottom - (y - marks[0]) / (marks[-1] - marks[0]) * (bottom - top)
-
-    parts = []
-    for mark in marks:
-        parts.append(_line(left, up(mark), WIDTH - right, up(mark)))
-        parts.append(_text(left - 8, up(mark) + 4, y_format.format(mark), 'end', soft=True))
-    for mark in _log_ticks(low, high):
-        x = across(math.log10(mark))
-        parts.append(_line(x, bottom, x, bottom + 5))
-        parts.append(_text(x, bottom + 20, x_format.format(mark), soft=True))
-    parts.append(_text((left + WIDTH - right) / 2, bottom + 42, x_label))
-    parts.append(f'<g transform="rotate(-90 14 {(top + bottom) / 2})">{_text(14, (top + bottom) / 2, y_label)}</g>')
-    placed = [(name, across(e), up(y), bold) for (name, _, y, bold), e in zip(points, exponents)]
+    across, up, parts = _axes(
+        [x for _, x, _, _ in points], [y for _, _, y, _ in points], x_label, y_label, x_format, y_format)
+    placed = [(name, across(x), up(y), bold) for name, x, y, bold in points]
     taken = [(cx - 8, cy - 8, cx + 8, cy + 8) for _, cx, cy, _ in placed]
     for name, cx, cy, emphasised in placed:
         style = 'fill="var(--accent)"' if emphasised else 'fill="var(--card)"'
         parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="6" {style} stroke="var(--accent)" stroke-width="2"/>')
-        parts.append(_text(*_place(cx, cy, name, taken, left, bottom), name, 'start'))
-    return _svg(bottom + 52, parts)
+        parts.append(_text(*_place(cx, cy, name, taken, LEFT, BOTTOM), name, 'start'))
+    return _svg(BOTTOM + 52, parts)
+
+
+def curves(
+        lines: Sequence[tuple[str, Sequence[tuple[float, float]]]],
+        x_label: str,
+        y_label: str,
+        y_format: str = '{:.1f}',
+        x_format: str = '{:g}',
+        log: bool = True,
+) -> str:
+    """Points joined by lines, one colour a line, which are named below.
+
+    Args:
+        lines: (name, [(x, y), ...]) in order of x.
+        x_label, y_label: Written along the axes, units included.
+        y_format, x_format: Of the numbers at the axes.
+        log: Whether x, which is then above 0, is on a logarithmic scale.
+    """
+    points = [point for _, line in lines for point in line]
+    if not points or (log and any(x <= 0 for x, _ in points)):
+        raise InputError(f'lines={lines!r}: a chart needs at least one point, and on a logarithmic scale x above 0.')
+    across, up, parts = _axes(*zip(*points), x_label, y_label, x_format, y_format, log)
+    x, y = LEFT, BOTTOM + 66
+    for number, (name, line) in enumerate(lines):
+        colour = expert_colour(number)
+        path = ' '.join(f'{across(a):.1f},{up(b):.1f}' for a, b in line)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for a, b in line:
+            parts.append(
+                f'<circle cx="{across(a):.1f}" cy="{up(b):.1f}" r="4" fill="{colour}">'
+                f'<title>{html.escape(name)}: {x_format.format(a)}, {y_format.format(b)}</title></circle>')
+        width = 31 + 7.5 * len(name)
+        if x + width > WIDTH and x > LEFT:
+            x, y = LEFT, y + 20
+        parts.append(f'<rect x="{x}" y="{y}" width="12" height="12" rx="2" fill="{colour}"/>')
+        parts.append(_text(x + 17, y + 11, name, 'start', soft=True))
+        x += width
+    return _svg(y + 18, parts)
+
+
+def intervals(rows: Sequence[tuple[str, Sequence[float]]], x_label: str, x_format: str = '{:g}') -> str:
+    """One row a name: its values as dots, their mean as a bar.
+
+    Args:
+        rows: (name, values), at least one value a row.
+        x_label: Written along the axis, unit included.
+        x_format: Of the numbers at the axis.
+    """
+    values = [value for _, row in rows for value in row]
+    marks = ticks(min(values), max(values))
+    left, height = min(30 + 7.5 * max(len(name) for name, _ in rows), WIDTH / 2), 26
+    bottom = height * len(rows) + 6
+
+    def across(value: float) -> float:
+        return left + (value - marks[0]) / (marks[-1] - marks[0]) * (WIDTH - left - 24)
+
+    parts = []
+    for mark in marks:
+        parts.append(_line(across(mark), 0, across(mark), bottom))
+        parts.append(_text(across(mark), bottom + 16, x_format.format(round(mark, 10)), soft=True))
+    parts.append(_text((left + WIDTH - 24) / 2, bottom + 38, x_label))
+    for number, (name, row) in enumerate(rows):
+        y = height * (number + .5) + 3
+        mean = sum(row) / len(row)
+        parts.append(_text(left - 10, y + 4, name, 'end'))
+        for value in row:
+            parts.append(f'<circle cx="{across(value):.1f}" cy="{y}" r="4" fill="var(--accent)" fill-opacity=".45"/>')
+        parts.append(
+            f'<rect x="{across(mean) - 1.5:.1f}" y="{y - 9}" width="3" height="18" fill="var(--accent)">'
+            f'<title>{html.escape(name)}: mean {mean:.4g}</title></rect>')
+    return _svg(bottom + 46, parts)
+
+
+def _axes(
+        xs: Sequence[float],
+        ys: Sequence[float],
+        x_label: str,
+        y_label: str,
+        x_format: str,
+        y_format: str,
+        log: bool = True,
+) -> tuple[Callable[[float], float], Callable[[float], float], list[str]]:
+    """Where x and y values lie in the drawing, and the axes around them."""
+    right, top = 14, 14
+    scale = math.log10 if log else float
+    low, high = min(map(scale, xs)), max(map(scale, xs))
+    margin = .25 if log else .05 * (high - low) or 1.
+    low, high = low - margin, high + margin
+    marks = ticks(min(ys), max(ys))
+
+    def across(x: float) -> float:
+        return LEFT + (scale(x) - low) / (high - low) * (WIDTH - LEFT - right)
+
+    def up(y: float) -> float:
+        return BOTTOM - (y - marks[0]) / (marks[-1] - marks[0]) * (BOTTOM - top)
+
+    parts = []
+    for mark in marks:
+        parts.append(_line(LEFT, up(mark), WIDTH - right, up(mark)))
+        parts.append(_text(LEFT - 8, up(mark) + 4, y_format.format(mark), 'end', soft=True))
+    for mark in _log_ticks(low, high) if log else [m for m in ticks(low, high) if low <= m <= high]:
+        x = across(mark)
+        parts.append(_line(x, BOTTOM, x, BOTTOM + 5))
+        parts.append(_text(x, BOTTOM + 20, x_format.format(mark), soft=True))
+    middle = (top + BOTTOM) / 2
+    parts.append(_text((LEFT + WIDTH - right) / 2, BOTTOM + 42, x_label))
+    parts.append(f'<g transform="rotate(-90 14 {middle})">{_text(14, middle, y_label)}</g>')
+    return across, up, parts
 
 
 def _place(cx: float, cy: float, name: str, taken: list, left: float, bottom: float) -> tuple[float, float]:

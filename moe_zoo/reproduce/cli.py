@@ -1,0 +1,87 @@
+"""The command of the experiments: `tools/reproduce.py NAME...`, `moe-zoo reproduce NAME...`."""
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+from rich.console import Console
+
+from moe_zoo.errors import InputError, exit_on_input_error
+
+from . import FILES, find_experiment
+from .report import publish, verdict_line, write_page
+from .runner import reproduce
+
+HELP = """\
+Train the arms of an experiment over several seeds, test its claims and write
+
+  DIR/index.html          one section for every experiment that was run: figures, tables, verdicts
+  DIR/NAME/results.json   the plan (claims, test, seeds, smallest detectable effect), fixed before the first run, and
+                          every number that came out
+  DIR/NAME/runs/          one file a finished run: an interrupted experiment goes on where it was
+
+The verdict on a claim is "effect seen" or "opposite" where the 95 % interval of the paired difference is on one side
+of 0; "not seen" where it is not, although an effect as large as the paper's would have been found; else "undecided".
+
+examples:
+  python tools/reproduce.py --list
+  python tools/reproduce.py condconv
+  python tools/reproduce.py condconv --data-dir cifar10 --seeds 10
+  python tools/reproduce.py all
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = result.add_argument
+    add('names', metavar='NAME', nargs='*', help='experiments, or "all"')
+    add('--list', action='store_true', help='print the experiments and what each of them asks')
+    add('--seeds', metavar='N', type=int, help="seeds 0 to N - 1 (default: the experiment's own number)")
+    add('--data-dir', metavar='DIR', help="images in place of scikit-learn's digits: folders of one class each in "
+        'train/ and test/ (or val/), or an npz with x_train, y_train, x_test, y_test')
+    add('--jobs', metavar='J', type=int, help='worker processes, of one thread each (default: one for every core)')
+    add('--output', metavar='DIR', type=Path, default=Path('runs/reproduce'), help='default: %(default)s')
+    add('--publish', action='store_true', help='copy the results, without the single runs, to docs/experiments, and '
+        "renew the README's table from what is there")
+    add('--page', action='store_true', help='run nothing: write the page again from the results in DIR')
+    return result
+
+
+@exit_on_input_error
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run experiments; returns the exit code."""
+    args = parser().parse_args(argv)
+    console = Console(highlight=False, soft_wrap=True)
+    if args.list:
+        for name in FILES:
+            experiment = find_experiment(name)
+            console.print(f'{name:<20}{experiment.claims[0].text}', markup=False)
+        return 0
+    if args.page:
+        console.print(f"page in '{write_page(args.output)}'", markup=False)
+        return 0
+    if not args.names:
+        raise InputError(f'Name an experiment, or all: {", ".join(FILES)}.')
+    if args.jobs is not None and args.jobs < 1:
+        raise InputError(f'--jobs {args.jobs}: at least one process is needed.')
+    experiments = [find_experiment(name) for name in (FILES if 'all' in args.names else args.names)]
+    for experiment in experiments:
+        _run(experiment, args, console)
+    console.print(f"page in '{args.output / 'index.html'}'", markup=False)
+    return 0
+
+
+def _run(experiment, args: argparse.Namespace, console: Console) -> None:
+    """One experiment to its verdict line; the page says so where it ends early."""
+    try:
+        results = reproduce(
+            experiment, args.output, args.seeds, args.data_dir, args.jobs, lambda: write_page(args.output))
+    except (InputError, RuntimeError, KeyboardInterrupt) as error:
+        if (args.output / experiment.name / 'results.json').is_file():
+            reason = str(error) or 'Interrupted: the same command goes on from here.'
+            write_page(args.output, {experiment.name: reason})
+        raise
+    console.print(f'{experiment.name}: {verdict_line(results)}', markup=False)
+    if args.publish:
+        console.print(f"published in '{publish(results)}'", markup=False)

@@ -1,0 +1,184 @@
+"""What is told of results: the verdict line, a section of the page, the files of docs/experiments and README's table.
+
+All of it is made from results.json; nothing is typed by hand.
+"""
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Optional
+
+import moe_zoo
+from moe_zoo.analysis.charts import intervals
+from moe_zoo.analysis.page import Figure, Page, Section, Table
+from moe_zoo.errors import InputError, atomic_write
+
+from . import FILES, find_experiment
+
+__all__ = ['publish', 'readme_table', 'verdict_line', 'write_page']
+
+TITLE = "The papers' experiments, reproduced at desk scale"
+LEAD = (
+    'Every experiment fixed its claims, test, seeds and smallest detectable effect before its first run, and chose '
+    'nothing on the test images. The data are small: a verdict speaks of these data and networks, not of ImageNet.'
+)
+MOST_BYTES = 20_000  # of a published file
+
+Results = dict[str, Any]
+
+
+def verdict_line(results: Results) -> str:
+    """The verdict on the first claim in one line."""
+    claim, found = results['plan']['claims'][0], results['claims'][0]
+    unit, seeds = claim['unit'], len(results['plan']['seeds'])
+    published = '' if claim['published'] is None else f'; published {claim["published"]:+.3g}'
+    return (
+        f'{found["verdict"]}: {claim["better"]} minus {claim["worse"]} {found["difference"]:+.2f} {unit} of '
+        f'{claim["metric"]} (95 % interval {found["low"]:+.2f} to {found["high"]:+.2f}, p = {found["p"]:.2g}, {seeds} '
+        f'seeds; detectable {found["detectable"]:.2f}{published})')
+
+
+def write_page(output: Path, failures: Optional[dict[str, str]] = None) -> Path:
+    """Write index.html: a section for every experiment with results in `output`, in the order of the registry.
+
+    Args:
+        output: Folder of all experiments.
+        failures: Experiment to the reason why its run ended early.
+    """
+    sections = []
+    for name in FILES:
+        path = output / name / 'results.json'
+        if path.is_file():
+            results = json.loads(path.read_text(encoding='utf-8'))
+            sections.append(section(results, (failures or {}).get(name)))
+    Page(TITLE, LEAD, sections).write(output / 'index.html')
+    return output / 'index.html'
+
+
+def section(results: Results, failure: Optional[str] = None) -> Section:
+    """The section of one experiment, finished or not."""
+    claim = results['plan']['claims'][0]
+    if failure:
+        return Section(results['title'], 'failed', failure)
+    if results['status'] != 'done':
+        total = len(results['plan']['seeds']) * len(results['arms'])
+        headline = f'{claim["text"]} {len(results["runs"])} of {total} runs are done.'
+        return Section(results['title'], 'running', headline)
+    experiment = find_experiment(results['name'])
+    blocks = [
+        f'{claim["text"]} {results["question"]}',
+        f'After {results["paper"]}.',
+        _claims_table(results),
+        _intervals(results, claim['metric']),
+        *(experiment.charts(results) if experiment.charts else ()),
+        _arms_table(results),
+        f'Data: {results["plan"]["data"]}. Plan fixed {results["plan"]["written"]}; {results["plan"]["test"]}. '
+        + ', '.join(f'{name} {value}' for name, value in results['made_by'].items() if value) + '.',
+        f'$ python tools/reproduce.py {results["name"]}',
+    ]
+    return Section(results['title'], 'done', f'**{_capital(verdict_line(results))}**', blocks, results['seconds'])
+
+
+def _claims_table(results: Results) -> Table:
+    rows = []
+    for claim, found in zip(results['plan']['claims'], results['claims']):
+        published = None if claim['published'] is None else f'{claim["published"]:+.3g}'
+        rows.append([
+            f'{claim["text"]} ({claim["better"]} minus {claim["worse"]}, {claim["metric"]} in {claim["unit"]})',
+            f'{found["difference"]:+.2f}', f'{found["low"]:+.2f} to {found["high"]:+.2f}', f'{found["p"]:.2g}',
+            f'{claim["detectable"]:.2f}', f'{found["detectable"]:.2f}', published, found['verdict']])
+    sources = '; '.join(dict.fromkeys(c['source'] for c in results['plan']['claims'] if c['source']))
+    return Table(
+        ['claim', 'difference', '95 % interval', 'p', 'detectable, planned', 'as observed', 'published', 'verdict'],
+        rows, f'Published: {sources}' if sources else '')
+
+
+def _arms_table(results: Results) -> Table:
+    metrics = list(dict.fromkeys(name for arm in results['arms'] for name in arm['metrics']))
+    rows = [[arm['name'], *(_mean(arm['metrics'].get(name)) for name in metrics)] for arm in results['arms']]
+    return Table(['arm', *metrics], rows, f'Mean ± standard deviation over {len(results["plan"]["seeds"])} seeds.')
+
+
+def _mean(metric: Optional[dict[str, Any]]) -> Optional[str]:
+    if metric is None:
+        return None
+    number = f'{metric["mean"]:,.0f}' if abs(metric['mean']) >= 1000 else f'{metric["mean"]:.4g}'
+    return f'{number} ± {metric["std"]:.2g}' if metric['std'] else number
+
+
+def _intervals(results: Results, metric: str) -> Figure:
+    rows = [(arm['name'], arm['metrics'][metric]['values']) for arm in results['arms'] if metric in arm['metrics']]
+    alt = '; '.join(f'{name}: {", ".join(f"{v:.4g}" for v in values)}' for name, values in rows)
+    label = 'test accuracy, %' if metric == 'accuracy' else metric
+    return Figure(intervals(rows, label), f'{label} of every run. {alt}', 'A dot is a run, the bar the mean of an arm.')
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+# --- What the repository keeps ----------------------------------------------------------------------------------------
+
+def checkout() -> Path:
+    """Root of the checkout that runs.
+
+    Raises:
+        InputError: moe_zoo runs from an installed wheel.
+    """
+    root = Path(moe_zoo.__file__).resolve().parents[1]
+    if not (root / 'pyproject.toml').is_file():
+        raise InputError('--publish writes docs/ and README.md of a checkout, and moe_zoo runs from elsewhere.')
+    return root
+
+
+def publish(results: Results, root: Optional[Path] = None) -> Path:
+    """Keep finished results, without the single runs, in docs/experiments, and renew the README's table.
+
+    Raises:
+        InputError: They are not finished, or too large to keep.
+    """
+    root = root or checkout()
+    if results['status'] != 'done':
+        raise InputError(f'{results["name"]} is not finished: only finished results are published.')
+    text = json.dumps({key: value for key, value in results.items() if key != 'runs'}, indent=1) + '\n'
+    text = re.sub(r'\[[^\[\]{}]*\]', lambda found: re.sub(r'\s+', ' ', found[0]), text)  # a list of numbers a line
+    if len(text.encode()) > MOST_BYTES:
+        raise InputError(f'{results["name"]}: {len(text)} bytes of results; at most {MOST_BYTES} are published.')
+    path = root / 'docs' / 'experiments' / f'{results["name"]}.json'
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding='utf-8')
+    readme = root / 'README.md'
+    before = readme.read_text(encoding='utf-8')
+    after = BLOCK.sub(lambda found: f'{found[1]}{readme_table(path.parent)}{found[2]}', before)
+    if after != before:
+        with atomic_write(readme) as temporary:
+            temporary.write_text(after, encoding='utf-8')
+    return path
+
+
+BLOCK = re.compile(r'(<!-- experiments -->\n).*?(<!-- /experiments -->)', re.S)
+
+
+def readme_table(folder: Path) -> str:
+    """The README's table of experiments, a row a claim, from the files in docs/experiments."""
+    lines = [
+        '| experiment | claim | measured here (95 % interval) | seeds | detectable | published | verdict |',
+        '| --- | --- | ---: | ---: | ---: | ---: | --- |',
+    ]
+    for results in _published(folder):
+        for claim, found in zip(results['plan']['claims'], results['claims']):
+            published = 'unknown' if claim['published'] is None else f'{claim["published"]:+.3g}'
+            cells = (
+                f'`{results["name"]}`', claim['text'].rstrip('.'),
+                f'{found["difference"]:+.2f} ({found["low"]:+.2f} to {found["high"]:+.2f}) {claim["unit"]}',
+                str(len(results['plan']['seeds'])), f'{found["detectable"]:.2f}', published, found['verdict'])
+            lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines) + '\n'
+
+
+def _published(folder: Path) -> Iterable[Results]:
+    """Results in the order of the registry."""
+    for name in FILES:
+        path = folder / f'{name}.json'
+        if path.is_file():
+            yield json.loads(path.read_text(encoding='utf-8'))

@@ -1,0 +1,255 @@
+"""Runs an experiment: every arm with every seed in worker processes, each finished run kept, then the results.
+
+    OUTPUT/NAME/runs/ARM-seedN.json   one finished run; not repeated unless its options, its data or the code changed
+    OUTPUT/NAME/results.json          the plan, written before the first run, and all that came out, see `summarise`
+"""
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import torch
+
+import moe_zoo
+from moe_zoo.engine.compare import versions
+from moe_zoo.engine.log import Clock, Reporter, track
+from moe_zoo.errors import InputError, atomic_write
+
+from .experiment import Arm, Experiment
+from .training import Data
+from .verdict import LEVEL, POWER, detectable_effect, judge, paired_test
+
+__all__ = ['reproduce', 'summarise']
+
+TEST = f'two-sided paired t-test by seed at {LEVEL:.0%}; detectable: found with a probability of {POWER:.0%}'
+# What a run computes with, besides the file of its experiment: another text of these makes other runs.
+COMPUTES = ('routing', 'losses', 'layers', 'checkpoints', 'models', 'data/digits.py', 'engine/task.py',
+            'reproduce/training.py')
+
+Run = dict[str, Any]
+
+
+def reproduce(
+        experiment: Experiment,
+        output: Path,
+        seeds: Optional[int] = None,
+        data_dir: Optional[str] = None,
+        jobs: Optional[int] = None,
+        on_change: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Do the runs that are not done yet, and write the results.
+
+    Args:
+        experiment: What to run.
+        output: Folder of all experiments; files go to a folder of the experiment's name in it.
+        seeds: How many, from 0; None is the experiment's own number.
+        data_dir: Images to use in place of the default.
+        jobs: Worker processes; None is one for every core.
+        on_change: Called when results.json was written.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        InputError: The data or `seeds` cannot be used, or a run says so.
+        RuntimeError: A run failed; it is named. Those that finished are kept.
+    """
+    seeds = experiment.seeds if seeds is None else seeds
+    if seeds < 2:
+        raise InputError(f'--seeds {seeds}: a paired test needs at least 2 seeds.')
+    folder = output / experiment.name
+    data = experiment.load(data_dir)
+    code, reporter = fingerprint(experiment, data), Reporter()
+    todo = [(arm, seed, made_for(code, arm, seed)) for seed in range(seeds) for arm in experiment.arms]
+    plan = _planned(experiment, seeds, data, folder)
+    done = [run for arm, seed, key in todo if (run := _kept(folder, arm, seed, key)) is not None]
+
+    def write() -> dict[str, Any]:
+        results = summarise(experiment, plan, done)
+        _write_json(folder / 'results.json', results)
+        on_change()
+        return results
+
+    results = write()
+    known = {(run['arm'], run['seed']) for run in done}
+    todo = [(arm, seed, key) for arm, seed, key in todo if (arm.name, seed) not in known]
+    reporter.say(f'{experiment.name}: {len(experiment.arms)} arms x {seeds} seeds on {plan["data"]}'
+                 + (f'; {len(done)} runs kept from before' if done else ''))
+    clock = Clock(len(todo), 0)
+    runs = track(reporter, _parallel(experiment, data_dir, todo, jobs), len(todo), experiment.name)
+    for number, (run, key) in enumerate(runs, 1):
+        _write_json(_run_file(folder, run['arm'], run['seed']), {'made_for': key, **run})
+        done.append(run)
+        results = write()
+        reporter.say(f'{number}/{len(todo)} {describe(run)}; {clock.left(number)} left')
+    return results
+
+
+def summarise(experiment: Experiment, plan: dict[str, Any], runs: list[Run]) -> dict[str, Any]:
+    """The results as JSON holds them; `status` is 'running' until every run is there.
+
+    Returns:
+        name, title, paper, question: Of the experiment.
+        plan: `written` (date), `seeds`, `test`, `data`, `claims`: the fields of each with its `detectable` effect.
+        made_by: Versions and commit.
+        arms: name, options, and `metrics`: every number of its runs to `mean`, `std` (sample) and `values` by seed.
+        claims: In the plan's order, once all runs are there: difference, low, high (95 % interval), p, deviation and
+            detectable effect as observed, verdict.
+        runs: arm, seed, seconds, metrics.
+        seconds: Of all runs together.
+    """
+    runs = sorted(runs, key=lambda run: run['seed'])
+    by_arm = {arm.name: [run for run in runs if run['arm'] == arm.name] for arm in experiment.arms}
+    complete = len(runs) == len(plan['seeds']) * len(by_arm)
+    arms = [{**arm._asdict(), 'metrics': _averages(by_arm[arm.name])} for arm in experiment.arms]
+    results = {
+        **{field: getattr(experiment, field) for field in ('name', 'title', 'paper', 'question')},
+        'status': 'done' if complete else 'running', 'plan': plan, 'made_by': versions(), 'arms': arms,
+        'claims': [], 'seconds': sum(run['seconds'] for run in runs), 'runs': runs,
+    }
+    if complete:
+        metrics = {arm['name']: arm['metrics'] for arm in arms}
+        results['claims'] = [_decide(claim, metrics) for claim in plan['claims']]
+    return results
+
+
+def _decide(claim: dict[str, Any], metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One claim of the plan against what was measured."""
+    found = paired_test(*(metrics[claim[side]][claim['metric']]['values'] for side in ('better', 'worse')))
+    return {
+        'difference': found.mean, 'low': found.low, 'high': found.high, 'p': found.p, 'deviation': found.deviation,
+        'detectable': detectable_effect(found.deviation, found.n), 'verdict': judge(found, claim['published']),
+    }
+
+
+def _averages(runs: list[Run]) -> dict[str, dict[str, Any]]:
+    """Every number that all of these runs return."""
+    averages = {}
+    for name, first in runs[0]['metrics'].items() if runs else ():
+        values = [run['metrics'].get(name) for run in runs]
+        if isinstance(first, (int, float)) and all(isinstance(value, (int, float)) for value in values):
+            std = statistics.stdev(values) if len(values) > 1 else 0.
+            averages[name] = {'mean': statistics.fmean(values), 'std': std, 'values': values}
+    return averages
+
+
+def _planned(experiment: Experiment, seeds: int, data: Data, folder: Path) -> dict[str, Any]:
+    """The plan; the one on disk, with its date, where nothing of it has changed."""
+    claims = [{**vars(claim), 'detectable': detectable_effect(claim.deviation, seeds)} for claim in experiment.claims]
+    plan = {'seeds': list(range(seeds)), 'test': TEST, 'data': data.description, 'claims': claims}
+    try:
+        before = json.loads((folder / 'results.json').read_text(encoding='utf-8'))['plan']
+    except (OSError, ValueError, KeyError, TypeError):
+        before = {}
+    written = before.pop('written', None)
+    return {'written': written if before == plan else time.strftime('%Y-%m-%d %H:%M'), **plan}
+
+
+def fingerprint(experiment: Experiment, data: Data) -> str:
+    """A hash of what all runs of an experiment compute with: data and code."""
+    package = Path(moe_zoo.__file__).parent
+    found = [path for name in COMPUTES for path in ([package / name] if '.' in name else (package / name).glob('*.py'))]
+    found.append(Path(experiment.run.__code__.co_filename))
+    state = hashlib.sha256(torch.__version__.encode())
+    for path in sorted(found):
+        state.update(path.read_bytes())
+    for part in (data.train, data.validation, data.test):
+        for tensor in part:
+            state.update(tensor.numpy().tobytes())
+    return state.hexdigest()
+
+
+def made_for(code: str, arm: Arm, seed: int) -> str:
+    """A hash of what decides the outcome of one run."""
+    return hashlib.sha256(json.dumps([code, arm.options, seed], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _run_file(folder: Path, arm: str, seed: int) -> Path:
+    return folder / 'runs' / f'{re.sub(r"[^a-zA-Z0-9_.=-]+", "_", arm)}-seed{seed}.json'
+
+
+def _kept(folder: Path, arm: Arm, seed: int, key: str) -> Optional[Run]:
+    """A finished run of before, if it was made for the same."""
+    try:
+        run = json.loads(_run_file(folder, arm.name, seed).read_text(encoding='utf-8'))
+        return run if run.pop('made_for') == key and (run['arm'], run['seed']) == (arm.name, seed) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
+
+
+def describe(run: Run) -> str:
+    """`static seed 0: accuracy 97.18, macs 4.1e+05 (12 s)`."""
+    numbers = [f'{name} {value:.4g}' for name, value in run['metrics'].items() if isinstance(value, (int, float))]
+    return f'{run["arm"]} seed {run["seed"]}: {", ".join(numbers[:4])} ({run["seconds"]:.0f} s)'
+
+
+# --- Worker processes -------------------------------------------------------------------------------------------------
+
+_WORK: list = []  # in a worker: the function that runs an arm, and the data
+
+
+def _parallel(
+        experiment: Experiment,
+        data_dir: Optional[str],
+        todo: list[tuple[Arm, int, str]],
+        jobs: Optional[int],
+) -> Iterator[tuple[Run, str]]:
+    """Finished runs with the keys they were made for, as they come; on leaving, no worker is left."""
+    if not todo:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    jobs = min(jobs or cores, len(todo))
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(
+        jobs, multiprocessing.get_context('spawn'), _start_worker, (experiment.run, experiment.load, data_dir))
+    try:
+        futures = {pool.submit(_run, arm, seed): (arm, seed, key) for arm, seed, key in todo}
+        for future in as_completed(futures):
+            arm, seed, key = futures[future]
+            try:
+                run = future.result()
+            except Exception as error:
+                where = f'{experiment.name}: arm {arm.name!r}, seed {seed}'
+                if isinstance(error, InputError):
+                    raise InputError(f'{where}: {error}') from error
+                raise RuntimeError(f'{where} failed: {type(error).__name__}: {error}') from error
+            yield run, key
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - before:
+            process.terminate()
+
+
+def _start_worker(run: Callable, load: Callable, data_dir: Optional[str]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    torch.set_num_threads(1)
+    _WORK[:] = run, load(data_dir)
+
+
+def _run(arm: Arm, seed: int) -> Run:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    started = time.perf_counter()
+    run, data = _WORK
+    metrics = run(arm.options, seed, data)
+    broken = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+    if broken:
+        raise ArithmeticError(f'{", ".join(broken)} is not a finite number')
+    return {'arm': arm.name, 'seed': seed, 'seconds': time.perf_counter() - started, 'metrics': metrics}
