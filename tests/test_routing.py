@@ -54,7 +54,7 @@ def test_sigmoid_top_k_normalises_and_its_bias_only_chooses():
     x = torch.tensor([[math.log(3), 0.0, -math.log(3)]])
     router = identity_router(SigmoidTopKRouter)
     torch.testing.assert_close(router(x).weights, torch.tensor([[0.6, 0.4]]))  # 3/4 and 1/2 of 5/4
-    router.selection_bias.copy_(torch.tensor([0.0, 0.0, 1.0]))
+    router.constraint.selection_bias.copy_(torch.tensor([0.0, 0.0, 1.0]))
     routing = router(x)
     assert routing.indices.tolist() == [[2, 0]]
     torch.testing.assert_close(routing.weights, torch.tensor([[0.25, 0.75]]))  # the gates without the bias
@@ -67,12 +67,12 @@ def test_selection_bias_moves_against_the_load_in_training_only():
     x = torch.tensor([[1.0, 0.0]] * 4)  # all four items choose expert 0; the mean load is 1
     router.eval()(x)
     end_step(router)
-    assert router.selection_bias.tolist() == [0, 0, 0, 0]
+    assert router.constraint.selection_bias.tolist() == [0, 0, 0, 0]
     router.train()(x)
     end_step(router)
-    assert router.selection_bias.tolist() == [-0.5, 0.5, 0.5, 0.5]
-    assert router.load.tolist() == [0, 0, 0, 0]
-    assert 'selection_bias' in router.state_dict()
+    assert router.constraint.selection_bias.tolist() == [-0.5, 0.5, 0.5, 0.5]
+    assert router.constraint.load.tolist() == [0, 0, 0, 0]
+    assert 'constraint.selection_bias' in router.state_dict()
     assert router(x).indices.flatten().tolist() == [1] * 4  # sigmoid(3) - .5 = .45 against sigmoid(2) + .5
 
 

@@ -284,12 +284,13 @@ def test_adaptive_routers_are_told_of_steps():
 
     task(images[:8], target[:8])['loss'].backward()
     other.step()
-    assert not router.selection_bias.any() and int(router.load.sum()) == 8 * 5 * 2  # 8 images, 5 tokens, 2 experts
+    bias, load = router.constraint.selection_bias, router.constraint.load
+    assert not bias.any() and int(load.sum()) == 8 * 5 * 2  # 8 images, 5 tokens, 2 experts
 
     scaler = NativeScaler(device='cpu')
     scaler(task(images[8:], target[8:])['loss'], optimizer)
-    assert int(router.load.sum()) == 0
-    assert set(router.selection_bias.abs().tolist()) <= {0.0, 0.25} and router.selection_bias.any()
+    assert int(load.sum()) == 0
+    assert set(bias.abs().tolist()) <= {0.0, 0.25} and bias.any()
 
 
 def test_hook_goes_with_the_model():

@@ -232,7 +232,7 @@ def test_warns_of_an_expert_without_work(images, tmp_path):
     keywords = {**MODEL, 'router': 'sigmoid', 'router_args': {'bias_rate': 0.0}}
     model = timm.create_model('vmoe_vit_s', img_size=16, num_classes=2, **keywords)
     with torch.no_grad():
-        model.blocks[1].mlp.router.selection_bias[0] = -10.0
+        model.blocks[1].mlp.router.constraint.selection_bias[0] = -10.0
     torch.save(model.state_dict(), tmp_path / 'start.pth')
     result = run(images, tmp_path / 'run', model_kwargs=keywords, initial_checkpoint=str(tmp_path / 'start.pth'))
     told = [text for text in result['warnings'] if 'expert' in text]

@@ -5,17 +5,15 @@ Distribution, compilation, EMA, accumulation and checkpoint state are inherited.
 Letters: B images, E experts.
 """
 import warnings
-import weakref
 from typing import Any, Dict, List, Optional
 
 import torch
 from timm.task import ClassificationTask, MultiLabelClassificationTask
 from timm.utils import unwrap_model
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..losses import auxiliary_losses, balance
-from ..routing import Routing, end_step, trace_routing
+from ..routing import Routing, end_step_after_optimizer, trace_routing
 
 
 class MoEClassificationTask(ClassificationTask):
@@ -32,7 +30,7 @@ class MoEClassificationTask(ClassificationTask):
         if hasattr(unwrap_model(model), 'set_aux_loss'):
             unwrap_model(model).set_aux_loss(True)
         self._layers: List[str] = []
-        _end_step_after_optimizer(self)
+        end_step_after_optimizer(unwrap_model(model))
 
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs) -> 'MoEClassificationTask':
         """As timm's; on CPU, DDP refuses `device_ids`, which timm's train.py passes always."""
@@ -83,22 +81,3 @@ class MoEClassificationTask(ClassificationTask):
 
 class MoEMultiLabelClassificationTask(MultiLabelClassificationTask, MoEClassificationTask):
     """Independent binary targets, with auxiliary losses."""
-
-
-def _end_step_after_optimizer(task: MoEClassificationTask) -> None:
-    """Call `end_step` after each step of an optimiser of the model, whichever loop takes it.
-
-    A hook of torch's, because timm's loop offers the task no call after a step; it goes when the task does.
-    """
-    model = unwrap_model(task.trainable_module)
-    if not any(hasattr(module, 'end_step') for module in model.modules()):
-        return
-    watched = weakref.ref(model)
-
-    def hook(optimizer: torch.optim.Optimizer, *_) -> None:
-        model = watched()
-        parameters = {id(p) for p in model.parameters()} if model is not None else ()
-        if any(id(p) in parameters for group in optimizer.param_groups for p in group['params'][:1]):
-            end_step(model)
-
-    weakref.finalize(model, register_optimizer_step_post_hook(hook).remove)

@@ -1,5 +1,6 @@
 """How inputs meet experts: records, routers, capacity, dispatch. Pure tensor code that knows no image and no model."""
 from .capacity import compute_capacity, keep_within_capacity
+from .constraints import STEP_CONSTRAINTS, create_constraint
 from .context import (
     RoutingContext,
     checkpoint_routed,
@@ -9,7 +10,7 @@ from .context import (
     trace_routing,
 )
 from .dispatch import dispatch_padded, dispatch_reference, dispatch_sorted
-from .notices import end_step, set_epoch
+from .notices import end_step, end_step_after_optimizer, set_epoch
 from .routers import (
     AnnealedSoftmaxRouter,
     NoisyTopKRouter,
@@ -30,15 +31,18 @@ __all__ = [
     'SigmoidRouter',
     'SigmoidTopKRouter',
     'SoftmaxRouter',
+    'STEP_CONSTRAINTS',
     'SoftmaxTopKRouter',
     'check_num_selected',
     'checkpoint_routed',
     'compute_capacity',
+    'create_constraint',
     'current_image_sizes',
     'dispatch_padded',
     'dispatch_reference',
     'dispatch_sorted',
     'end_step',
+    'end_step_after_optimizer',
     'keep_within_capacity',
     'linear_float32',
     'record',

@@ -3,7 +3,11 @@
 The tools of this package tell them by themselves. A loop of one's own calls the two functions; a module that wants to
 know has a method of the same name.
 """
+import weakref
+
+import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 def set_epoch(model: nn.Module, epoch: int) -> None:
@@ -30,3 +34,22 @@ def end_step(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, 'end_step'):
             module.end_step()
+
+
+def end_step_after_optimizer(model: nn.Module) -> None:
+    """Call `end_step` after each step of an optimiser of the model, whichever loop takes it.
+
+    A hook of torch's, because neither timm's loop nor detectron2's offers a model a call after a step; it goes when the
+    model does.
+    """
+    if not any(hasattr(module, 'end_step') for module in model.modules()):
+        return
+    watched = weakref.ref(model)
+
+    def hook(optimizer: torch.optim.Optimizer, *_) -> None:
+        model = watched()
+        parameters = {id(p) for p in model.parameters()} if model is not None else ()
+        if any(id(p) in parameters for group in optimizer.param_groups for p in group['params'][:1]):
+            end_step(model)
+
+    weakref.finalize(model, register_optimizer_step_post_hook(hook).remove)

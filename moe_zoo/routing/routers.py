@@ -18,11 +18,11 @@ import numbers
 from typing import Optional, Sequence, Tuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
 from ..errors import InputError
+from .constraints import SelectionBias, create_constraint
 from .types import Routing
 
 Losses = Tuple[Tuple[str, float], ...]
@@ -252,8 +252,10 @@ class _TopKRouter(_Router):
     def forward(self, x: torch.Tensor) -> Routing:
         """x: (T, D). Returns a record with (T, K) weights."""
         logits, gates, weights, indices, noisy, std = self.choose(x)
+        constraint = getattr(self, 'constraint', None)
+        kept = weights > 0 if constraint is not None and constraint.excludes else None
         return Routing(
-            logits, gates, weights, indices, noisy_logits=noisy, noise_std=std,
+            logits, gates, weights, indices, kept, noisy_logits=noisy, noise_std=std,
             shape=(x.shape[0],), losses=self.losses)
 
 
@@ -266,11 +268,16 @@ class NoisyTopKRouter(_TopKRouter):
     With K = 1 the softmax over one logit is constantly 1; the weight is then p / p.detach() with p the softmax over
     all experts, so that its value is 1 and the router still hears the task loss.
 
+    A constraint with a state (`moe_zoo.routing.constraints`) may exclude experts, whose weight is then exactly 0, or
+    add a bias to the scores that choose.
+
     Args:
         noise: Whether to learn and add noise; without it the noise matrix does not exist.
         noise_epsilon: Added to the standard deviation (1e-2 in the authors' code).
         zero_init: False draws the gate weights as `_Router` does, for gates without noise, where a zero matrix would
             send everything to the first experts.
+        constraint: A key of `STEP_CONSTRAINTS` ('relative', 'mean', 'bias'), or None.
+        constraint_value: Its threshold or rate; None is its default.
     """
 
     def __init__(
@@ -282,6 +289,8 @@ class NoisyTopKRouter(_TopKRouter):
             noise_epsilon: float = 1e-2,
             zero_init: Optional[bool] = None,
             losses: Sequence[Tuple[str, float]] = (('importance', 0.1), ('load', 0.1)),
+            constraint: Optional[str] = None,
+            constraint_value: Optional[float] = None,
             device=None,
             dtype=None,
     ):
@@ -292,6 +301,9 @@ class NoisyTopKRouter(_TopKRouter):
         self.noise_weight = None
         if noise:
             self.noise_weight = nn.Parameter(torch.zeros(num_experts, in_features, device=device, dtype=dtype))
+        self.constraint = None
+        if constraint is not None:
+            self.constraint = create_constraint(constraint, num_experts, constraint_value, device=device)
 
     def reset_parameters(self) -> None:
         if self.zero_init:
@@ -311,13 +323,21 @@ class NoisyTopKRouter(_TopKRouter):
             std = F.softplus(linear_float32(x, noise_weight)) + self.noise_epsilon
             deciding = logits + self.sample_noise(logits) * std
             noisy = deciding
-        top, indices = top_k(deciding, self.num_selected)
+        scores = deciding
+        constraint = self.constraint
+        if constraint is not None:
+            deciding, scores = constraint.decide(deciding)
+        indices = top_k(scores, self.num_selected)[1]
         if self.num_selected == 1:
-            chosen = torch.softmax(deciding, dim=-1).gather(1, indices)
-            weights = chosen / chosen.detach()
+            # In logarithms, because a bias may choose an expert whose p is 0 in float32.
+            chosen = torch.log_softmax(deciding, dim=-1).gather(1, indices)
+            weights = torch.exp(chosen - chosen.detach())
         else:
-            weights = torch.softmax(top, dim=-1)
+            weights = torch.softmax(deciding.gather(1, indices), dim=-1)
         gates = torch.zeros_like(logits).scatter(1, indices, weights)
+        if constraint is not None:
+            if self.training:
+                constraint.observe(indices, gates)
         return logits, gates, weights, indices, noisy, std
 
 
@@ -387,37 +407,16 @@ class SigmoidTopKRouter(_TopKRouter):
             dtype=None,
     ):
         super().__init__(in_features, num_experts, num_selected, False, losses, device=device, dtype=dtype)
-        self.bias_rate = bias_rate
-        # float32 and integers whatever the model's dtype: steps of 1e-3 vanish in bfloat16.
-        self.register_buffer('selection_bias', torch.zeros(num_experts, device=device, dtype=torch.float32))
-        self.register_buffer('load', torch.zeros(num_experts, device=device, dtype=torch.int64))
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        for state in (getattr(self, 'selection_bias', None), getattr(self, 'load', None)):
-            if state is not None:
-                nn.init.zeros_(state)
+        self.constraint = SelectionBias(num_experts, bias_rate, device=device)
 
     def choose(self, x: torch.Tensor) -> Choice:
         logits = self.compute_logits(x)
         gates = torch.sigmoid(logits)
-        indices = top_k(gates.detach() + self.selection_bias.float(), self.num_selected)[1]
+        indices = top_k(self.constraint.favour(gates), self.num_selected)[1]
         weights = _normalise(gates.gather(1, indices))
         if self.training:
-            with torch.no_grad():
-                # Out of place, then copied: re-computation under checkpointing doubles the count, which no sign sees.
-                counts = F.one_hot(indices.flatten(), self.num_experts).sum(dim=0)
-                self.load.copy_(self.load + counts)
+            self.constraint.observe(indices, gates)
         return logits, gates, weights, indices, None, None
-
-    @torch.no_grad()
-    def end_step(self) -> None:
-        """Move the bias against the load since the last call, summed over ranks, and start counting anew."""
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.load)
-        load = self.load.double()
-        self.selection_bias += self.bias_rate * torch.sign(load.mean() - load).to(self.selection_bias.dtype)
-        self.load.zero_()
 
 
 def _normalise(weights: torch.Tensor) -> torch.Tensor:
