@@ -7,11 +7,13 @@ import contextlib
 import difflib
 import errno
 import functools
+import inspect
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Union
+from typing import Any, Callable, Iterable, Iterator, Union
 
 
 class InputError(ValueError):
@@ -28,6 +30,35 @@ def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
     if not found:
         return ''
     return ' Did you mean ' + ' or '.join(repr(f) for f in found) + '?'
+
+
+def nearest_keyword(error: BaseException, build: Callable[..., Any]) -> str:
+    """What to put behind the text of a TypeError by which a model refused a keyword: `. Did you mean 'a'?` or nothing.
+
+    Args:
+        error: What was raised; to anything but an unexpected keyword nothing is added.
+        build: Makes the model (a torch module) from keywords. Keywords of its own class and of its layers are tried,
+            because many models hand theirs on.
+    """
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if not unknown:
+        return ''
+    try:
+        classes = {cls for module in build().modules() for cls in type(module).__mro__}
+    except Exception:  # whatever it is, it is not what the user asked for
+        return ''
+    known = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
+    similar = difflib.get_close_matches(unknown[1], sorted(known), n=6, cutoff=0.6)
+    meant = next((name for name in similar if _accepts(build, name)), None)
+    return f'. Did you mean {meant!r}?' if meant else ''
+
+
+def _accepts(build: Callable[..., Any], keyword: str) -> bool:
+    try:
+        build(**{keyword: 1})  # timm leaves out what is None
+    except Exception as error:  # a value that does not fit is no refusal of the keyword
+        return 'unexpected keyword argument' not in str(error)
+    return True
 
 
 def exit_on_input_error(main: Callable) -> Callable:

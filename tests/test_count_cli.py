@@ -139,6 +139,10 @@ BAD = {
     'nothing': ([], 'Give the names of models, or --config-file'),
     'unknown': (['vmoe_vit_t'], "timm and moe_zoo have no model 'vmoe_vit_t'. Did you mean 'vmoe_vit_"),
     'keyword': (['resnet18', '--model-kwargs', 'experts=4'], 'resnet18 cannot be built with experts=4: '),
+    'near keyword': (
+        ['condconv_resnet18', '--model-kwargs', 'num_expert=4'],
+        'condconv_resnet18 cannot be built with num_expert=4: ResNet.__init__() got an unexpected keyword argument '
+        "'num_expert'. Did you mean 'num_experts'?"),
     'pair': (['resnet18', '--model-kwargs', 'experts'], "--model-kwargs: 'experts' is not of the form key=value."),
     'size': (['resnet18', '--img-size', '3x4x5'], "--img-size '3x4x5' is neither one side, as 224, nor height x width"),
     'no size': (['resnet18', '--img-size', '0'], "--img-size '0' is neither one side, as 224, nor height x width"),

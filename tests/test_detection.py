@@ -180,6 +180,7 @@ def test_timm_models_give_the_stages_of_a_resnet(name):
     ('resnet81', {}, "'resnet81' is no model of timm or moe_zoo. Did you mean 'resnet18'"),
     ('vit_tiny_patch16_224', {}, r'feature maps of stride \[16, .*needs 8, 16 and 32: choose a hierarchical model'),
     ('resnet18', {'experts': 2}, "with MOE.TIMM.ARGS {'experts': 2}: .*unexpected keyword argument 'experts'"),
+    ('condconv_resnet18', {'num_expert': 2}, "unexpected keyword argument 'num_expert'. Did you mean 'num_experts'"),
     ('inception_v4', {}, r'it gives \(1, 160, 30, 46\) for a 128 x 192 image at stride 4'),
 ])
 def test_unfit_timm_models_are_refused(name, args, message):

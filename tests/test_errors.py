@@ -93,7 +93,12 @@ def test_routing_keywords(says):
         'num_selected=5 with num_experts=4: choose between 1 and 4 experts.')
     message = says(*OPTIONS, 'model_kwargs.group_size=7')
     assert message.startswith('group_size=7 does not divide the 20 tokens of a batch')
-    assert "unexpected keyword argument 'num_expert'" in says(*OPTIONS, 'model_kwargs.num_expert=5')
+    assert says(*OPTIONS, 'model_kwargs.num_expert=5').endswith(
+        "unexpected keyword argument 'num_expert'. Did you mean 'num_experts'?")
+    message = says(*OPTIONS, 'model_kwargs.qqq=5')
+    assert message.endswith("unexpected keyword argument 'qqq'")
+    message = says('model=resnet18', *OPTIONS[-4:], 'model_kwargs.cardinalty=5')  # a keyword of timm's class
+    assert message.endswith("'cardinalty'. Did you mean 'cardinality'?")
 
 
 def test_data_folder(says, tmp_path, images):

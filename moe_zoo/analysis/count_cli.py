@@ -10,6 +10,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import nn
 
 import moe_zoo
 from moe_zoo.engine.checkpoint import check_fits, find_weights, read_checkpoint
-from moe_zoo.errors import InputError, atomic_write, exit_on_input_error, nearest
+from moe_zoo.errors import InputError, atomic_write, exit_on_input_error, nearest, nearest_keyword
 
 from ..layers.routed import RoutedLayer
 from .cost import Cost, ImageCosts, count, count_images
@@ -135,7 +136,8 @@ def build_model(name: str, device: str, img_size: tuple[int, int] | None = None,
             model.set_input_size(img_size=img_size)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         asked = ', '.join([*(f'{k}={v!r}' for k, v in kwargs.items()), *([f'img_size={img_size}'] if img_size else [])])
-        raise InputError(f'{name} cannot be built with {asked or "its defaults"}: {_first_line(error)}') from error
+        reason = _first_line(error) + nearest_keyword(error, partial(timm.create_model, name, device='meta'))
+        raise InputError(f'{name} cannot be built with {asked or "its defaults"}: {reason}') from error
     return model
 
 

@@ -3,6 +3,7 @@
 Both stand under a feature pyramid P3 to P7, as RetinaNet wants it (Lin et al. 2017, arXiv 1708.02002).
 """
 import logging
+from functools import partial
 from typing import Any, Dict, List, Optional, Sequence
 
 import timm
@@ -17,7 +18,7 @@ from timm.layers import Format
 from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
 
-from ..errors import InputError, nearest
+from ..errors import InputError, nearest, nearest_keyword
 from ..layers.moe_stage import MoEStage
 
 STAGES = {4: 'res2', 8: 'res3', 16: 'res4', 32: 'res5'}  # stride -> the name that detectron2's parts look for
@@ -77,6 +78,7 @@ def build_moe_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         in_chs=resnet.res5[0].in_channels,
         num_experts=options.NUM_EXPERTS,
         num_selected=options.NUM_SELECTED,
+        constraint=None,
         noise=options.NOISE,
         losses=[tuple(pair) for pair in options.LOSSES],
         perturb=options.PERTURB,
@@ -220,8 +222,9 @@ def _create(name: str, model_args: Dict[str, Any], pretrained: bool = False, out
             file = model_args['pretrained_cfg_overlay']['file']
             raise InputError(f"MOE.TIMM.CHECKPOINT '{file}' cannot be loaded into {name}: {reason}") from error
         shown = {k: v for k, v in model_args.items() if k not in ('in_chans', 'out_indices')}
+        hint = nearest_keyword(error, partial(timm.create_model, name, device='meta'))
         raise InputError(f'MOE.TIMM.NAME {name!r} cannot be built as a backbone with MOE.TIMM.ARGS {shown}: {reason}'
-                         ) from error
+                         f'{hint}') from error
 
 
 def _check_input(cfg: CfgNode, backbone: TimmBackbone) -> None:

@@ -17,7 +17,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import NativeScaler
 from torch import nn
 
-from ..errors import InputError, nearest
+from ..errors import InputError, nearest, nearest_keyword
 from .checkpoint import check_fits, find_weights, read_checkpoint
 
 SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'none')
@@ -71,7 +71,8 @@ def build_model(args: argparse.Namespace) -> nn.Module:
         )
         model = timm.create_model(pretrained=args.pretrained or bool(args.pretrained_path), **keywords)
     except (TypeError, AssertionError) as error:
-        raise InputError(f'The model {args.model!r} cannot be built with these options: {error}') from error
+        hint = nearest_keyword(error, functools.partial(timm.create_model, args.model, device='meta'))
+        raise InputError(f'The model {args.model!r} cannot be built with these options: {error}{hint}') from error
     except (RuntimeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
