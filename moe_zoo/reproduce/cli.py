@@ -42,6 +42,8 @@ def parser() -> argparse.ArgumentParser:
         'train/ and test/ (or val/), or an npz with x_train, y_train, x_test, y_test')
     add('--jobs', metavar='J', type=int, help='worker processes, of one thread each (default: one for every core)')
     add('--output', metavar='DIR', type=Path, default=Path('runs/reproduce'), help='default: %(default)s')
+    add('--pilot', action='store_true', help='measure on the validation images, with other seeds, into DIR/pilot: for '
+        'choosing hyper-parameters and the deviation that a claim expects')
     add('--publish', action='store_true', help='copy the results, without the single runs, to docs/experiments, and '
         "renew the README's table from what is there")
     add('--page', action='store_true', help='run nothing: write the page again from the results in DIR')
@@ -65,6 +67,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         raise InputError(f'Name an experiment, or all: {", ".join(FILES)}.')
     if args.jobs is not None and args.jobs < 1:
         raise InputError(f'--jobs {args.jobs}: at least one process is needed.')
+    if args.pilot:
+        if args.publish:
+            raise InputError('--pilot --publish: a pilot chooses; only what was measured on test images is published.')
+        args.output /= 'pilot'
     experiments = [find_experiment(name) for name in (FILES if 'all' in args.names else args.names)]
     for experiment in experiments:
         _run(experiment, args, console)
@@ -76,12 +82,18 @@ def _run(experiment, args: argparse.Namespace, console: Console) -> None:
     """One experiment to its verdict line; the page says so where it ends early."""
     try:
         results = reproduce(
-            experiment, args.output, args.seeds, args.data_dir, args.jobs, lambda: write_page(args.output))
+            experiment, args.output, args.seeds, args.data_dir, args.jobs, args.pilot, lambda: write_page(args.output))
     except (InputError, RuntimeError, KeyboardInterrupt) as error:
         if (args.output / experiment.name / 'results.json').is_file():
             reason = str(error) or 'Interrupted: the same command goes on from here.'
             write_page(args.output, {experiment.name: reason})
         raise
+    if args.pilot:
+        for claim, found in zip(experiment.claims, results['claims']):
+            console.print(
+                f'{claim.better} minus {claim.worse}, {claim.metric}: {found["difference"]:+.3g}, deviation of the '
+                f'paired differences {found["deviation"]:.3g}', markup=False)
+        return
     console.print(f'{experiment.name}: {verdict_line(results)}', markup=False)
     if args.publish:
         console.print(f"published in '{publish(results)}'", markup=False)

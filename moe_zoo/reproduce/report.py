@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import moe_zoo
 from moe_zoo.analysis.charts import intervals
@@ -31,7 +31,7 @@ def verdict_line(results: Results) -> str:
     """The verdict on the first claim in one line."""
     claim, found = results['plan']['claims'][0], results['claims'][0]
     unit, seeds = claim['unit'], len(results['plan']['seeds'])
-    published = '' if claim['published'] is None else f'; published {claim["published"]:+.3g}'
+    published = '' if claim['published'] is None else f'; published {_signed(claim["published"])}'
     return (
         f'{found["verdict"]}: {claim["better"]} minus {claim["worse"]} {found["difference"]:+.2f} {unit} of '
         f'{claim["metric"]} (95 % interval {found["low"]:+.2f} to {found["high"]:+.2f}, p = {found["p"]:.2g}, {seeds} '
@@ -66,9 +66,8 @@ def section(results: Results, failure: Optional[str] = None) -> Section:
         return Section(results['title'], 'running', headline)
     experiment = find_experiment(results['name'])
     blocks = [
-        f'{claim["text"]} {results["question"]}',
-        f'After {results["paper"]}.',
-        _claims_table(results),
+        f'{results["question"]} After {results["paper"]}.',
+        *_claims(results),
         _intervals(results, claim['metric']),
         *(experiment.charts(results) if experiment.charts else ()),
         _arms_table(results),
@@ -79,18 +78,22 @@ def section(results: Results, failure: Optional[str] = None) -> Section:
     return Section(results['title'], 'done', f'**{_capital(verdict_line(results))}**', blocks, results['seconds'])
 
 
-def _claims_table(results: Results) -> Table:
-    rows = []
-    for claim, found in zip(results['plan']['claims'], results['claims']):
-        published = None if claim['published'] is None else f'{claim["published"]:+.3g}'
+def _claims(results: Results) -> list[Union[str, Table]]:
+    """The claims in words, and what the test says of each."""
+    rows, words = [], []
+    for number, (claim, found) in enumerate(zip(results['plan']['claims'], results['claims']), 1):
+        source = f' Published: {claim["source"]}.' if claim['source'] else ''
+        words.append(f'**Claim {number}.** {claim["text"]}{source}')
         rows.append([
-            f'{claim["text"]} ({claim["better"]} minus {claim["worse"]}, {claim["metric"]} in {claim["unit"]})',
+            f'{number}. {claim["better"]} minus {claim["worse"]}, {claim["metric"]}',
             f'{found["difference"]:+.2f}', f'{found["low"]:+.2f} to {found["high"]:+.2f}', f'{found["p"]:.2g}',
-            f'{claim["detectable"]:.2f}', f'{found["detectable"]:.2f}', published, found['verdict']])
-    sources = '; '.join(dict.fromkeys(c['source'] for c in results['plan']['claims'] if c['source']))
-    return Table(
-        ['claim', 'difference', '95 % interval', 'p', 'detectable, planned', 'as observed', 'published', 'verdict'],
-        rows, f'Published: {sources}' if sources else '')
+            f'{claim["detectable"]:.2f}, {found["detectable"]:.2f}', _signed(claim['published']), found['verdict']])
+    columns = ['difference of arms', 'mean', '95 % interval', 'p', 'detectable', 'published', 'verdict']
+    return [*words, Table(columns, rows, 'Detectable: as planned, and by the deviation observed.')]
+
+
+def _signed(value: Optional[float]) -> Optional[str]:
+    return None if value is None else f'{value:+.3g}'
 
 
 def _arms_table(results: Results) -> Table:
@@ -167,11 +170,11 @@ def readme_table(folder: Path) -> str:
     ]
     for results in _published(folder):
         for claim, found in zip(results['plan']['claims'], results['claims']):
-            published = 'unknown' if claim['published'] is None else f'{claim["published"]:+.3g}'
             cells = (
                 f'`{results["name"]}`', claim['text'].rstrip('.'),
                 f'{found["difference"]:+.2f} ({found["low"]:+.2f} to {found["high"]:+.2f}) {claim["unit"]}',
-                str(len(results['plan']['seeds'])), f'{found["detectable"]:.2f}', published, found['verdict'])
+                str(len(results['plan']['seeds'])), f'{found["detectable"]:.2f}',
+                _signed(claim['published']) or 'unknown', found['verdict'])
             lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines) + '\n'
 

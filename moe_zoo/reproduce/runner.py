@@ -15,6 +15,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -37,6 +40,8 @@ TEST = f'two-sided paired t-test by seed at {LEVEL:.0%}; detectable: found with 
 COMPUTES = ('routing', 'losses', 'layers', 'checkpoints', 'models', 'data/digits.py', 'engine/task.py',
             'reproduce/training.py')
 
+PILOT = 1000  # first seed of a pilot
+
 Run = dict[str, Any]
 
 
@@ -46,6 +51,7 @@ def reproduce(
         seeds: Optional[int] = None,
         data_dir: Optional[str] = None,
         jobs: Optional[int] = None,
+        pilot: bool = False,
         on_change: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Do the runs that are not done yet, and write the results.
@@ -56,6 +62,8 @@ def reproduce(
         seeds: How many, from 0; None is the experiment's own number.
         data_dir: Images to use in place of the default.
         jobs: Worker processes; None is one for every core.
+        pilot: Measure on the validation images, with seeds that the experiment itself does not use: for choosing
+            hyper-parameters, and for the deviation that a claim expects.
         on_change: Called when results.json was written.
 
     Returns:
@@ -65,13 +73,16 @@ def reproduce(
         InputError: The data or `seeds` cannot be used, or a run says so.
         RuntimeError: A run failed; it is named. Those that finished are kept.
     """
-    seeds = experiment.seeds if seeds is None else seeds
-    if seeds < 2:
-        raise InputError(f'--seeds {seeds}: a paired test needs at least 2 seeds.')
+    count = experiment.seeds if seeds is None else seeds
+    if count < 2:
+        raise InputError(f'--seeds {count}: a paired test needs at least 2 seeds.')
+    seeds = [seed + PILOT * pilot for seed in range(count)]
     folder = output / experiment.name
+    if pilot:
+        experiment = replace(experiment, load=partial(_without_test, experiment.load))
     data = experiment.load(data_dir)
     code, reporter = fingerprint(experiment, data), Reporter()
-    todo = [(arm, seed, made_for(code, arm, seed)) for seed in range(seeds) for arm in experiment.arms]
+    todo = [(arm, seed, made_for(code, arm, seed)) for seed in seeds for arm in experiment.arms]
     plan = _planned(experiment, seeds, data, folder)
     done = [run for arm, seed, key in todo if (run := _kept(folder, arm, seed, key)) is not None]
 
@@ -84,7 +95,7 @@ def reproduce(
     results = write()
     known = {(run['arm'], run['seed']) for run in done}
     todo = [(arm, seed, key) for arm, seed, key in todo if (arm.name, seed) not in known]
-    reporter.say(f'{experiment.name}: {len(experiment.arms)} arms x {seeds} seeds on {plan["data"]}'
+    reporter.say(f'{experiment.name}: {len(experiment.arms)} arms x {count} seeds on {plan["data"]}'
                  + (f'; {len(done)} runs kept from before' if done else ''))
     clock = Clock(len(todo), 0)
     runs = track(reporter, _parallel(experiment, data_dir, todo, jobs), len(todo), experiment.name)
@@ -144,10 +155,16 @@ def _averages(runs: list[Run]) -> dict[str, dict[str, Any]]:
     return averages
 
 
-def _planned(experiment: Experiment, seeds: int, data: Data, folder: Path) -> dict[str, Any]:
+def _without_test(load: Callable, data_dir: Optional[str]) -> Data:
+    data = load(data_dir)
+    return data._replace(test=data.validation, description=f'{data.description}; pilot, measured on validation')
+
+
+def _planned(experiment: Experiment, seeds: list[int], data: Data, folder: Path) -> dict[str, Any]:
     """The plan; the one on disk, with its date, where nothing of it has changed."""
-    claims = [{**vars(claim), 'detectable': detectable_effect(claim.deviation, seeds)} for claim in experiment.claims]
-    plan = {'seeds': list(range(seeds)), 'test': TEST, 'data': data.description, 'claims': claims}
+    claims = [
+        {**vars(claim), 'detectable': detectable_effect(claim.deviation, len(seeds))} for claim in experiment.claims]
+    plan = {'seeds': seeds, 'test': TEST, 'data': data.description, 'claims': claims}
     try:
         before = json.loads((folder / 'results.json').read_text(encoding='utf-8'))['plan']
     except (OSError, ValueError, KeyError, TypeError):
@@ -224,6 +241,9 @@ def _parallel(
             arm, seed, key = futures[future]
             try:
                 run = future.result()
+            except BrokenProcessPool as error:
+                raise RuntimeError(
+                    f'{experiment.name}: a worker process was killed; if memory ran out, use fewer --jobs.') from error
             except Exception as error:
                 where = f'{experiment.name}: arm {arm.name!r}, seed {seed}'
                 if isinstance(error, InputError):
