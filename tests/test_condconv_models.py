@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from moe_zoo.analysis.cost import count
 from moe_zoo.errors import InputError
 from moe_zoo.layers.cond_conv import ROUTE_FNS, CondConv2d, CondLinear
-from moe_zoo.models import condconv_blocks
-from moe_zoo.models.condconv_blocks import checkpoint_filter_fn
+from moe_zoo.models import condconv_blocks, staged
 from moe_zoo.models.condconv_resnet import CondConvResNet
+from moe_zoo.models.staged import checkpoint_filter_fn
 from moe_zoo.routing import trace_routing
 
 NAMES = timm.list_models('condconv_*')
@@ -285,7 +285,8 @@ def _names_of_backbone(model: nn.Module, backbone: nn.Module) -> dict[str, torch
 @pytest.mark.parametrize('reentrant', [False, True])
 @pytest.mark.parametrize('route_fn', ['sigmoid', 'single', 'hierarchical'])
 def test_checkpointing_keeps_the_gradient_of_output_and_records(route_fn, reentrant, monkeypatch):
-    monkeypatch.setattr(condconv_blocks, 'use_reentrant_ckpt', lambda: reentrant)
+    for module in (condconv_blocks, staged):
+        monkeypatch.setattr(module, 'use_reentrant_ckpt', lambda: reentrant)
     model = create(route_fn=route_fn).double()
     model.set_aux_loss(True)
     x = images(batch=4).double().requires_grad_()

@@ -6,7 +6,7 @@ timm as its dense twin; `condition_blocks` then puts the blocks below in place o
 
 Letters: B images, C channels, H x W positions, E experts.
 """
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Type
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Type
 
 import torch
 from timm.layers import register_notrace_module, use_reentrant_ckpt
@@ -15,7 +15,6 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 from ..errors import InputError
-from ..layers import RoutedModel
 from ..layers.cond_conv import (
     CHAINED,
     ROUTE_FNS,
@@ -25,6 +24,7 @@ from ..layers.cond_conv import (
     create_routing_fn,
 )
 from ..routing import checkpoint_routed
+from .staged import RoutedStage, StagedModel
 
 
 @register_notrace_module
@@ -185,22 +185,6 @@ _MIXED: Dict[Type[nn.Module], Type[CondConvBlock]] = {
 }
 
 
-class RoutedStage(nn.Sequential):
-    """A stage whose blocks decide for themselves. Checkpoints block by block, and keeps the records' gradient."""
-
-    def __init__(self, *blocks: nn.Module):
-        super().__init__(*blocks)
-        self.grad_checkpointing = False
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint_routed(block, x, use_reentrant=use_reentrant_ckpt())
-            else:
-                x = block(x)
-        return x
-
-
 @register_notrace_module
 class ChainedStage(nn.Sequential):
     """A stage that hands the decision of one CondConv block on to the next, and to the next stage."""
@@ -229,20 +213,13 @@ class ChainedStage(nn.Sequential):
         return x, previous
 
 
-class CondConvModel(RoutedModel):
+class CondConvModel(StagedModel):
     """Mixin of the CondConv models, first in the bases of a timm model that has been built as its dense twin.
 
-    A subclass names its classifier and its stages; for chained route functions it also runs the chain.
+    A subclass names its classifier; for chained route functions it also runs the chain.
     """
     chained = False  # whether the stages are ChainedStages
     classifier_name = 'classifier'
-
-    def stage_slots(self) -> List[Tuple[nn.Module, str]]:
-        """(parent, attribute name) of every stage, in order."""
-        raise NotImplementedError
-
-    def stages(self) -> List[nn.Sequential]:
-        return [getattr(parent, name) for parent, name in self.stage_slots()]
 
     def condition(
             self,
@@ -292,24 +269,10 @@ class CondConvModel(RoutedModel):
         """Keywords of layers outside the chain of blocks, which decide for themselves."""
         return dict(self.routing_kwargs, route_fn='sigmoid') if self.chained else self.routing_kwargs
 
-    def cond_convs(self) -> Iterator[CondConv2d]:
-        return (module for module in self.modules() if isinstance(module, CondConv2d))
-
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """As timm's; the new classifier is mixed like the old one."""
         super().reset_classifier(num_classes, global_pool)
         self.condition_classifier()
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        # timm's own flag stays off: it would run the blocks past their stage.
-        for stage in self.stages():
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
-        """Nothing beyond timm's rule: expert kernels decay like any kernel, mixed biases are exempt by their name."""
-        return set()
 
     def run_chain(
             self,
@@ -325,15 +288,3 @@ class CondConvModel(RoutedModel):
             if number in taken:
                 features.append(x)
         return x, features
-
-
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Weights of timm's CondConv models pass as they are; expert kernels stored with all their axes are flattened.
-
-    Args:
-        state_dict: Weights by name, experts as (E, elements) or (E, O, C / groups, height, width).
-        model: The model they are for.
-    """
-    mixed = {
-        f'{name}.weight' for name, module in model.named_modules() if isinstance(module, (CondConv2d, CondLinear))}
-    return {k: v.flatten(1) if k in mixed and v.ndim > 2 else v for k, v in state_dict.items()}

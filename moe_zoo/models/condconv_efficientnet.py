@@ -9,27 +9,23 @@ load as they are.
 
 Letters: B images, C channels, E experts.
 """
-from functools import partial
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.efficientnet import (
     BN_EPS_TF_DEFAULT,
     EfficientNet,
-    decode_arch_def,
     efficientnet_init_weights,
     feature_take_indices,
-    resolve_act_layer,
-    resolve_bn_args,
-    round_channels,
 )
 from torch import nn
 
 from ..errors import InputError
 from ..layers.cond_conv import CHAINED, CondLinear, RoutedConv2d
-from .condconv_blocks import CondConvModel, checkpoint_filter_fn
+from .condconv_blocks import CondConvModel
+from .staged import MOBILENETV2, create_mobile
 
 __all__ = ['CondConvEfficientNet', 'ChainedCondConvEfficientNet']
 
@@ -81,9 +77,6 @@ class CondConvEfficientNet(CondConvModel, EfficientNet):
             bound = self.num_classes ** -0.5
             nn.init.uniform_(self.classifier.weight, -bound, bound)
             nn.init.zeros_(self.classifier.bias)
-
-    def stage_slots(self) -> List[Tuple[nn.Module, str]]:
-        return [(self.blocks, str(i)) for i in range(len(self.blocks))]
 
 
 class ChainedCondConvEfficientNet(CondConvEfficientNet):
@@ -144,10 +137,6 @@ default_cfgs = generate_default_cfgs({
 MOBILENETV1 = [
     ['dsa_r1_k3_s1_c64'], ['dsa_r2_k3_s2_c128'], ['dsa_r2_k3_s2_c256'], ['dsa_r6_k3_s2_c512'], ['dsa_r2_k3_s2_c1024'],
 ]
-MOBILENETV2 = [
-    ['ds_r1_k3_s1_c16'], ['ir_r2_k3_s2_e6_c24'], ['ir_r3_k3_s2_e6_c32'], ['ir_r4_k3_s2_e6_c64'],
-    ['ir_r3_k3_s1_e6_c96'], ['ir_r3_k3_s2_e6_c160'], ['ir_r1_k3_s1_e6_c320'],
-]
 MNASNET_A1 = [
     ['ds_r1_k3_s1_e1_c16_noskip'], ['ir_r2_k3_s2_e6_c24'], ['ir_r3_k5_s2_e3_c40_se0.25'], ['ir_r4_k3_s2_e6_c80'],
     ['ir_r2_k3_s1_e6_c112_se0.25'], ['ir_r3_k5_s2_e6_c160_se0.25'], ['ir_r1_k3_s1_e6_c320'],
@@ -160,35 +149,17 @@ EFFICIENTNET_B0 = [
 EFFICIENTNET_LITE0 = [[blocks[0].removesuffix('_se0.25')] for blocks in EFFICIENTNET_B0]
 
 
-def _create_condconv_efficientnet(
-        variant: str,
-        pretrained: bool,
-        arch_def: List[List[str]],
-        width: float = 1.0,
-        act_layer: str = 'relu',
-        **kwargs,
-) -> CondConvEfficientNet:
-    """`width` multiplies all channels; `bn_eps`, `bn_momentum`, `pad_type` and the rest are timm's keywords."""
+def _create_condconv_efficientnet(variant: str, pretrained: bool, **kwargs) -> CondConvEfficientNet:
     chained = kwargs.get('route_fn') in CHAINED
     # A list of stages would break a chain.
     feature_cfg = dict(feature_cls='getter') if chained else dict(flatten_sequential=True)
     feature_cfg.update(kwargs.pop('feature_cfg', {}))
-    kwargs.setdefault('act_layer', act_layer)
-    model_kwargs = dict(
-        block_args=decode_arch_def(arch_def),
-        stem_size=32,
-        round_chs_fn=partial(round_channels, multiplier=width),
-        act_layer=resolve_act_layer(kwargs),
-        norm_layer=kwargs.pop('norm_layer', None) or partial(nn.BatchNorm2d, **resolve_bn_args(kwargs)),
-        **kwargs,
-    )
-    return build_model_with_cfg(
+    return create_mobile(
         ChainedCondConvEfficientNet if chained else CondConvEfficientNet,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=feature_cfg,
-        **model_kwargs,
+        **kwargs,
     )
 
 

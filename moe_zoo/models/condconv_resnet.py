@@ -10,13 +10,12 @@ from typing import Any, Dict, List, Optional, Tuple, Type, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import get_condconv_initializer
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet, feature_take_indices
-from torch import nn
 
 from ..layers.cond_conv import CHAINED
-from .condconv_blocks import ChainedStage, CondConvModel, checkpoint_filter_fn
+from .condconv_blocks import ChainedStage, CondConvModel
+from .staged import checkpoint_filter_fn
 
 __all__ = ['CondConvResNet', 'ChainedCondConvResNet']
 
@@ -51,12 +50,7 @@ class CondConvResNet(CondConvModel, ResNet):
         if start_block is None:
             start_block = max(1, sum(layers) - 2)
         self.condition(num_experts, start_block, cond_fc, expert_drop_rate, route_fn)
-        for conv in self.cond_convs():  # timm's initialisation of a ResNet, for every expert
-            init = get_condconv_initializer(_kaiming_fan_out, conv.num_experts, conv.weight_shape)
-            init(conv.weight)
-
-    def stage_slots(self) -> List[Tuple[nn.Module, str]]:
-        return [(self, f'layer{i}') for i in (1, 2, 3, 4)]
+        self.init_resnet_experts()
 
 
 class ChainedCondConvResNet(CondConvResNet):
@@ -96,10 +90,6 @@ class ChainedCondConvResNet(CondConvResNet):
             if not len(getattr(parent, name)):
                 setattr(parent, name, ChainedStage())
         return taken
-
-
-def _kaiming_fan_out(weight: torch.Tensor) -> None:
-    nn.init.kaiming_normal_(weight, mode='fan_out', nonlinearity='relu')
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
