@@ -77,10 +77,14 @@ def exit_on_input_error(main: Callable) -> Callable:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Union[str, os.PathLike]) -> Iterator[Path]:
+def atomic_write(path: Union[str, os.PathLike], shown: Union[str, os.PathLike] = '') -> Iterator[Path]:
     """Yield a temporary path beside `path` that is renamed onto it when the block ends without an error.
 
     A reader sees the old file or the new one, never a part. On failure the old file stays and the temporary one goes.
+
+    Args:
+        path: The file.
+        shown: What the sentence about a full disk calls it, where that is not `path`.
 
     Raises:
         InputError: The disk is full (the old file is intact).
@@ -101,7 +105,7 @@ def atomic_write(path: Union[str, os.PathLike]) -> Iterator[Path]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise InputError(
-                f"No space left to write '{path}': free some and run again; what was there before is intact."
+                f"No space left to write '{shown or path}': free some and run again; what was there before is intact."
             ) from error
         raise
     finally:

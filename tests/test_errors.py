@@ -209,7 +209,10 @@ def test_disk_full_while_saving(says, trained, monkeypatch):
 
     monkeypatch.setattr(checkpoint.torch, 'save', full)
     message = says(*OPTIONS, '--resume', 'epochs=2')
-    assert message.startswith('No space left to write') and message.endswith('what was there before is intact.')
+    assert message == (
+        f"No space left to write '{trained}': free some and run again; what was there before is intact.")
+    message = says(*OPTIONS, '--resume', 'epochs=2', 'recovery_interval=1')
+    assert message.startswith(f"No space left to write '{trained.with_name('recovery-1.pth.tar')}': ")
     assert trained.read_bytes() == before
     assert {path.name for path in trained.parent.glob('*pth*')} == {
         'last.pth.tar', 'model_best.pth.tar', 'checkpoint-0.pth.tar'}

@@ -51,7 +51,10 @@ class AtomicCheckpointSaver(CheckpointSaver):
             state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
         if metric is not None:
             state['metric'] = metric
-        save_atomically(state, save_path)
+        # timm saves under a temporary name; a full disk is told of by the name that the file was to get.
+        path = Path(save_path)
+        final = path.name.replace('recovery_tmp', f'{self.recovery_prefix}-{epoch}').replace('tmp.', 'last.')
+        save_atomically(state, path, shown=path.with_name(final))
 
     def _replace(self, src: PathLike, dst: PathLike) -> None:
         os.replace(src, dst)
@@ -65,13 +68,13 @@ class AtomicCheckpointSaver(CheckpointSaver):
                 shutil.copy2(src, temporary)
 
 
-def save_atomically(state: Any, path: PathLike) -> None:
-    """`torch.save` to a file beside `path`, then rename.
+def save_atomically(state: Any, path: PathLike, shown: PathLike = '') -> None:
+    """`torch.save` to a file beside `path`, then rename; a full disk is told of by the name `shown`, if any.
 
     Raises:
         InputError: No space is left; what was at `path` before is intact.
     """
-    with atomic_write(path) as temporary, open(temporary, 'wb') as file:
+    with atomic_write(path, shown) as temporary, open(temporary, 'wb') as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:
