@@ -17,7 +17,7 @@ TOOLS = {
     'train-imagenet': ('moe_zoo.engine.train', 'train a classification model from a YAML recipe', None),
     'eval-imagenet': ('moe_zoo.engine.evaluate', 'accuracy, cost and expert use of a trained model', None),
     'count-flops': ('moe_zoo.analysis.count_cli', 'parameters and MACs, at most and as executed', None),
-    'benchmark': ('moe_zoo.analysis.benchmark_cli', 'time of a model as a ratio to its dense twin', None),
+    'benchmark': ('moe_zoo.analysis.benchmark_cli', 'time of a model or layer as a ratio to its dense twin', None),
     'train-coco': ('moe_zoo.detection.train', 'train or evaluate a detector from a detectron2 config', 'detection'),
     'analyze-object-sizes': (
         'moe_zoo.detection.object_sizes', 'which expert serves small, medium and large objects', 'detection'),

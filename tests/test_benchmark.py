@@ -1,19 +1,25 @@
 """The benchmark's arithmetic and order of events; nothing here depends on how fast the machine is."""
+import functools
 import json
 
 import pytest
 import torch
 from torch import nn
 
-from moe_zoo.analysis.benchmark_cli import Ratio, alternate, main, make_run, ratio
+from moe_zoo import cli
+from moe_zoo.analysis import layer_cases
+from moe_zoo.analysis.benchmark_cli import main, make_layer_run, make_run
+from moe_zoo.analysis.layer_cases import Case, Contender, cond_conv, find_cases, stage, tokens
+from moe_zoo.analysis.timing import Ratio, alternate, ratio
 from moe_zoo.errors import InputError
+from moe_zoo.routing import trace_routing
 
 
 def test_ratio_is_the_median_of_paired_ratios():
     # 1.4, 1.5, 1.6, 1.5, 1.9 of twins that drift by a factor of 10; sorted 1.4 1.5 1.5 1.6 1.9: quartiles 1.5 and 1.6
     found = ratio([1.4, 15, 160, 1.5, 1.9], [1, 10, 100, 1, 1])
-    assert found == Ratio(median=1.5, spread=pytest.approx(0.1), resolved=True)
-    assert str(found) == '1.50 (spread 0.10)'
+    assert found == Ratio(median=1.5, low=1.5, high=1.6)
+    assert found.resolved and str(found) == '1.50 (spread 0.10)'
 
 
 def test_a_ratio_inside_its_spread_is_not_quoted():
@@ -22,6 +28,12 @@ def test_a_ratio_inside_its_spread_is_not_quoted():
     assert str(found) == 'not resolved (spread 0.15)'
     with pytest.raises(InputError, match='at least 3'):
         ratio([1, 2], [1, 1])
+
+
+def test_an_aim_is_reached_or_missed_where_the_quartiles_agree():
+    found = Ratio(median=1.05, low=1., high=1.125)
+    assert [found.judge(at_most) for at_most in (1.2, 1.125, 1.1, 1., .9)] == [
+        'reached', 'reached', 'not resolved', 'not resolved', 'missed']
 
 
 def test_rounds_alternate_and_a_timing_is_a_mean_over_calls():
@@ -33,10 +45,12 @@ def test_rounds_alternate_and_a_timing_is_a_mean_over_calls():
             calls.append(name)
         return call
 
-    seconds = alternate([run('a', 0.1), run('b', 0.3)], rounds=3, min_seconds=0.2, clock=lambda: now[0])
+    runs = [run('a', 0.1), run('b', 0.3)]
+    seconds, loads = alternate(runs, rounds=3, min_seconds=0.2, clock=lambda: now[0])
     # Warm-up and one trial each; then 0.2 / 0.1 = 2 calls of a and 1 of b, b first in the second round.
     assert ''.join(calls) == 'ab' + 'ab' + 'aab' + 'baa' + 'aab'
     assert seconds == [pytest.approx([0.1] * 3), pytest.approx([0.3] * 3)]
+    assert len(loads) == 3 and min(loads) >= 0
 
 
 def test_a_training_step_steps_with_the_auxiliary_loss():
@@ -57,20 +71,90 @@ def test_a_training_step_steps_with_the_auxiliary_loss():
     assert model.aux and model.training and not torch.equal(model.weight, before)
 
 
-def test_command_line_writes_every_timing(tmp_path, capsys):
+def test_a_layer_is_timed_with_the_gradients_of_inputs_and_parameters():
+    layer, calls = nn.Linear(3, 2), []
+    layer.register_forward_hook(lambda module, args, out: calls.append((module.training, args[0].requires_grad)))
+    contender = Contender('linear', layer, (torch.rand(4, 3),))
+    make_layer_run(contender, 'forward')()
+    assert calls == [(False, False)] and layer.weight.grad is None
+    run = make_layer_run(contender, 'train')
+    run(), run()
+    assert calls[-1] == (True, True)
+    assert torch.equal(layer.bias.grad, torch.full((2,), 4.))  # once, not summed over calls: 4 images of slope 1
+
+
+def test_rivals_compute_the_same():
+    contenders = cond_conv(2, 3, 5, in_channels=4, out_channels=6, kernel_size=3)
+    ours, plain, theirs = (c.module(*c.inputs) for c in contenders)
+    torch.testing.assert_close(ours, theirs)
+    assert plain.shape == ours.shape
+
+
+@pytest.mark.parametrize('num_selected', [1, 2])
+def test_images_are_spread_over_the_experts(num_selected):
+    layer, alone = stage(num_selected, batch=8, channels=8, size=4)
+    with trace_routing(layer.module) as trace:
+        out = layer.module(*layer.inputs)
+    counts = trace[''][0].indices.flatten().bincount(minlength=4)
+    assert counts.tolist() == [8 * num_selected // 4] * 4
+    assert len(alone.module.experts) == num_selected and alone.module(*alone.inputs).shape == out.shape
+
+
+def test_tokens_meet_a_dense_mlp_of_equal_macs():
+    layer, dense = tokens(2, 1)
+    weights = [m.weight.numel() for m in (dense.module.fc1, dense.module.fc2)]
+    assert layer.module.max_macs((197, 384)) == 197 * (sum(weights) + 384 * 8)  # and the router
+    layer.module.eval()
+    assert layer.module(*layer.inputs).shape == dense.module(*dense.inputs).shape
+
+
+def test_every_case_says_what_it_is():
+    cases = find_cases([])
+    assert all(case.about and set(case.modes) <= set(layer_cases.MODES) for case in cases.values())
+    for name in ('condconv-1x1-e4-b8', 'condconv-1x1-e4-b32'):
+        assert cases[name].at_most == {'nn.Conv2d': 1.1, 'timm CondConv2d': 1.}
+    assert list(find_cases(['tokens-k1-*', 'stage-k1-b8'])) == ['tokens-k1-b8', 'tokens-k1-b32', 'stage-k1-b8']
+
+
+def test_layers_from_the_command_line(tmp_path, capsys, monkeypatch):
+    build = functools.partial(cond_conv, 2, 1, 4, in_channels=4, out_channels=4, kernel_size=1)
+    tiny = Case('a tiny one', build, {'nn.Conv2d': 1e6, 'timm CondConv2d': 1e-6}, modes=('forward',))
+    monkeypatch.setattr(layer_cases, 'cases', lambda: {'tiny': tiny})
+    assert main(['layer', '--list']) == 0
+    assert capsys.readouterr().out.split(maxsplit=1) == ['tiny', 'a tiny one\n']
+    out = tmp_path / 'times.json'
+    assert cli.main(['benchmark', 'layer', 'tiny', '--rounds', '3', '--clock', 'cpu', '--json', str(out)]) == 0
+    printed, found = capsys.readouterr().out, json.loads(out.read_text())
+    assert [(row['case'], row['twin'], row['verdict']) for row in found['rows']] == [
+        ('tiny', 'nn.Conv2d', 'reached'), ('tiny', 'timm CondConv2d', 'missed')]
+    for row in found['rows']:
+        assert len(row['seconds']) == len(row['twin_seconds']) == len(row['loads']) == 3
+    assert found['machine']['clock'] == 'cpu' and found['machine']['threads'] == 1
+    assert 'torch threads: 1, cpu time, 3 rounds; load ' in printed
+    assert 'reached' in printed and 'missed' in printed
+
+
+def test_models_from_the_command_line(tmp_path, capsys):
     out = tmp_path / 'times.json'
     arguments = ['condconv_resnet18', '--mode', 'forward', '--img-size', '32', '--batch-size', '1', '--rounds', '3']
-    assert main([*arguments, '--json', str(out)]) == 0
+    assert main(['model', *arguments, '--json', str(out)]) == 0
     row, = json.loads(out.read_text())['rows']
     assert (row['model'], row['twin'], row['input_size']) == ('condconv_resnet18', 'resnet18', [3, 32, 32])
-    assert len(row['seconds']) == len(row['twin_seconds']) == 3
+    assert len(row['seconds']) == len(row['twin_seconds']) == len(row['loads']) == 3
     assert row['macs_ratio'] > 1
     assert 'condconv_resnet18 / resnet18' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(('arguments', 'sentence'), [
-    (['condconv_resnet19'], "error: There is no model 'condconv_resnet19' in moe_zoo. Did you mean '"),
-    (['condconv_resnet18', '--rounds', '2'], 'error: --rounds 2 --batch-size 8: use at least 3 rounds and 1 image.'),
+    (['condconv_resnet18'], "error: benchmark.py has the commands model and layer, not 'condconv_resnet18'. Models are "
+        'timed by: benchmark.py model condconv_resnet18.'),
+    (['layers'], "error: benchmark.py has the commands model and layer, not 'layers'. Did you mean 'layer'?"),
+    (['model', 'condconv_resnet19'], "error: There is no model 'condconv_resnet19' in moe_zoo. Did you mean '"),
+    (['model', 'condconv_resnet18', '--rounds', '2'],
+        'error: --rounds 2 --batch-size 8: use at least 3 rounds and 1 image.'),
+    (['layer', 'condconv-1x1-e4-b9'], "error: There is no layer case 'condconv-1x1-e4-b9'. Did you mean 'condconv-1x1"),
+    (['layer', 'zz*'], "error: There is no layer case 'zz*'. `benchmark.py layer --list` shows all."),
+    (['layer', 'stage-k1-b8', '--rounds', '2'], 'error: --rounds 2: use at least 3 rounds.'),
 ])
 def test_bad_input_is_one_sentence(arguments, sentence, capsys):
     with pytest.raises(SystemExit) as exit:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Time of routed models as a ratio to their dense twins; see `tools/benchmark.py --help`."""
+"""Time of routed models and layers as a ratio to others; see `tools/benchmark.py --help`."""
 import sys
 from pathlib import Path
 

@@ -1,25 +1,17 @@
-"""`tools/benchmark.py`: the time of a routed model beside that of its dense twin.
+"""`tools/benchmark.py`: the time of a routed model beside that of its dense twin, of a routed layer beside a plain one.
 
-Machines drift, so single timings say little: model and twin take turns, every round yields one ratio, and what is
-reported is the median ratio with its interquartile range. A ratio that lies closer to 1 than that range is wide is not
-quoted. Time stands next to MACs, because MACs that are saved or added do not always turn into time.
+Time stands next to MACs, because MACs that are saved or added do not always turn into time. How it is measured is in
+`timing.py`, which layers are in `layer_cases.py`.
 
 Letters: B images.
 """
 import argparse
-import contextlib
 import json
-import os
-import platform
-import re
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict
 
-import timm
 import torch
 import torch.nn.functional as F
 from rich import box
@@ -29,96 +21,27 @@ from torch import nn
 
 import moe_zoo
 from moe_zoo.cards import card
-from moe_zoo.errors import InputError, atomic_write, exit_on_input_error
+from moe_zoo.errors import InputError, atomic_write, exit_on_input_error, nearest
 
 from ..losses import auxiliary_losses
 from .cost import count
 from .count_cli import build_model
+from .layer_cases import MODES, Case, Contender, find_cases
+from .timing import CLOCKS, Ratio, alternate, machine, ratio
 
-MODES = {'forward': 'evaluation mode, no gradients', 'train': 'forward, losses, backward and an SGD step'}
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Time of the model over time of its twin.
-
-    Attributes:
-        median: Median over the rounds.
-        spread: Interquartile range over the rounds.
-        resolved: Is the difference from 1 larger than the spread? Otherwise the median must not be quoted.
-    """
-    median: float
-    spread: float
-    resolved: bool
-
-    def __str__(self) -> str:
-        if self.resolved:
-            return f'{self.median:.2f} (spread {self.spread:.2f})'
-        return f'not resolved (spread {self.spread:.2f})'
-
-
-def ratio(model: Sequence[float], twin: Sequence[float]) -> Ratio:
-    """Median and spread of the ratios of paired timings.
-
-    Raises:
-        InputError: Fewer than 3 rounds, from which no spread can be told.
-    """
-    if len(model) < 3:
-        raise InputError(f'--rounds {len(model)}: use at least 3, or there is no spread to judge the ratio by.')
-    ratios = [a / b for a, b in zip(model, twin, strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4, method='inclusive')
-    return Ratio(median, high - low, abs(median - 1) > high - low)
-
-
-def alternate(
-        runs: Sequence[Callable[[], None]],
-        rounds: int,
-        min_seconds: float = 0.2,
-        clock: Callable[[], float] = time.perf_counter,
-) -> list[list[float]]:
-    """Seconds of one call of each function, `rounds` times, taking turns; who goes first changes every round.
-
-    Args:
-        runs: What to time. Each is called once to warm up, and then as often as fills `min_seconds`.
-        rounds: Timings of each.
-        min_seconds: A timing is the mean over as many calls as take this long.
-        clock: Seconds; work on a device has to be finished when a function returns.
-
-    Returns:
-        For each function, its `rounds` timings in seconds a call.
-    """
-    def timed(run: Callable[[], None], calls: int) -> float:
-        start = clock()
-        for _ in range(calls):
-            run()
-        return (clock() - start) / calls
-
-    for run in runs:
-        run()
-    calls = [max(1, round(min_seconds / max(timed(run, 1), 1e-9))) for run in runs]
-    seconds: list[list[float]] = [[] for _ in runs]
-    for i in range(rounds):
-        order = range(len(runs)) if i % 2 == 0 else reversed(range(len(runs)))
-        for k in order:
-            seconds[k].append(timed(runs[k], calls[k]))
-    return seconds
+# Ratios to the dense twin that models aim at.
+MODEL_AIMS: dict[str, float] = {}
+EXAMPLES = """examples:
+  tools/benchmark.py model condconv_resnet50 --mode forward
+  tools/benchmark.py layer --list
+  tools/benchmark.py layer 'condconv-1x1-*' --threads 2 --json times.json
+  OMP_WAIT_POLICY=passive tools/benchmark.py layer --clock cpu      on a machine that others use"""
 
 
 def make_run(model: nn.Module, x: torch.Tensor, mode: str) -> Callable[[], None]:
-    """One forward or one training step as a function without arguments, finished when it returns."""
-    def finish() -> None:
-        if x.is_cuda:
-            torch.cuda.synchronize()
-
-    def forward() -> None:
-        with torch.inference_mode():
-            model(x)
-        finish()
-
+    """One forward or one training step of a model as a function without arguments, finished when it returns."""
     if mode == 'forward':
-        model.eval()
-        return forward
-
+        return _forward(model, (x,))
     model.train()
     if hasattr(model, 'set_aux_loss'):
         model.set_aux_loss(True)
@@ -132,101 +55,221 @@ def make_run(model: nn.Module, x: torch.Tensor, mode: str) -> Callable[[], None]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        finish()
+        _finish(x)
 
     return step
 
 
-def benchmark(name: str, mode: str, batch_size: int, rounds: int, img_size: int | None, device: str) -> dict:
+def make_layer_run(contender: Contender, mode: str) -> Callable[[], None]:
+    """One forward of a layer, or one forward and backward to its inputs and parameters."""
+    _, module, inputs = contender
+    if mode == 'forward':
+        return _forward(module, inputs)
+    module.train()
+    inputs = tuple(x.clone().requires_grad_() for x in inputs)
+    slope = torch.ones_like(module(*inputs))
+
+    def step() -> None:
+        output = module(*inputs)
+        for leaf in (*inputs, *module.parameters()):
+            leaf.grad = None
+        output.backward(slope)
+        _finish(slope)
+
+    return step
+
+
+def _forward(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Callable[[], None]:
+    module.eval()
+
+    def forward() -> None:
+        with torch.inference_mode():
+            module(*inputs)
+        _finish(inputs[0])
+
+    return forward
+
+
+def _finish(x: torch.Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize()
+
+
+def benchmark_model(name: str, mode: str, args: argparse.Namespace) -> list[dict]:
     """Time one model against the dense twin that its card names.
 
     Returns:
-        What was run, the ratio of MACs, the ratio of time, and every timing in seconds.
+        One row: what was run, the ratio of MACs, the ratio of time, and every timing in seconds.
 
     Raises:
-        InputError: No such model, or a size that it does not take.
+        InputError: A size that the model does not take.
     """
     entry = card(name)
     channels, *own = entry['input']['size']
-    size = (img_size, img_size) if img_size else tuple(own)
+    size = (args.img_size, args.img_size) if args.img_size else tuple(own)
     keywords = entry.get('twin_args', {})
-    models = [build_model(name, device, size), build_model(entry['twin'], device, size, **keywords)]
-    x = torch.rand(batch_size, channels, *size, device=device)
+    models = [build_model(name, args.device, size), build_model(entry['twin'], args.device, size, **keywords)]
+    x = torch.rand(args.batch_size, channels, *size, device=args.device)
     macs = [count(model, x).macs_max for model in models]
-    seconds = alternate([make_run(model, x, mode) for model in models], rounds)
+    timings = alternate([make_run(model, x, mode) for model in models], args.rounds, clock=CLOCKS[args.clock])
+    row = {
+        'model': name, 'twin_args': keywords, 'batch_size': args.batch_size, 'input_size': [channels, *size],
+        'macs_ratio': macs[0] / macs[1],
+    }
+    return [row | _compare(entry['twin'], mode, timings.seconds, timings.loads, MODEL_AIMS.get(name))]
+
+
+def benchmark_layer(name: str, mode: str, case: Case, args: argparse.Namespace) -> list[dict]:
+    """Time the contenders of one case.
+
+    Returns:
+        One row for each contender after the first, as those of `benchmark_model`.
+    """
+    contenders = [
+        Contender(c.name, c.module.to(args.device), tuple(x.to(args.device) for x in c.inputs)) for c in case.build()]
+    runs = [make_layer_run(contender, mode) for contender in contenders]
+    timings = alternate(runs, args.rounds, clock=CLOCKS[args.clock])
+    ours = timings.seconds[0]
+    return [
+        {'case': name, 'about': case.about, 'layer': contenders[0].name}
+        | _compare(other.name, mode, (ours, theirs), timings.loads, case.at_most.get(other.name))
+        for other, theirs in zip(contenders[1:], timings.seconds[1:])
+    ]
+
+
+def _compare(
+        twin: str, mode: str, seconds: tuple[list[float], ...], loads: list[float], at_most: float | None) -> dict:
+    found = ratio(*seconds)
     return {
-        'model': name, 'twin': entry['twin'], 'twin_args': keywords, 'mode': mode, 'batch_size': batch_size,
-        'input_size': [channels, *size], 'macs_ratio': macs[0] / macs[1],
-        'time_ratio': asdict(ratio(*seconds)), 'seconds': seconds[0], 'twin_seconds': seconds[1],
+        'twin': twin, 'mode': mode, 'time_ratio': asdict(found), 'at_most': at_most,
+        'verdict': '' if at_most is None else found.judge(at_most), 'loads': loads, 'seconds': seconds[0],
+        'twin_seconds': seconds[1],
     }
 
 
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> int:
     """Benchmark what the command line names; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and not argv[0].startswith('-') and argv[0] not in ('model', 'layer'):
+        hint = nearest(argv[0], ('model', 'layer')) or f' Models are timed by: benchmark.py model {argv[0]}.'
+        raise InputError(f'benchmark.py has the commands model and layer, not {argv[0]!r}.{hint}')
     args = _parser().parse_args(argv)
-    if args.rounds < 3 or args.batch_size < 1:
-        raise InputError(f'--rounds {args.rounds} --batch-size {args.batch_size}: use at least 3 rounds and 1 image.')
+    work = _model_work(args) if args.command == 'model' else _layer_work(args)
+    if args.command == 'layer' and args.list:
+        print('\n'.join(f'{name:<26}{case.about}' for name, case in find_cases(args.cases).items()))
+        return 0
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device.startswith('cuda') and not torch.cuda.is_available():
         raise InputError(f'--device {args.device}: torch sees no CUDA device here; use cpu.')
-    for name in args.names:
-        card(name)  # a wrong name is said before an hour of timings
-    if os.getloadavg()[0] > os.cpu_count() / 2:
-        print(f'note: load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; others are busy here', file=sys.stderr)
-    modes = [args.mode] if args.mode else list(MODES)
+    before = machine(args.device) | {'clock': args.clock, 'moe_zoo': moe_zoo.__version__}
+    if before['load'] > before['cores'] / 2:
+        print(f'note: load {before["load"]:.1f} on {before["cores"]} cores; others are busy here', file=sys.stderr)
     rows = []
-    for name in args.names:
-        for mode in modes:
-            rows.append(benchmark(name, mode, args.batch_size, args.rounds, args.img_size, args.device))
-            print(f'{name}, {mode}: {Ratio(**rows[-1]["time_ratio"])}', file=sys.stderr)
-    Console(width=None if sys.stdout.isatty() else 120).print(_table(rows))
-    if args.json:
-        with atomic_write(args.json) as path:
-            path.write_text(json.dumps({'machine': machine(args.device), 'rows': rows}, indent=1) + '\n')
-        print(f'wrote {args.json}')
+    for name, mode, run in work:
+        rows += (found := run())
+        for row in found:
+            print(f'{name}, {mode}, to {row["twin"]}: {Ratio(**row["time_ratio"])}', file=sys.stderr)
+    _report(rows, before, args)
     return 0
 
 
-def machine(device: str) -> dict:
-    """What a timing depends on besides the model."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # Linux says more
-        found = re.search(r'^model name\s*: (.+)$', Path('/proc/cpuinfo').read_text(), re.M)
-        cpu = found[1] if found else cpu
-    return {
-        'device': torch.cuda.get_device_name(device) if device.startswith('cuda') else cpu,
-        'cores': os.cpu_count(), 'threads': torch.get_num_threads(), 'load': os.getloadavg(),
-        'torch': torch.__version__, 'timm': timm.__version__, 'moe_zoo': moe_zoo.__version__,
-    }
+Work = list[tuple[str, str, Callable[[], list[dict]]]]  # name, mode, how to time it
 
 
-def _table(rows: list[dict]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ('model / twin', 'mode', 'images', 'MACs ratio', 'time ratio', 'model', 'twin'):
-        table.add_column(heading, overflow='fold')
+def _model_work(args: argparse.Namespace) -> Work:
+    if args.rounds < 3 or args.batch_size < 1:
+        raise InputError(f'--rounds {args.rounds} --batch-size {args.batch_size}: use at least 3 rounds and 1 image.')
+    for name in args.names:
+        card(name)  # a wrong name is said before an hour of timings
+    modes = [args.mode] if args.mode else MODES
+    return [(n, mode, lambda n=n, mode=mode: benchmark_model(n, mode, args)) for n in args.names for mode in modes]
+
+
+def _layer_work(args: argparse.Namespace) -> Work:
+    if args.rounds < 3:
+        raise InputError(f'--rounds {args.rounds}: use at least 3 rounds.')
+    return [
+        (name, mode, lambda name=name, mode=mode, case=case: benchmark_layer(name, mode, case, args))
+        for name, case in find_cases(args.cases).items() for mode in case.modes if args.mode in (None, mode)]
+
+
+def _report(rows: list[dict], before: dict, args: argparse.Namespace) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print((_model_table if args.command == 'model' else _layer_table)(rows))
+    loads = [load for row in rows for load in row['loads']]
+    during = f'{min(loads):.1f} to {max(loads):.1f} while timing' if loads else ''
+    console.print(
+        f'{before["device"]}, {before["cores"]} cores, torch threads: {before["threads"]}, {before["clock"]} time, '
+        f'{args.rounds} rounds; load {before["load"]:.1f} before, {during}; torch {before["torch"]}, '
+        f'timm {before["timm"]}', highlight=False, markup=False)
+    if args.json:
+        with atomic_write(args.json) as path:
+            path.write_text(json.dumps({'machine': before, 'rows': rows}, indent=1) + '\n', encoding='utf-8')
+        console.print(f'wrote {args.json}', highlight=False, markup=False)
+
+
+def _model_table(rows: list[dict]) -> Table:
+    table = _table('model / twin', 'mode', 'images', 'MACs ratio', 'time ratio', 'at most', '', 'model', 'twin')
     for row in rows:
         twin = row['twin'] + ''.join(f' {key}={value}' for key, value in row['twin_args'].items())
-        times = (f'{1e3 * statistics.median(row[key]):,.1f} ms' for key in ('seconds', 'twin_seconds'))
         table.add_row(
             f'{row["model"]} / {twin}', row['mode'], str(row['batch_size']), f'{row["macs_ratio"]:.3f}',
-            str(Ratio(**row['time_ratio'])), *times)
+            str(Ratio(**row['time_ratio'])), *_aim(row), *_times(row))
     return table
 
 
+def _layer_table(rows: list[dict]) -> Table:
+    table = _table('case', 'mode', 'beside', 'time ratio', 'at most', '', 'layer', 'other')
+    for row in rows:
+        table.add_row(
+            row['case'], row['mode'], row['twin'], str(Ratio(**row['time_ratio'])), *_aim(row), *_times(row))
+    return table
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow='fold')
+    return table
+
+
+def _aim(row: dict) -> tuple[str, str]:
+    return '' if row['at_most'] is None else f'{row["at_most"]:.2f}', row['verdict']
+
+
+def _times(row: dict) -> list[str]:
+    return [f'{1e3 * statistics.median(row[key]):,.2f} ms' for key in ('seconds', 'twin_seconds')]
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description='Time of routed models as a ratio to their dense twins (cards name them), in alternating rounds.')
-    add = parser.add_argument
-    add('names', nargs='+', metavar='NAME', help='models of moe_zoo (moe-zoo list shows them)')
-    add('--mode', choices=MODES, help='; '.join(f'{mode}: {what}' for mode, what in MODES.items()) + ' (default: both)')
-    add('--batch-size', type=int, default=8, metavar='B', help='images a batch (default: 8)')
+    shared = argparse.ArgumentParser(add_help=False)
+    add = shared.add_argument
+    add('--mode', choices=MODES, help='forward: evaluation mode, no gradients; train: with backward (default: both)')
     add('--rounds', type=int, default=9, metavar='R', help='timings of each, in turns (default: 9, at least 3)')
-    add('--img-size', type=int, metavar='S', help="side of the images (default: the card's)")
     add('--device', default='cpu', help='cpu or cuda (default: cpu)')
     add('--threads', type=int, metavar='T', help="torch threads (default: torch's choice)")
+    add('--clock', choices=CLOCKS, default='wall', help='wall time, or CPU time of the process (default: wall)')
     add('--json', metavar='OUT', help='write every timing to this file')
+
+    parser = argparse.ArgumentParser(
+        description='Time of routed models and layers as a ratio to others, in alternating rounds.', epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest='command', required=True, metavar='model|layer')
+    model = commands.add_parser(
+        'model', parents=[shared], help='models beside their dense twins',
+        description='Time of routed models as a ratio to their dense twins, which their cards name. A training step '
+        'includes the losses and an SGD step.')
+    model.add_argument('names', nargs='+', metavar='NAME', help='models of moe_zoo (moe-zoo list shows them)')
+    model.add_argument('--batch-size', type=int, default=8, metavar='B', help='images a batch (default: 8)')
+    model.add_argument('--img-size', type=int, metavar='S', help="side of the images (default: the card's)")
+    layer = commands.add_parser(
+        'layer', parents=[shared], help='layers beside plain ones and those of others',
+        description='Time of routed layers as a ratio to plain layers and to those of others, forward and with '
+        'backward; an aim is reached where three rounds of four are.')
+    layer.add_argument('cases', nargs='*', metavar='CASE', help="names or patterns, '*-b8' (default: every case)")
+    layer.add_argument('--list', action='store_true', help='show the cases and stop')
     return parser
 
 

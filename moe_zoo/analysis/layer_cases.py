@@ -1,0 +1,152 @@
+"""What `tools/benchmark.py layer` times: routed layers beside plain and rival layers, with the ratios aimed at.
+
+Maps are 14 x 14 unless said otherwise. Images are spread evenly over the experts, which is the hard case: where all
+choose one expert, dispatching is free.
+
+Letters: B images, C channels, E experts, K chosen experts.
+"""
+import fnmatch
+import functools
+import itertools
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from timm.layers import CondConv2d as TimmCondConv2d
+from timm.layers import Mlp
+from torch import nn
+
+from ..errors import InputError, nearest
+from ..layers import CondConv2d, MoEMlp, MoEStage
+
+MODES = ('forward', 'train')
+
+
+class Contender(NamedTuple):
+    """A module, and the inputs that it is called with."""
+    name: str
+    module: nn.Module
+    inputs: tuple[torch.Tensor, ...]
+
+
+class Case(NamedTuple):
+    """One comparison.
+
+    Attributes:
+        about: One line for people: layer, sizes, batch.
+        build: Makes the contenders; the first is this package's layer, the others are what it is measured by.
+        at_most: Name of a contender to the ratio of time aimed at.
+        modes: Those of `MODES` that are timed.
+    """
+    about: str
+    build: Callable[[], list[Contender]]
+    at_most: dict[str, float] = {}
+    modes: tuple[str, ...] = MODES
+
+
+def cases() -> dict[str, Case]:
+    """Every case by its name."""
+    found = _cond_conv_cases()
+    for num_selected in (1, 2):
+        found[f'stage-k{num_selected}-b8'] = Case(
+            f'MoEStage, {num_selected} of 4 convolutions 3x3 256-256, map 20x20, 8 images, gate included',
+            functools.partial(stage, num_selected),
+            {'chosen experts alone': 1.15} if num_selected == 1 else {})
+        for batch in (8, 32):
+            found[f'tokens-k{num_selected}-b{batch}'] = Case(
+                f'MoEMlp, {num_selected} of 8 experts, width 384, hidden 1536, {batch} x 197 tokens, nothing dropped',
+                functools.partial(tokens, num_selected, batch))
+    return found
+
+
+def _cond_conv_cases() -> dict[str, Case]:
+    shapes = {
+        '1x1': dict(in_channels=512, out_channels=128, kernel_size=1, size=14),
+        '3x3': dict(in_channels=256, out_channels=256, kernel_size=3, size=14),
+        'dw': dict(in_channels=256, out_channels=256, kernel_size=3, groups=256, size=14),
+        'map7': dict(in_channels=512, out_channels=512, kernel_size=3, size=7),  # last stage of condconv_resnet50
+    }
+    aims = {
+        'condconv-1x1-e4-b1': {'timm CondConv2d': 1.},
+        'condconv-1x1-e4-b8': {'timm CondConv2d': 1., 'nn.Conv2d': 1.1},
+        'condconv-1x1-e4-b32': {'timm CondConv2d': 1., 'nn.Conv2d': 1.1},
+        'condconv-3x3-e4-b32': {'timm CondConv2d': 1 / 1.5},
+    }
+    found = {}
+    for (kind, shape), num_experts, batch in itertools.product(shapes.items(), (4, 8), (1, 8, 32)):
+        name = f'condconv-{kind}-e{num_experts}-b{batch}'
+        k, size = shape['kernel_size'], shape['size']
+        about = (
+            f'CondConv2d {k}x{k}{" depthwise" if kind == "dw" else ""} {shape["in_channels"]}-{shape["out_channels"]}, '
+            f'{num_experts} experts, map {size}x{size}, {batch} image{"s" if batch > 1 else ""}')
+        found[name] = Case(
+            about, functools.partial(cond_conv, num_experts, batch, **shape), aims.get(name, {}))
+    return found
+
+
+def cond_conv(num_experts: int, batch: int, size: int, in_channels: int, **shape: int) -> list[Contender]:
+    """Our mixed convolution, the plain one of the same shape, and timm's with the same weights."""
+    x, weights = torch.randn(batch, in_channels, size, size), torch.rand(batch, num_experts)
+    ours = CondConv2d(in_channels, num_experts=num_experts, **shape)
+    theirs = TimmCondConv2d(in_channels, num_experts=num_experts, **shape)
+    theirs.load_state_dict(ours.state_dict())
+    plain = nn.Conv2d(in_channels, padding=shape['kernel_size'] // 2, bias=False, **shape)
+    return [
+        Contender('CondConv2d', ours, (x, weights)),
+        Contender('nn.Conv2d', plain, (x,)),
+        Contender('timm CondConv2d', theirs, (x, weights)),
+    ]
+
+
+class _Sum(nn.Module):
+    """All experts on all images: what K chosen ones cost where nobody has to choose."""
+
+    def __init__(self, experts: Iterable[nn.Module]):
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(expert(x) for expert in self.experts)
+
+
+def stage(num_selected: int, batch: int = 8, channels: int = 256, size: int = 20) -> list[Contender]:
+    """K of 4 experts for every image, and K experts for the whole batch."""
+    experts = [nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(4)]
+    layer = MoEStage(experts, channels, num_selected, noise=False)
+    x = spread_choices(layer.router, torch.randn(batch, channels, size, size))
+    alone = _Sum(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(num_selected))
+    return [Contender('MoEStage', layer, (x,)), Contender('chosen experts alone', alone, (x,))]
+
+
+def spread_choices(router: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Images whose pooled channels make a linear gate choose experts b, b + 1 ... (modulo E) for image b."""
+    experts, images = router.num_experts, torch.arange(x.shape[0])
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(experts, router.weight.shape[1]))
+        for rank in range(experts):  # 3 is far above what averaging noise leaves in a channel
+            x[images, (images + rank) % experts] += 3. * (experts - rank)
+    return x
+
+
+def tokens(num_selected: int, batch: int) -> list[Contender]:
+    """K of 8 experts for every token, and one dense MLP of K times the width."""
+    x = torch.randn(batch, 197, 384)
+    layer = MoEMlp(384, 1536, num_experts=8, num_selected=num_selected, capacity_factor=None)
+    return [Contender('MoEMlp', layer, (x,)), Contender('dense Mlp', Mlp(384, num_selected * 1536), (x,))]
+
+
+def find_cases(patterns: Iterable[str]) -> dict[str, Case]:
+    """The cases of these names or shell patterns; all of them where none is given.
+
+    Raises:
+        InputError: A name or pattern that fits no case.
+    """
+    known = cases()
+    chosen: dict[str, Case] = {}
+    for pattern in patterns:
+        found = {name: case for name, case in known.items() if fnmatch.fnmatchcase(name, pattern)}
+        if not found:
+            hint = nearest(pattern, known) or ' `benchmark.py layer --list` shows all.'
+            raise InputError(f'There is no layer case {pattern!r}.{hint}')
+        chosen |= found
+    return chosen or known

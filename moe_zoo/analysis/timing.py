@@ -1,0 +1,121 @@
+"""Timing of things that do the same, as ratios.
+
+Machines drift, so single timings say little: what is compared takes turns, every round yields one ratio, and what is
+reported is the median ratio with its quartiles. A ratio that lies closer to 1 than the quartiles lie apart is not
+quoted.
+"""
+import contextlib
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+
+from ..errors import InputError
+
+# Seconds. CPU time leaves out what other programs do meanwhile; it counts every thread, waiting ones too unless
+# OMP_WAIT_POLICY=passive lets them sleep, and so shows work, not how well threads share it.
+CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Time of one thing over time of another: median and quartiles over the rounds."""
+    median: float
+    low: float
+    high: float
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range."""
+        return self.high - self.low
+
+    @property
+    def resolved(self) -> bool:
+        """Is the difference from 1 larger than the spread? Otherwise the median must not be quoted."""
+        return abs(self.median - 1) > self.spread
+
+    def judge(self, at_most: float) -> str:
+        """'reached' or 'missed' where three rounds of four agree about a target, 'not resolved' where they do not."""
+        if self.high <= at_most:
+            return 'reached'
+        return 'missed' if self.low > at_most else 'not resolved'
+
+    def __str__(self) -> str:
+        if self.resolved:
+            return f'{self.median:.2f} (spread {self.spread:.2f})'
+        return f'not resolved (spread {self.spread:.2f})'
+
+
+class Timings(NamedTuple):
+    """Attributes:
+        seconds: For each thing timed, seconds a call in every round.
+        loads: Load average of the machine at the end of every round.
+    """
+    seconds: list[list[float]]
+    loads: list[float]
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    """Median and quartiles of the ratios of paired timings.
+
+    Raises:
+        InputError: Fewer than 3 rounds, from which no spread can be told.
+    """
+    if len(ours) < 3:
+        raise InputError(f'--rounds {len(ours)}: use at least 3, or there is no spread to judge the ratio by.')
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4, method='inclusive')
+    return Ratio(median, low, high)
+
+
+def alternate(
+        runs: Sequence[Callable[[], None]],
+        rounds: int,
+        min_seconds: float = 0.2,
+        clock: Callable[[], float] = time.perf_counter,
+) -> Timings:
+    """Time one call of each function, `rounds` times, taking turns; who goes first changes every round.
+
+    Args:
+        runs: What to time. Each is called once to warm up, and then as often as fills `min_seconds`.
+        rounds: Timings of each.
+        min_seconds: A timing is the mean over as many calls as take this long.
+        clock: Seconds; work on a device has to be finished when a function returns.
+    """
+    def timed(run: Callable[[], None], calls: int) -> float:
+        start = clock()
+        for _ in range(calls):
+            run()
+        return (clock() - start) / calls
+
+    for run in runs:
+        run()
+    calls = [max(1, round(min_seconds / max(timed(run, 1), 1e-9))) for run in runs]
+    timings = Timings([[] for _ in runs], [])
+    for i in range(rounds):
+        order = range(len(runs)) if i % 2 == 0 else reversed(range(len(runs)))
+        for k in order:
+            timings.seconds[k].append(timed(runs[k], calls[k]))
+        timings.loads.append(os.getloadavg()[0])
+    return timings
+
+
+def machine(device: str) -> dict:
+    """What a timing depends on besides the program."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # Linux says more
+        found = re.search(r'^model name\s*: (.+)$', Path('/proc/cpuinfo').read_text(), re.M)
+        cpu = found[1] if found else cpu
+    return {
+        'device': torch.cuda.get_device_name(device) if device.startswith('cuda') else cpu,
+        'cores': os.cpu_count(), 'threads': torch.get_num_threads(), 'load': os.getloadavg()[0],
+        'torch': torch.__version__, 'timm': timm.__version__,
+    }
