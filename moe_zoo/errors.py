@@ -1,4 +1,4 @@
-"""Errors a user can cause, and files that are never half-written. Standard library only.
+"""Errors a user can cause, the words of their sentences, and files that are never half-written. Standard library only.
 
 Library code raises `InputError` with one sentence that names the argument, its value and what would be accepted;
 a command line prints that sentence and exits with code 2 (`exit_on_input_error`).
@@ -12,12 +12,21 @@ import os
 import re
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Union
+
+PATIENCE = 10.0  # seconds
 
 
 class InputError(ValueError):
     """What was given cannot be used. The message is one sentence that says what would be."""
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 image`, `2,000 images`, `3 classes`."""
+    ending = '' if number == 1 else 'es' if noun.endswith('s') else 's'
+    return f'{number:,} {noun}{ending}'
 
 
 def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
@@ -62,12 +71,18 @@ def _accepts(build: Callable[..., Any], keyword: str) -> bool:
 
 
 def exit_on_input_error(main: Callable) -> Callable:
-    """Turn an `InputError` of a command into one sentence on stderr and exit code 2."""
+    """Turn an `InputError` of a command into one sentence on stderr and exit code 2.
+
+    Under torchrun, which ends all processes of a machine when one has failed, the first of them speaks. The others hold
+    their tongue for `PATIENCE` seconds, which they only outlive where the fault is theirs alone (one corrupt image).
+    """
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         try:
             return main(*args, **kwargs)
         except InputError as error:
+            if os.environ.get('LOCAL_RANK', '0') != '0':
+                time.sleep(PATIENCE)
             print(f'error: {error}', file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt:

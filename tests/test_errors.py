@@ -1,5 +1,6 @@
 """Bad input to the classification tools: one sentence on stderr, exit code 2, no traceback, nothing half-written."""
 import errno
+import os
 import subprocess
 import sys
 
@@ -8,8 +9,9 @@ import torch
 import yaml
 from PIL import Image
 
+from moe_zoo import errors
 from moe_zoo.engine import checkpoint, evaluate, train
-from moe_zoo.errors import InputError, atomic_write, exit_on_input_error, nearest
+from moe_zoo.errors import InputError, atomic_write, counted, exit_on_input_error, nearest
 
 TINY = ['patch_size=8', 'embed_dim=16', 'depth=2', 'num_heads=2', 'moe_layers=[1]', 'num_experts=4',
         'representation_size=0']
@@ -146,6 +148,11 @@ def trained(images, tmp_path):
     return folder / 'last.pth.tar'
 
 
+def test_a_run_introduces_itself(capsys, trained):
+    assert '1 routed layer, 2 classes, input 3x16x16; 8 images, 2 updates an epoch, 1 process on cpu;' in (
+        ' '.join(capsys.readouterr().out.split()))
+
+
 def test_checkpoints(says, trained, tmp_path, capsys):
     """Truncated, empty, foreign, of another model, of other classes, wanting code: told apart."""
     whole = trained.read_bytes()
@@ -254,6 +261,37 @@ def test_exit_on_input_error(capsys):
         assert exit.value.code == code and capsys.readouterr().err == text
     with pytest.raises(ZeroDivisionError):  # a fault of ours keeps its traceback
         main(ZeroDivisionError())
+
+
+def test_one_rank_speaks(capsys, monkeypatch):
+    """The others wait to be ended by torchrun, and speak if they are not."""
+    waited = []
+    monkeypatch.setattr(errors.time, 'sleep', waited.append)
+
+    @exit_on_input_error
+    def main():
+        raise InputError('a=1: use 2.')
+
+    for rank, waits in (('0', []), ('1', [errors.PATIENCE])):
+        monkeypatch.setenv('LOCAL_RANK', rank)
+        with pytest.raises(SystemExit) as exit:
+            main()
+        assert exit.value.code == 2 and waited == waits and capsys.readouterr().err == 'error: a=1: use 2.\n'
+
+
+@pytest.mark.slow
+def test_torchrun_prints_a_sentence_once(images, repository):
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', '--nnodes=1',
+         '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0', '-m', 'moe_zoo.engine.train', 'model=no_such_model',
+         'device=cpu', '--data-dir', str(images)],
+        env=dict(os.environ, PYTHONPATH=str(repository)), capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and done.stderr.count("error: Unknown model 'no_such_model'.") == 1, done.stderr
+
+
+def test_counted():
+    assert [counted(n, 'image') for n in (0, 1, 2000)] == ['0 images', '1 image', '2,000 images']
+    assert [counted(n, 'class') for n in (1, 2)] == ['1 class', '2 classes']
 
 
 def test_atomic_write(tmp_path):

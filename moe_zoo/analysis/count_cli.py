@@ -25,7 +25,7 @@ from torch import nn
 
 import moe_zoo
 from moe_zoo.engine.checkpoint import check_fits, find_weights, read_checkpoint
-from moe_zoo.errors import InputError, atomic_write, exit_on_input_error, nearest, nearest_keyword
+from moe_zoo.errors import InputError, atomic_write, counted, exit_on_input_error, nearest, nearest_keyword
 
 from ..layers.routed import RoutedLayer
 from .cost import Cost, ImageCosts, count, count_images
@@ -276,7 +276,7 @@ def remarks(results: list[Result]) -> list[str]:
         if images:
             low, high = min(images.executed), max(images.executed)
             skipped = f', {len(result.skipped)} unreadable skipped' if result.skipped else ''
-            on = f'{len(images.executed)} images{skipped}'
+            on = counted(len(images.executed), 'image') + skipped
             lines.append(f'{result.name}: executed on {on}, from {low:,} to {high:,} MACs')
         missing = {**result.cost.uncounted, **(images.uncounted if images else {})}
         for op, where in sorted(missing.items()):

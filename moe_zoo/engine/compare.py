@@ -15,7 +15,7 @@ from rich.table import Table
 import moe_zoo
 
 from ..cards import card
-from ..errors import InputError, atomic_write
+from ..errors import InputError, atomic_write, counted
 from .config import load_config
 from .log import duration
 
@@ -138,7 +138,7 @@ def _tell(results: Mapping[str, List[Dict[str, Any]]], folder: Path) -> None:
         out.print(comparison_table(results))
     else:
         shown = '' if single['top1'] is None else f'top-1 {single["top1"]:.2f} % after '
-        took = f'{single["epochs"]} epochs in {duration(single["seconds"])}'
+        took = f'{counted(single["epochs"], "epoch")} in {duration(single["seconds"])}'
         out.print(f'{shown}{took}; best: {single["best"]}', markup=False)
     figures = {
         'versions': versions(),

@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, Mixup, create_dataset, create_loader
 from torch.utils.data import Dataset
 
-from ..errors import InputError, nearest
+from ..errors import InputError, counted, nearest
 
 _logger = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ def settle_num_classes(args: argparse.Namespace, train: Optional[Dataset], evalu
         args.num_classes = highest
     if highest > args.num_classes or (highest < args.num_classes and not args.class_map):
         raise InputError(
-            f'The data have {highest} classes, but num_classes={args.num_classes}: set num_classes={highest}'
+            f'The data have {counted(highest, "class")}, but num_classes={args.num_classes}: set num_classes={highest}'
             + (', or give class_map=FILE with the index of every class.' if highest < args.num_classes else '.'))
 
 
@@ -267,7 +267,8 @@ def _train_loader(args: argparse.Namespace, data_config: Dict[str, Any], dataset
     per_batch = args.batch_size * args.world_size
     if hasattr(dataset, '__len__') and 0 < len(dataset) < per_batch:
         raise InputError(
-            f'The training data have {len(dataset)} images, fewer than one batch of {per_batch}: lower batch_size.')
+            f'The training data have {counted(len(dataset), "image")}, fewer than one batch of {per_batch}: lower'
+            ' batch_size.')
     if args.aug_repeats and not args.distributed:
         raise InputError(f'aug_repeats={args.aug_repeats:g} needs several processes (torchrun): set it to 0.')
     mixup, collate = _mixup(args), None

@@ -13,7 +13,7 @@ from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..errors import InputError, atomic_write, exit_on_input_error
+from ..errors import InputError, atomic_write, counted, exit_on_input_error
 from ..layers import RoutedLayer
 from .build import build_model, mixed_precision, open_device, prepare_model
 from .checkpoint import check_fits, find_weights, read_checkpoint
@@ -71,8 +71,7 @@ def report_corrupt(reporter: Reporter, *datasets: Optional[Dataset]) -> List[str
         if file not in named:
             reporter.warn(f"skipped corrupt image '{file}'")
     if set(files) - named:
-        many = 's' if len(files) > 1 else ''
-        reporter.warn(f'{len(files)} corrupt image{many} skipped so far; --strict-data refuses them')
+        reporter.warn(f'{counted(len(files), "corrupt image")} skipped so far; --strict-data refuses them')
     reporter.corrupt = named | set(files)
     return files
 
@@ -197,7 +196,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                       strict_data=flags.strict_data, usage=not flags.no_usage)
     out = Console(highlight=False, soft_wrap=True)
     found = f'top-1 {result["top1"]:.2f} %, top-5 {result["top5"]:.2f} %, loss {result["loss"]:.4f}'
-    out.print(f'{result["model"]}: {found} on {result["images"]:,} images', markup=False)
+    out.print(f'{result["model"]}: {found} on {counted(result["images"], "image")}', markup=False)
     out.print(f'{result["parameters"]:,} parameters, of which {result["active_parameters"]:,} work on one item;'
               f' at most {result["macs"]:,} MACs an image', markup=False)
     if result['usage']:

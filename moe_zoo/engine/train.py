@@ -19,7 +19,7 @@ from timm.data import resolve_data_config
 from timm.models import safe_model_name
 from timm.utils import dispatch_clip_grad, unwrap_model
 
-from ..errors import InputError, atomic_write, exit_on_input_error
+from ..errors import InputError, atomic_write, counted, exit_on_input_error
 from ..layers import RoutedLayer
 from ..routing import set_epoch
 from .build import (
@@ -478,9 +478,9 @@ def _introduce(trainer: Trainer) -> None:
     size = 'x'.join(map(str, trainer.data_config['input_size']))
     layers = sum(isinstance(m, RoutedLayer) for m in model.modules())
     trainer.reporter.say(
-        f'{args.model}: {count:,} parameters, {layers} routed layers, {args.num_classes} classes, input {size};'
-        f' {len(trainer.train_set):,} images, {trainer.updates} updates an epoch, {args.world_size} process'
-        f'{"es" if args.world_size > 1 else ""} on {trainer.device}; writing to {trainer.folder}')
+        f'{args.model}: {count:,} parameters, {counted(layers, "routed layer")}, {counted(args.num_classes, "class")},'
+        f' input {size}; {counted(len(trainer.train_set), "image")}, {counted(trainer.updates, "update")} an epoch,'
+        f' {counted(args.world_size, "process")} on {trainer.device}; writing to {trainer.folder}')
 
 
 def _result(trainer: Trainer) -> Dict[str, Any]:
