@@ -5,9 +5,10 @@
     moe-zoo run tools/train_net.py --config-file configs/coco/retinanet_moe_res5_r50_fpn_1x.yaml
 
 Models are registered with timm. `timm.task.ClassificationTask`, which timm's train.py trains with, is the one that adds
-auxiliary losses; a script that trains a routed model without it is warned. A script that speaks of detectron2 finds our
-backbones, meta-architecture and config keys. Processes that the script spawns (`--num-gpus 2`) are prepared in the same
-way. Imports are absolute: spawned processes run this file by its path.
+auxiliary losses; a script that trains a routed model without it is warned. timm's learning rate schedules tell the
+model of such a task of epochs. A script that speaks of detectron2 finds our backbones, meta-architecture and config
+keys. Processes that the script spawns (`--num-gpus 2`) are prepared in the same way. Imports are absolute: spawned
+processes run this file by its path.
 """
 import functools
 import importlib.util
@@ -64,13 +65,18 @@ def enter(script: Path, run_name: str) -> Dict[str, Any]:
 
 
 def use_routed_tasks() -> None:
-    """Put our tasks in the place of timm's, before a script imports them by name."""
+    """Put our tasks and telling schedules in the place of timm's, before a script imports them by name."""
+    import timm.scheduler.scheduler_factory
     import timm.task.classification
 
+    from moe_zoo.engine.epochs import create_telling_scheduler
     from moe_zoo.engine.task import MoEClassificationTask, MoEMultiLabelClassificationTask
     for module in (timm.task, timm.task.classification):
         module.ClassificationTask = MoEClassificationTask
         module.MultiLabelClassificationTask = MoEMultiLabelClassificationTask
+    create_scheduler = create_telling_scheduler(timm.scheduler.create_scheduler_v2)
+    for module in (timm.scheduler, timm.scheduler.scheduler_factory):
+        module.create_scheduler_v2 = create_scheduler
 
 
 def _warn_of_own_loop(detection: bool, layer: nn.Module, routing: Routing) -> None:

@@ -8,6 +8,7 @@ from multiprocessing import spawn
 from pathlib import Path
 
 import pytest
+import timm.scheduler.scheduler_factory
 import timm.task.classification
 
 from moe_zoo import run
@@ -84,6 +85,31 @@ if 'listens' in sys.argv:
 for step in range(2):
     model(torch.randn(2, 3, 16, 16))
 """
+# What timm's train.py does with epochs: its schedule is stepped to the next one at the end, to the first on resuming.
+EPOCHS = """
+import sys
+
+import timm
+import torch
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask
+
+sched, start, stop = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+model = timm.create_model('dyconv_resnet10', channels=(8, 8, 8, 8), num_classes=2, anneal_epochs=4, temperature=9.)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+task = ClassificationTask(model, verbose=False)
+router = model.layer4[0].conv2.routing_fn
+schedule, _ = create_scheduler_v2(optimizer, sched, num_epochs=stop)
+if start:
+    schedule.step(start)
+for epoch in range(start, stop):
+    task.train()
+    print(f'{router.current_temperature().item():g}', end=' ')
+    task(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))['loss'].backward()
+    optimizer.step()
+    if schedule is not None:
+        schedule.step(epoch + 1, None)
+"""
 TINY = ['patch_size=8', 'embed_dim=16', 'depth=2', 'num_heads=2', 'representation_size=0', 'num_experts=4']
 
 
@@ -100,6 +126,8 @@ def run_here(monkeypatch):
     for module in (timm.task, timm.task.classification):
         for name in ('ClassificationTask', 'MultiLabelClassificationTask'):
             monkeypatch.setattr(module, name, getattr(module, name))
+    for module in (timm.scheduler, timm.scheduler.scheduler_factory):
+        monkeypatch.setattr(module, 'create_scheduler_v2', module.create_scheduler_v2)
     monkeypatch.setattr(context, '_OPEN', [])
     monkeypatch.setattr(spawn, 'get_preparation_data', spawn.get_preparation_data)
     monkeypatch.setattr(sys, 'argv', list(sys.argv))
@@ -131,6 +159,21 @@ def test_a_loop_that_loses_auxiliary_losses_is_warned_once(run_here, tmp_path, c
     monkeypatch.setenv('RANK', '1')
     run_here(script)
     assert capsys.readouterr().err == ''
+
+
+@pytest.mark.filterwarnings('ignore:PlateauLRScheduler is deprecated')
+def test_schedules_tell_the_epochs(run_here, tmp_path, capsys):
+    """A temperature that falls from 9 to 1 over 4 epochs: 9 - 2 epoch."""
+    script = tmp_path / 'train.py'
+    script.write_text(EPOCHS)
+    for sched in ('cosine', 'plateau'):  # the latter has a `step` of its own
+        run_here(script, sched, 0, 6)
+        assert capsys.readouterr().out == '9 7 5 3 1 1 '
+        run_here(script, sched, 2, 4)
+        assert capsys.readouterr().out == '5 3 '
+    with pytest.warns(UserWarning, match='Without a learning rate schedule nothing tells this model of epochs'):
+        run_here(script, 'none', 0, 2)
+    assert capsys.readouterr().out == '9 9 '
 
 
 def test_spawned_processes_know_it_too(repository, tmp_path):

@@ -48,8 +48,13 @@ def end_step_after_optimizer(model: nn.Module) -> None:
 
     def hook(optimizer: torch.optim.Optimizer, *_) -> None:
         model = watched()
-        parameters = {id(p) for p in model.parameters()} if model is not None else ()
-        if any(id(p) in parameters for group in optimizer.param_groups for p in group['params'][:1]):
+        if model is not None and is_trained_by(model, optimizer):
             end_step(model)
 
     weakref.finalize(model, register_optimizer_step_post_hook(hook).remove)
+
+
+def is_trained_by(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimiser holds parameters of a model."""
+    parameters = {id(p) for p in model.parameters()}
+    return any(id(p) in parameters for group in optimizer.param_groups for p in group['params'][:1])
