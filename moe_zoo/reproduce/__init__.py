@@ -16,6 +16,9 @@ __all__ = ['Arm', 'Claim', 'Experiment', 'find_experiment']
 # name -> the file of this package whose `EXPERIMENTS` holds it; a file is imported when its experiment is asked for
 FILES = {
     'condconv': 'condconv',
+    'condconv-routes': 'condconv',
+    'condconv-placement': 'condconv',
+    'condconv-experts': 'condconv',
 }
 
 

@@ -136,11 +136,14 @@ def summarise(experiment: Experiment, plan: dict[str, Any], runs: list[Run]) -> 
 
 
 def _decide(claim: dict[str, Any], metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """One claim of the plan against what was measured."""
+    """One claim of the plan against what was measured; `points` are percent, of which there are 100."""
     found = paired_test(*(metrics[claim[side]][claim['metric']]['values'] for side in ('better', 'worse')))
+    expected = claim['published']
+    if expected and claim['unit'] == 'points' and metrics[claim['worse']][claim['metric']]['mean'] + expected > 100:
+        expected = None  # there is no room for it: its absence would say nothing
     return {
         'difference': found.mean, 'low': found.low, 'high': found.high, 'p': found.p, 'deviation': found.deviation,
-        'detectable': detectable_effect(found.deviation, found.n), 'verdict': judge(found, claim['published']),
+        'detectable': detectable_effect(found.deviation, found.n), 'verdict': judge(found, expected),
     }
 
 
