@@ -3,12 +3,13 @@ import dataclasses
 import io
 import json
 import re
+import sys
 
 import pytest
 from rich.console import Console
 
 from moe_zoo.analysis.page import Table
-from moe_zoo.demo.run import RECORD, Run, Settings, Stage, forget, merged_facts, plain, versions
+from moe_zoo.demo.run import RECORD, Run, Settings, Stage, forget, merged_facts, plain, read_with_bases, versions
 from moe_zoo.errors import InputError
 
 
@@ -41,7 +42,8 @@ class Works:
 
 @pytest.fixture
 def settings(tmp_path):
-    (tmp_path / 'recipe.yaml').write_text('epochs: 1\n')
+    (tmp_path / 'recipe.yaml').write_text('_BASE_: base.yaml\nepochs: 1\n')
+    (tmp_path / 'base.yaml').write_text('batch_size: 8\n')
     return Settings(tmp_path / 'out', 0, tmp_path, {}, {})
 
 
@@ -66,13 +68,15 @@ def test_a_second_run_redoes_nothing(settings):
 
 
 @pytest.mark.parametrize('change, redone', [
-    ('recipe', ['first', 'second']), ('override', ['first', 'second']), ('seed', ['first', 'second']), ('nothing', [])])
+    *((change, ['first', 'second']) for change in ('recipe', 'base', 'override', 'seed')), ('nothing', [])])
 def test_what_decides_a_result_decides_whether_it_is_kept(settings, change, redone):
     works = Works()
     run(settings, works.stages(needs=('first',)))
     (settings.out / 'first' / 'old.pth').write_text('a checkpoint of the old recipe')
     if change == 'recipe':
         (settings.recipes / 'recipe.yaml').write_text('epochs: 2\n')
+    if change == 'base':
+        (settings.recipes / 'base.yaml').write_text('batch_size: 16\n')
     if change == 'override':
         settings = dataclasses.replace(settings, overrides={'recipe.yaml': {'epochs': 2}})
     if change == 'seed':
@@ -109,7 +113,7 @@ def test_an_interrupted_stage_keeps_its_folder_and_its_time(settings):
     terminal, page = run(settings, works.stages())
     assert works.done == ['first', 'second', 'second']
     assert (settings.out / 'second' / 'last.pth').exists()
-    assert 'done · 1 min 40 s' in page
+    assert json.loads(record.read_text())['seconds'] > spent['seconds'] and 'done · 1 min ' in page
 
 
 @pytest.mark.parametrize('error, text', [
@@ -294,6 +298,14 @@ def test_an_interrupted_training_resumes(miniature, monkeypatch):
     assert checkpoint.stat().st_mtime_ns == written  # found finished: nothing was trained or written again
 
 
+@pytest.mark.parametrize('name, variable', [('moe-zoo demo', ''), ('tools/demo.py', ''), ('x', 'tools/demo.sh')])
+def test_it_calls_itself_what_it_was_called(name, variable, monkeypatch):
+    from moe_zoo.demo import CALLED_AS, parser
+    monkeypatch.setattr(sys, 'argv', [name])
+    monkeypatch.setenv(CALLED_AS, variable)
+    assert parser().format_usage().startswith(f'usage: {variable or name} [')
+
+
 def test_the_command_line(tmp_path, capsys):
     from moe_zoo.demo import main, parser, settings_of
     settings = settings_of(parser().parse_args(['--no-detection', '--out', str(tmp_path), '--seed', '7']))
@@ -310,4 +322,7 @@ def test_a_missing_recipe_is_one_sentence_before_anything_runs(tmp_path, capsys)
         main(['--configs', str(tmp_path), '--out', str(tmp_path / 'out')])
     assert stopped.value.code == 2
     assert "error: The recipe '" in capsys.readouterr().err
+    (tmp_path / 'broken.yaml').write_text('_BASE_: [')
+    with pytest.raises(InputError, match="broken.yaml' is not valid YAML: "):
+        read_with_bases(tmp_path / 'broken.yaml')
     assert not (tmp_path / 'out').exists()

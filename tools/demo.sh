@@ -4,6 +4,7 @@
 #
 #   tools/demo.sh [--no-detection] [OPTIONS OF tools/demo.py]
 set -euo pipefail
+export MOE_ZOO_DEMO_CALLED_AS=$0
 CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 
 detection=()

@@ -5,6 +5,7 @@
 import argparse
 import functools
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Optional, Sequence
@@ -22,6 +23,7 @@ LEAD = (
     'Every figure below was measured in this run. A MAC is one multiply-add; MACs are those of one image, at most: the '
     'router and the chosen experts for everything that is routed. A dense twin is the same network without experts.'
 )
+CALLED_AS = 'MOE_ZOO_DEMO_CALLED_AS'  # environment variable: how tools/demo.sh was called
 NO_DETECTRON2 = (
     'detectron2 is not installed. `tools/setup.sh --detection` installs its Python part; the next run then does this.'
 )
@@ -71,7 +73,7 @@ STAGES = (
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
-        prog='tools/demo.sh', description=__doc__.partition('\n')[0],
+        prog=os.environ.get(CALLED_AS) or sys.argv[0], description=__doc__.partition('\n')[0],
         epilog='A part that is finished is not done again; one that was interrupted goes on.')
     add = result.add_argument
     add('--out', metavar='DIR', type=Path, default=Path('runs/demo'), help='folder of the page and of all it rests on')

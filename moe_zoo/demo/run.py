@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Optional, Sequence
 
+import yaml
 from rich.console import Console
 from rich.table import Table as TerminalTable
 
@@ -208,7 +209,7 @@ class Run:
     def made_for(self, stage: Stage) -> str:
         """A hash of what decides the result of a stage, that of the stages it builds on included."""
         upstream = [self.made_for(s) for s in self.stages if s.key in stage.needs]
-        texts = [read_recipe(self.settings.recipes / name) for name in stage.recipes]
+        texts = [text for name in stage.recipes for text in read_with_bases(self.settings.recipes / name)]
         overrides = [self.settings.overrides.get(name, {}) for name in stage.recipes]
         everything = [stage.key, moe_zoo.__version__, self.settings.seed, texts, overrides, upstream]
         return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
@@ -235,6 +236,21 @@ def read_recipe(path: Path) -> str:
         return path.read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"The recipe '{path}' cannot be read: {error}.") from error
+
+
+def read_with_bases(path: Path) -> list[str]:
+    """The text of a recipe, and of those that it builds on by detectron2's `_BASE_`.
+
+    Raises:
+        InputError: One of them cannot be read.
+    """
+    text = read_recipe(path)
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"The recipe '{path}' is not valid YAML: {' '.join(str(error).split())}.") from error
+    base = content.get('_BASE_') if isinstance(content, dict) else None
+    return [text, *(read_with_bases(path.parent / Path(base).expanduser()) if base else [])]
 
 
 def read_record(folder: Path) -> Optional[dict]:

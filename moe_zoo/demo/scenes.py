@@ -49,7 +49,7 @@ class Quiet(io.TextIOBase):
 def detect(settings: Settings, folder: Path, results: dict) -> dict:
     """Write digit scenes, train the detector on them (it resumes), and draw what it finds in four of them."""
     from moe_zoo.detection.config import load_config
-    from moe_zoo.detection.train import main
+    from moe_zoo.detection.train import run
     config = settings.recipes / DETECTOR_RECIPE
     classes = range(load_config(config).MODEL.RETINANET.NUM_CLASSES)
     scenes = write_scenes(folder / 'scenes', **SCENES, seed=settings.seed, classes=classes, progress=False)
@@ -61,7 +61,7 @@ def detect(settings: Settings, folder: Path, results: dict) -> dict:
     options = [str(word) for pair in options.items() for word in pair]
     with contextlib.redirect_stdout(Quiet(Console(file=sys.stdout))), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of detectron2's older code
-        metrics = main.__wrapped__(['--config-file', str(config), '--resume', *options])['bbox']
+        metrics = run(['--config-file', str(config), '--resume', *options])['bbox']
     # detectron2 leaves the config that it ran next to the weights: what follows rests on that, not on the recipe.
     config, weights = str(folder / 'model' / 'config.yaml'), str(folder / 'model' / 'model_final.pth')
     return {

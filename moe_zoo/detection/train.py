@@ -163,11 +163,19 @@ def distribute(model: nn.Module, find_unused_parameters: bool = False) -> nn.Mod
 
 @exit_on_input_error
 def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
-    """Train or evaluate; see `--help`.
+    """The command line of `run`, which it returns the metrics of."""
+    return run(argv)
+
+
+def run(argv: Optional[List[str]] = None) -> Dict[str, Any]:
+    """Train or evaluate as the words of a command line say; see `--help`.
 
     Returns:
         COCO metrics of the last evaluation, `{'bbox': {'AP': ..., 'AP50': ..., ...}}` in percent; one such entry a test
         set where there are several. Also in OUTPUT_DIR/results.json.
+
+    Raises:
+        InputError: Something that was given cannot be used, or the training diverged.
     """
     parser = _parser()
     args = parser.parse_intermixed_args(sys.argv[1:] if argv is None else argv)
