@@ -158,3 +158,19 @@ def test_the_embedding_loss_is_a_cross_entropy_and_wants_the_labels():
     assert soft['embedding'].item() == pytest.approx(0.25 * (math.log(4.0) + math.log(4.0 / 3.0)))
     with pytest.raises(InputError, match=r"'embedding' needs labels: call auxiliary_losses\(routings, target\)"):
         auxiliary_losses([routing])
+
+
+def test_the_load_loss_reaches_an_expert_that_no_item_chose():
+    """Logits 4, 3, 2 and 1 for every item, without the draw: experts 0 and 1 are chosen, 2 and 3 are not."""
+    gradients = {}
+    for name in ('kl', 'load'):
+        router = NoisyTopKRouter(1, 4, num_selected=2)
+        router.sample_noise = torch.zeros_like
+        with torch.no_grad():
+            router.weight.copy_(torch.tensor([[4.], [3.], [2.], [1.]]))
+        routing = router(torch.ones(5, 1))
+        assert set(routing.indices.flatten().tolist()) == {0, 1}
+        LOSSES[name](routing).backward()
+        gradients[name] = router.weight.grad[:, 0]
+    assert gradients['kl'][2:].tolist() == [0, 0] and gradients['kl'][0] != 0
+    assert (gradients['load'][2:] < 0).all()  # descent raises their logits
