@@ -10,7 +10,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, Iterable, List, NamedTuple
+from types import MappingProxyType
+from typing import Dict, Iterable, List, Mapping, NamedTuple
 
 # Token and fusion models have no grid of the usual kind, as timm's own vit_* and the like (its NON_STD_FILTERS).
 NON_STD_FILTERS = ['vmoe_vit_*', 'softmoe_vit_*', 'fusion_*']
@@ -52,6 +53,7 @@ def run(
         folder: Path,
         meta_only: Iterable[str] = (),
         non_std: Iterable[str] = tuple(NON_STD_FILTERS),
+        kwargs: Mapping[str, dict] = MappingProxyType({}),
 ) -> Dict[str, List[Outcome]]:
     """Run timm's tests on models, in a process of its own.
 
@@ -61,6 +63,7 @@ def run(
         folder: Where the extended file and the report go.
         meta_only: Names too large for real tensors here.
         non_std: Name patterns for `NON_STD_FILTERS`.
+        kwargs: Keywords that a name is built with, where the test gives no others: for models that are too large.
 
     Returns:
         The outcomes by model name. A model that no test was found for has an empty list.
@@ -71,7 +74,7 @@ def run(
     (folder / 'pytest.ini').write_text('[pytest]\n')  # this folder is the root: no settings of ours apply
     report = folder / 'report.json'
     here = Path(__file__).resolve().parent
-    request = {'names': names, 'meta_only': list(meta_only), 'report': str(report)}
+    request = {'names': names, 'meta_only': list(meta_only), 'report': str(report), 'kwargs': dict(kwargs)}
     environment = dict(
         os.environ, MOE_ZOO_TIMM_HOST=json.dumps(request),
         PYTHONPATH=os.pathsep.join([str(here.parent), str(here), os.environ.get('PYTHONPATH', '')]))
@@ -110,6 +113,12 @@ def pytest_configure():
         return [name for name in everything(*args, **kwargs) if name.partition('.')[0] in names]
 
     timm.list_models = list_models
+    create_model, kwargs = timm.create_model, _request()['kwargs']
+
+    def create_smaller(model_name, *args, **given):
+        return create_model(model_name, *args, **{**kwargs.get(model_name, {}), **given})
+
+    timm.create_model = create_smaller
 
 
 def pytest_collection_modifyitems(items):

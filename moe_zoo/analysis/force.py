@@ -108,7 +108,8 @@ def assign(routing: Routing, experts: torch.Tensor, keep_mass: bool = False) -> 
 
     Returns:
         A record of the same kind: one-hot (T, E) weights where experts are mixed; (T, K) choices where they are chosen,
-        the given expert first and K - 1 others with weight 0, because layers may rely on K.
+        the given expert first and K - 1 others with weight 0, because layers may rely on K. Where experts chose the
+        items, they no longer do.
     """
     mass = routing.combine_matrix().sum(dim=1) if keep_mass else torch.ones_like(routing.weights[:, 0])
     one_hot = nn.functional.one_hot(experts, routing.num_experts).to(mass.dtype) * mass[:, None]
@@ -118,4 +119,5 @@ def assign(routing: Routing, experts: torch.Tensor, keep_mass: bool = False) -> 
     indices = (experts[:, None] + others) % routing.num_experts  # (T, K)
     weights = torch.where(others == 0, mass[:, None], torch.zeros_like(mass[:, None]))
     return routing._replace(
-        gates=one_hot, weights=weights, indices=indices, kept=None, noisy_logits=None, noise_std=None)
+        gates=one_hot, weights=weights, indices=indices, kept=None, by_expert=False,
+        noisy_logits=None, noise_std=None)

@@ -24,7 +24,7 @@ class LayerUsage:
         items: Routed items seen: images, tokens or positions.
         choices: (E,) kept choices an expert; the sum of its weights where every expert is mixed.
         mass: (E,) sum of combine weights an expert.
-        dropped: Share of the choices that found no slot.
+        dropped: Share of the choices that found no slot (of the items that no expert took, where experts choose).
         class_mass: (Y, E) mean share of combine weight an expert has in the images of a class, rows sum to one; None
             without targets; a row of a class that was not seen is zero.
     """
@@ -81,9 +81,8 @@ class LayerUsage:
 class _Sums:
     """Running sums of one layer."""
     items: int = 0
-    offered: int = 0
+    dropped: float = 0.  # share times items
     choices: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
-    kept: float = 0.
     mass: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     by_class: Dict[int, torch.Tensor] = field(default_factory=dict)
     images: Dict[int, int] = field(default_factory=dict)
@@ -98,8 +97,7 @@ class _Sums:
             chosen = routing.indices.cpu()
             kept = torch.ones_like(chosen, dtype=torch.bool) if routing.kept is None else routing.kept.cpu()
             self.choices = self.choices + torch.bincount(chosen[kept], minlength=weights.shape[1]).double()
-            self.offered += chosen.numel()
-            self.kept += int(kept.sum())
+            self.dropped += float(routing.dropped()) * len(weights)
         if targets is not None and routing.shape and routing.shape[0] == len(targets):
             shares = image_shares(routing, weights)
             for share, target in zip(shares, targets):
@@ -107,13 +105,12 @@ class _Sums:
                 self.images[target] = self.images.get(target, 0) + 1
 
     def finish(self, name: str, num_classes: int) -> LayerUsage:
-        dropped = 1 - self.kept / self.offered if self.offered else 0.
         table = None
         if self.by_class:
             table = torch.zeros(num_classes, len(self.mass), dtype=torch.float64)
             for target, total in self.by_class.items():
                 table[target] = total / self.images[target]
-        return LayerUsage(name, self.items, self.choices, self.mass, dropped, table)
+        return LayerUsage(name, self.items, self.choices, self.mass, self.dropped / max(self.items, 1), table)
 
 
 def image_shares(routing: Routing, weights: Optional[torch.Tensor] = None) -> torch.Tensor:

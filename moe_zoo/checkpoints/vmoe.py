@@ -1,17 +1,19 @@
 """Parameters of the original V-MoE (google-research/vmoe, flax) renamed and reshaped for `moe_zoo.models.vmoe`.
 
 Letters: P x Q patch, C channels, D width, H heads, h width of a head, M hidden width, X that of an expert, E experts,
-N tokens, R pre-logits, K classes. Each has one size in all arrays of a file.
+s slots of an expert, N tokens, R pre-logits, K classes. Each has one size in all arrays of a file.
 """
 import re
-from typing import Any, Dict, Mapping
+from typing import Any, Callable, Dict, List, Mapping
 
 import numpy as np
 import torch
 
 from ..errors import InputError, nearest
+from .lazy import LazyTensor
 
 StateDict = Dict[str, torch.Tensor]
+Plan = Dict[str, LazyTensor]
 
 
 def import_vmoe(weights: Mapping[str, np.ndarray]) -> StateDict:
@@ -22,7 +24,7 @@ def import_vmoe(weights: Mapping[str, np.ndarray]) -> StateDict:
 
     Args:
         weights: Arrays by flax path joined with '/', such as 'Encoder/encoderblock_0/Moe/Router/dense/kernel'; a
-            leading 'params/' is accepted.
+            leading 'params/' is accepted. `moe_zoo.checkpoints.read_vmoe` reads them from a released checkpoint.
 
     Returns:
         Tensors by the names of `moe_zoo.models.vmoe.VMoE`, strict: every array is used, none is invented.
@@ -30,26 +32,35 @@ def import_vmoe(weights: Mapping[str, np.ndarray]) -> StateDict:
     Raises:
         InputError: A key is unknown or missing, or the shape of an array does not fit the others.
     """
+    return {name: tensor.load() for name, tensor in plan_vmoe(weights).items()}
+
+
+def plan_vmoe(weights: Mapping[str, Any]) -> Plan:
+    """What `import_vmoe` makes, checked by shapes alone and not made yet.
+
+    Args:
+        weights: Arrays, or things with a `shape`, an `ndim` and a `dtype` that `numpy.asarray` reads when asked.
+    """
     tree = _Tree(weights)
-    state = {
-        'patch_embed.proj.weight': tree.take('embedding/kernel', 'PQCD').permute(3, 2, 0, 1),
+    plan = {
+        'patch_embed.proj.weight': tree.take('embedding/kernel', 'PQCD', lambda x: x.permute(3, 2, 0, 1)),
         'patch_embed.proj.bias': tree.take('embedding/bias', 'D'),
     }
     if tree.has('cls'):
-        state['cls_token'] = tree.take('cls', '11D')
+        plan['cls_token'] = tree.take('cls', '11D')
     if tree.has('Encoder/posembed_input/'):
-        state['pos_embed'] = tree.take('Encoder/posembed_input/pos_embedding', '1ND')
+        plan['pos_embed'] = tree.take('Encoder/posembed_input/pos_embedding', '1ND')
     for i in range(tree.depth()):
-        state.update(_prefixed(f'blocks.{i}.', _block(tree, f'Encoder/encoderblock_{i}/')))
-    state.update(_norm(tree, 'Encoder/encoder_norm', 'norm'))
+        plan.update(_prefixed(f'blocks.{i}.', _block(tree, f'Encoder/encoderblock_{i}/')))
+    plan.update(_norm(tree, 'Encoder/encoder_norm', 'norm'))
     if tree.has('MapHead/'):
-        state.update(_prefixed('attn_pool.', _map_head(tree)))
+        plan.update(_prefixed('attn_pool.', _map_head(tree)))
     if tree.has('pre_logits/'):
-        state.update(_linear(tree, 'pre_logits', 'pre_logits.fc', 'DR'))
+        plan.update(_linear(tree, 'pre_logits', 'pre_logits.fc', 'DR'))
     if tree.has('head/'):
-        state.update(_linear(tree, 'head', 'head', 'RK' if 'pre_logits.fc.weight' in state else 'DK'))
+        plan.update(_linear(tree, 'head', 'head', 'RK' if 'pre_logits.fc.weight' in plan else 'DK'))
     tree.finish()
-    return {name: tensor.contiguous() for name, tensor in state.items()}
+    return plan
 
 
 class _Tree:
@@ -72,22 +83,22 @@ class _Tree:
         found = (re.match(r'Encoder/encoderblock_(\d+)/', key) for key in self.arrays)
         return max((int(match[1]) + 1 for match in found if match), default=1)
 
-    def take(self, key: str, axes: str) -> torch.Tensor:
-        """The array as a tensor of its own; its axes, a letter each, must have the sizes they have elsewhere."""
+    def take(self, key: str, axes: str, make: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> LazyTensor:
+        """A tensor made of one array; its axes, a letter each, must have the sizes they have elsewhere."""
         if key not in self.arrays:
             raise InputError(
                 f'The weights have no {key!r}.{nearest(key, self.arrays)} A V-MoE checkpoint needs it: is the file '
                 'complete, and are its keys joined with "/"?')
-        array = np.asarray(self.arrays.pop(key))
+        array = self.arrays.pop(key)
         if array.ndim != len(axes):
-            ensemble = ' Ensembles of experts (E3) are not supported.' if key.endswith('Router/dense/kernel') else ''
-            raise InputError(f'{key!r} has the shape {array.shape}: {len(axes)} axes were expected.{ensemble}')
+            expected = f'{len(axes)} axes were expected'
+            if key.endswith('Router/dense/kernel') and array.ndim == 3:
+                expected = 'that is an ensemble (E3, the released eee_*), and only single models are imported'
+            raise InputError(f'{key!r} has the shape {array.shape}: {expected}.')
         shape = tuple(self.sizes.setdefault(axis, size) for axis, size in zip(axes, array.shape))
         if array.shape != shape:
             raise InputError(f'{key!r} has the shape {array.shape}: {shape} would fit the other arrays.')
-        if array.dtype not in (np.float32, np.float64, np.float16):
-            array = array.astype(np.float32)  # bfloat16 comes as a type that torch does not read
-        return torch.tensor(array)
+        return LazyTensor((array,), make)
 
     def finish(self) -> None:
         if self.arrays:
@@ -96,22 +107,28 @@ class _Tree:
                 f'{len(self.arrays)} of the keys belong to no V-MoE that is known here, the first is {first!r}.')
 
 
-def _block(tree: _Tree, source: str) -> StateDict:
-    state = {
+def _block(tree: _Tree, source: str) -> Plan:
+    plan = {
         **_norm(tree, f'{source}LayerNorm_0', 'norm1'),
         **_attention(tree, f'{source}SelfAttention/', ('query', 'key', 'value'), 'attn.qkv', 'attn.'),
         **_norm(tree, f'{source}LayerNorm_1', 'norm2'),
     }
     if not tree.has(f'{source}Moe/'):
-        return {**state, **_mlp(tree, f'{source}Mlp/', 'mlp.')}
-    state['mlp.router.weight'] = tree.take(f'{source}Moe/Router/dense/kernel', 'DE').T
+        return {**plan, **_mlp(tree, f'{source}Mlp/', 'mlp.')}
+    router = f'{source}Moe/Router/'
+    if tree.has(f'{router}mu'):  # Soft MoE
+        plan['mlp.router.mu'] = tree.take(f'{router}mu', 'DEs', lambda x: x.permute(1, 2, 0))
+        plan['mlp.router.scale'] = tree.take(f'{router}scale', '', lambda x: x.reshape(1))
+    else:
+        plan['mlp.router.weight'] = tree.take(f'{router}dense/kernel', 'DE', torch.t)
     for target, dense, axes in (('mlp.fc1', 'Dense_0', 'DX'), ('mlp.fc2', 'Dense_1', 'XD')):
-        state[f'{target}.weight'] = tree.take(f'{source}Moe/Mlp/{dense}/kernel', f'E{axes}').transpose(1, 2)
-        state[f'{target}.bias'] = tree.take(f'{source}Moe/Mlp/{dense}/bias', f'E{axes[1]}')
-    return state
+        plan[f'{target}.weight'] = tree.take(
+            f'{source}Moe/Mlp/{dense}/kernel', f'E{axes}', lambda x: x.transpose(1, 2))
+        plan[f'{target}.bias'] = tree.take(f'{source}Moe/Mlp/{dense}/bias', f'E{axes[1]}')
+    return plan
 
 
-def _map_head(tree: _Tree) -> StateDict:
+def _map_head(tree: _Tree) -> Plan:
     attention = 'MapHead/MultiHeadDotProductAttention/'
     return {
         'latent': tree.take('MapHead/probe', '11D'),
@@ -122,40 +139,49 @@ def _map_head(tree: _Tree) -> StateDict:
     }
 
 
-def _attention(tree: _Tree, source: str, names: tuple, target: str, prefix: str) -> StateDict:
+def _attention(tree: _Tree, source: str, names: tuple, target: str, prefix: str) -> Plan:
     """Input projections stacked into one, output projection, and the optional norms of queries and keys."""
-    state = {
+    plan = {
         **_projections(tree, source, names, target),
-        f'{prefix}proj.weight': tree.take(f'{source}out/kernel', 'HhD').flatten(0, 1).T,
+        f'{prefix}proj.weight': tree.take(f'{source}out/kernel', 'HhD', lambda x: x.flatten(0, 1).T),
         f'{prefix}proj.bias': tree.take(f'{source}out/bias', 'D'),
     }
     if tree.has(f'{source}query_ln/') or tree.has(f'{source}key_ln/'):
-        state[f'{prefix}q_norm.weight'] = tree.take(f'{source}query_ln/scale', 'h')
-        state[f'{prefix}k_norm.weight'] = tree.take(f'{source}key_ln/scale', 'h')
-    return state
+        plan[f'{prefix}q_norm.weight'] = tree.take(f'{source}query_ln/scale', 'h')
+        plan[f'{prefix}k_norm.weight'] = tree.take(f'{source}key_ln/scale', 'h')
+    return plan
 
 
-def _projections(tree: _Tree, source: str, names: tuple, target: str) -> StateDict:
-    kernels = [tree.take(f'{source}{name}/kernel', 'DHh').flatten(1).T for name in names]  # (H * h, D)
-    biases = [tree.take(f'{source}{name}/bias', 'Hh').flatten() for name in names]
-    return {f'{target}.weight': torch.cat(kernels), f'{target}.bias': torch.cat(biases)}
+def _projections(tree: _Tree, source: str, names: tuple, target: str) -> Plan:
+    kernels = [tree.take(f'{source}{name}/kernel', 'DHh') for name in names]
+    biases = [tree.take(f'{source}{name}/bias', 'Hh') for name in names]
+    return {
+        f'{target}.weight': _joined(kernels, lambda *parts: torch.cat([x.flatten(1).T for x in parts])),  # (H * h, D)
+        f'{target}.bias': _joined(biases, lambda *parts: torch.cat([x.flatten() for x in parts])),
+    }
 
 
-def _mlp(tree: _Tree, source: str, target: str) -> StateDict:
+def _joined(parts: List[LazyTensor], make: Callable[..., torch.Tensor]) -> LazyTensor:
+    return LazyTensor(tuple(array for part in parts for array in part.arrays), make)
+
+
+def _mlp(tree: _Tree, source: str, target: str) -> Plan:
     return {
         **_linear(tree, f'{source}Dense_0', f'{target}fc1', 'DM'),
         **_linear(tree, f'{source}Dense_1', f'{target}fc2', 'MD'),
     }
 
 
-def _linear(tree: _Tree, source: str, target: str, axes: str) -> StateDict:
-    kernel, bias = tree.take(f'{source}/kernel', axes), tree.take(f'{source}/bias', axes[1])
-    return {f'{target}.weight': kernel.T, f'{target}.bias': bias}
+def _linear(tree: _Tree, source: str, target: str, axes: str) -> Plan:
+    return {
+        f'{target}.weight': tree.take(f'{source}/kernel', axes, torch.t),
+        f'{target}.bias': tree.take(f'{source}/bias', axes[1]),
+    }
 
 
-def _norm(tree: _Tree, source: str, target: str) -> StateDict:
+def _norm(tree: _Tree, source: str, target: str) -> Plan:
     return {f'{target}.weight': tree.take(f'{source}/scale', 'D'), f'{target}.bias': tree.take(f'{source}/bias', 'D')}
 
 
-def _prefixed(prefix: str, state: StateDict) -> StateDict:
-    return {prefix + name: tensor for name, tensor in state.items()}
+def _prefixed(prefix: str, plan: Plan) -> Plan:
+    return {prefix + name: tensor for name, tensor in plan.items()}

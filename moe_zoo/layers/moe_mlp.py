@@ -1,7 +1,7 @@
-"""`MoEMlp`: the feed-forward layer of V-MoE, drop-in for timm's `Mlp`.
+"""`MoEMlp` and `SoftMoEMlp`: the feed-forward layers of V-MoE and of Soft MoE, drop-in for timm's `Mlp`.
 
 Letters: B images, D width, M hidden width of an expert, T routed tokens (of the whole batch), E experts, K chosen ones,
-S tokens a group, C slots an expert has in a group.
+G groups, S tokens a group, C slots an expert has in a group, P slots of mixed tokens an expert has in a group.
 """
 import inspect
 import math
@@ -19,6 +19,7 @@ from ..routing import (
     Routing,
     SigmoidTopKRouter,
     SoftmaxTopKRouter,
+    check_num_selected,
     compute_capacity,
     dispatch_padded,
     dispatch_reference,
@@ -26,10 +27,17 @@ from ..routing import (
     keep_within_capacity,
     record,
 )
+from ..routing.capacity import keep_chosen_by_experts
 from ..routing.dispatch import combine_sorted, sort_pairs
+from ..routing.expert_routers import ExpertChoiceRouter, SoftRouter
 from .routed import RoutedLayer
 
-ROUTERS = {'vmoe': SoftmaxTopKRouter, 'shazeer': NoisyTopKRouter, 'sigmoid': SigmoidTopKRouter}
+ROUTERS = {
+    'vmoe': SoftmaxTopKRouter,
+    'shazeer': NoisyTopKRouter,
+    'sigmoid': SigmoidTopKRouter,
+    'expert_choice': ExpertChoiceRouter,
+}
 
 
 class ExpertLinear(nn.Module):
@@ -103,8 +111,85 @@ class ExpertLinear(nn.Module):
         return f'{ins}, {outs}, num_experts={experts}, bias={self.bias is not None}'
 
 
+class _ExpertMlps(RoutedLayer):
+    """E MLPs in stacks and the grouping of tokens: what `MoEMlp` and `SoftMoEMlp` share."""
+
+    def __init__(
+            self,
+            in_features: int,
+            hidden_features: int,
+            out_features: Optional[int],
+            act_layer: Type[nn.Module],
+            norm_layer: Optional[Type[nn.Module]],
+            bias: Union[bool, Tuple[bool, bool]],
+            drop: Union[float, Tuple[float, float]],
+            use_conv: bool,
+            num_experts: int,
+            group_images: int,
+            group_size: Optional[int],
+            same_init: bool,
+            bfloat16_dispatch: bool,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        _check_at_least_one(group_images=group_images, group_size=group_size)
+        self.in_features = in_features
+        self.hidden_features = hidden_features  # M
+        self.out_features = out_features or in_features
+        self.use_conv = use_conv
+        self.num_experts = num_experts
+        self.group_images = group_images
+        self.group_size = group_size
+        self.bfloat16_dispatch = bfloat16_dispatch
+        bias = to_2tuple(bias)
+        drop = to_2tuple(drop)
+        self.fc1 = ExpertLinear(self.num_experts, in_features, self.hidden_features, bias[0], same_init, **dd)
+        self.act = act_layer()
+        self.drop1 = nn.Dropout(drop[0])
+        self.norm = norm_layer(self.hidden_features, **dd) if norm_layer is not None else nn.Identity()
+        self.fc2 = ExpertLinear(self.num_experts, self.hidden_features, self.out_features, bias[1], same_init, **dd)
+        self.drop2 = nn.Dropout(drop[1])
+
+    def run_stacked(self, x: torch.Tensor) -> torch.Tensor:
+        """(E, C, D), row e through expert e, to (E, C, out_features)."""
+        y = self.norm(self.drop1(self.act(self.fc1(self._round(x)))))
+        return self._round(self.drop2(self.fc2(y)))
+
+    def _round(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(torch.bfloat16).to(x.dtype) if self.bfloat16_dispatch else x
+
+    def _group_size(self, x: torch.Tensor) -> int:
+        """S for a batch (B, ..., D)."""
+        group_size = self.group_size
+        if group_size is None:
+            group_size = self.group_images
+            for size in x.shape[1:-1]:
+                group_size = group_size * size
+        return group_size
+
+    def _check_groups(self, x: torch.Tensor, num_tokens: int) -> None:
+        """Raises: InputError: An explicit group size does not divide the tokens of a batch (B, ..., D)."""
+        if self.group_size is not None and num_tokens % self.group_size:
+            images = 'one image' if self.group_images == 1 else f'{self.group_images} images'
+            raise InputError(
+                f'group_size={self.group_size} does not divide the {num_tokens} tokens of a batch of shape '
+                f'{tuple(x.shape[:-1])}: use a divisor, or leave it out for groups of {images}.')
+
+    def expert_parameters(self) -> List[List[nn.Parameter]]:
+        return [[p] for layer in (self.fc1, self.fc2) for p in layer.parameters()]
+
+    def _expert_macs(self) -> int:
+        """MACs of one expert for one token."""
+        return self.hidden_features * (self.in_features + self.out_features)
+
+    def _group_repr(self) -> str:
+        return f'group_size={self.group_size}' if self.group_size else f'group_images={self.group_images}'
+
+
 @register_notrace_module
-class MoEMlp(RoutedLayer):
+class MoEMlp(_ExpertMlps):
     """A sparse mixture of MLPs: every token goes through K of E experts, the sum weighted by their gates.
 
     As in V-MoE (Riquelme et al. 2021, section 2), with its defaults, except that in evaluation nothing is dropped
@@ -115,6 +200,10 @@ class MoEMlp(RoutedLayer):
     A token whose choices were all dropped gets zero, so that only the residual connection around the layer passes it.
     With K = 1 the output is scaled by a gate below 1; where a router normalises its gates the value is 1 and the
     gradient that of p / p.detach(). An expert that received no token is not run and gets zero gradients.
+
+    With the router 'expert_choice' (Zhou et al. 2022) every expert takes the C tokens of a group that it likes best: K
+    is the mean number of experts a token gets, a token may get none or all, and capacity is the choice itself, also in
+    evaluation. `group_images=1` then keeps images independent.
 
     Where shapes must be static (compilation, export, tracing, meta tensors) experts fill padded buffers, whose size is
     the capacity. Without one, as in evaluation by default, every expert then sees every token: E / K times the cost.
@@ -133,18 +222,19 @@ class MoEMlp(RoutedLayer):
         num_experts: E.
         num_selected: K.
         router: 'vmoe' (softmax before top-k), 'shazeer' (noisy top-k before softmax), 'sigmoid' (normalised sigmoid
-            gates, choice corrected by a bias that balances the load).
+            gates, choice corrected by a bias that balances the load), 'expert_choice' (see above).
         router_args: Further keywords of that router, for example `dict(renormalise=True)`.
-        noise_std: Noise on the logits in training: numerator of the standard deviation `noise_std / E` for 'vmoe'; for
-            'shazeer', whose noise is learned, 0 switches it off; without meaning for 'sigmoid'.
+        noise_std: Noise on the logits in training: numerator of the standard deviation `noise_std / E` for 'vmoe' and
+            'expert_choice'; for 'shazeer', whose noise is learned, 0 switches it off; without meaning for 'sigmoid'.
         losses: Weight of each auxiliary loss by name; None for the router's own, {} for none.
         capacity_factor: Slots an expert has in training, relative to S K / E; None drops nothing, as any factor of
             E / K or more.
-        eval_capacity_factor: The same in evaluation (the original used 4.0, which drops nothing either at E=8, K=2).
+        eval_capacity_factor: The same in evaluation (the original used 4.0, which drops nothing either at E=8, K=2);
+            with 'expert_choice', None is the factor of training.
         capacity: Slots an expert has in a group, training or not; overrides both factors.
         capacity_multiple_of: A capacity that comes from a factor is raised to a multiple of it.
         capacity_rounding: 'ceil' or 'round', before that.
-        batch_priority: Serve tokens by falling gate instead of by position.
+        batch_priority: Serve tokens by falling gate instead of by position ('expert_choice' always does).
         group_images: Images a group.
         group_size: Tokens a group instead, S; must divide the tokens of every batch.
         num_shared_experts: Experts of the same width that every token uses, unweighted.
@@ -188,12 +278,11 @@ class MoEMlp(RoutedLayer):
             device=None,
             dtype=None,
     ):
-        super().__init__()
         dd = {'device': device, 'dtype': dtype}
         hidden_features = hidden_features or in_features
-        _check_at_least_one(
-            capacity=capacity, group_images=group_images, group_size=group_size, expert_ratio=expert_ratio)
+        _check_at_least_one(capacity=capacity, expert_ratio=expert_ratio)
         _check_positive(capacity_factor=capacity_factor, eval_capacity_factor=eval_capacity_factor)
+        check_num_selected(num_selected, num_experts)
         if noise_std < 0 or num_shared_experts < 0:
             raise InputError(f'noise_std={noise_std}, num_shared_experts={num_shared_experts}: use 0 or more for both.')
         if hidden_features % expert_ratio:
@@ -201,33 +290,23 @@ class MoEMlp(RoutedLayer):
                 f'expert_ratio={expert_ratio} does not divide the hidden width {hidden_features}: use a divisor.')
         if capacity_rounding not in ('ceil', 'round'):
             raise InputError(f"capacity_rounding={capacity_rounding!r}: use 'ceil' or 'round'.")
-        self.in_features = in_features
-        self.hidden_features = hidden_features // expert_ratio  # M
-        self.out_features = out_features or in_features
-        self.use_conv = use_conv
-        self.num_experts = num_experts * expert_ratio
+        super().__init__(
+            in_features, hidden_features // expert_ratio, out_features, act_layer, norm_layer, bias, drop, use_conv,
+            num_experts * expert_ratio, group_images, group_size, same_init, bfloat16_dispatch, **dd)
         self.num_selected = num_selected * expert_ratio
         self.num_shared_experts = num_shared_experts
+        self.by_expert = router == 'expert_choice'
+        if self.by_expert and eval_capacity_factor is None:
+            eval_capacity_factor = capacity_factor  # there, capacity is the choice itself
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
         self.capacity = capacity
         self.capacity_multiple_of = capacity_multiple_of
         self.capacity_rounding = capacity_rounding
         self.batch_priority = batch_priority
-        self.group_images = group_images
-        self.group_size = group_size
-        self.bfloat16_dispatch = bfloat16_dispatch
 
         self.router = create_router(
             router, in_features, self.num_experts, self.num_selected, noise_std, losses, router_args, **dd)
-        bias = to_2tuple(bias)
-        drop = to_2tuple(drop)
-        self.fc1 = ExpertLinear(self.num_experts, in_features, self.hidden_features, bias[0], same_init, **dd)
-        self.act = act_layer()
-        self.drop1 = nn.Dropout(drop[0])
-        self.norm = norm_layer(self.hidden_features, **dd) if norm_layer is not None else nn.Identity()
-        self.fc2 = ExpertLinear(self.num_experts, self.hidden_features, self.out_features, bias[1], same_init, **dd)
-        self.drop2 = nn.Dropout(drop[1])
         # n MLPs of width M that all tokens use are one of width n * M.
         self.shared = Mlp(
             in_features, num_shared_experts * self.hidden_features, self.out_features,
@@ -250,14 +329,11 @@ class MoEMlp(RoutedLayer):
 
     def _mix(self, tokens: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         group_size = self._group_size(x)
-        if self.group_size is not None and tokens.shape[0] % group_size:
-            raise InputError(
-                f'group_size={group_size} does not divide the {tokens.shape[0]} tokens of a batch of shape '
-                f'{tuple(x.shape[:-1])}: use a divisor, or leave it out for groups of {self.group_images} images.')
+        self._check_groups(x, tokens.shape[0])
         routing: Routing = self.router(tokens)
         deciding = routing.logits if routing.noisy_logits is None else routing.noisy_logits
         routing = routing._replace(
-            kept=self._keep(routing.indices, deciding, group_size),
+            kept=self._keep(routing.indices, deciding, group_size, routing.by_expert),
             shape=tuple(x.shape[:-1]),
             group_size=group_size,
         )
@@ -271,7 +347,7 @@ class MoEMlp(RoutedLayer):
     def _mix_scripted(self, tokens: torch.Tensor, group_size: int) -> torch.Tensor:
         """`_mix` without a record: TorchScript knows no variable-length tuple."""
         logits, _, weights, indices, noisy, _ = self.router.choose(tokens)
-        kept = self._keep(indices, logits if noisy is None else noisy, group_size)
+        kept = self._keep(indices, logits if noisy is None else noisy, group_size, self.by_expert)
         items, position, sizes = sort_pairs(indices, kept, self.num_experts)
         outputs = self.run_experts(list(tokens.index_select(0, items).split(sizes)))
         return combine_sorted(outputs, position, weights).to(tokens.dtype)
@@ -292,23 +368,6 @@ class MoEMlp(RoutedLayer):
                 outputs.append(self._round(self.drop2(y)))
         return outputs
 
-    def run_stacked(self, x: torch.Tensor) -> torch.Tensor:
-        """(E, C, D), row e through expert e, to (E, C, out_features)."""
-        y = self.norm(self.drop1(self.act(self.fc1(self._round(x)))))
-        return self._round(self.drop2(self.fc2(y)))
-
-    def _round(self, x: torch.Tensor) -> torch.Tensor:
-        return x.to(torch.bfloat16).to(x.dtype) if self.bfloat16_dispatch else x
-
-    def _group_size(self, x: torch.Tensor) -> int:
-        """S for a batch (B, ..., D)."""
-        group_size = self.group_size
-        if group_size is None:
-            group_size = self.group_images
-            for size in x.shape[1:-1]:
-                group_size = group_size * size
-        return group_size
-
     def _capacity(self, num_tokens: int) -> int:
         """C for a group of that many tokens; 0 where nothing is dropped."""
         if self.capacity is not None:
@@ -320,42 +379,158 @@ class MoEMlp(RoutedLayer):
             num_tokens, self.num_experts, self.num_selected, factor, self.capacity_multiple_of, self.capacity_rounding)
 
     def _slots(self, num_tokens: int, group_size: int) -> int:
-        """Slots an expert has in all groups together, never more than there are tokens."""
+        """The most tokens an expert gets in all groups together."""
         full, rest = num_tokens // group_size, num_tokens % group_size
-        return min(full * self._capacity(group_size) + (self._capacity(rest) if rest else 0), num_tokens)
+        return full * self._slots_of_group(group_size) + (self._slots_of_group(rest) if rest else 0)
 
-    def _keep(self, indices: torch.Tensor, deciding: torch.Tensor, group_size: int) -> Optional[torch.Tensor]:
+    def _slots_of_group(self, size: int) -> int:
+        capacity = self._capacity(size)
+        return size if capacity == 0 else min(capacity, size)
+
+    def _keep(
+            self,
+            indices: torch.Tensor,
+            deciding: torch.Tensor,
+            group_size: int,
+            by_expert: bool,
+    ) -> Optional[torch.Tensor]:
         """(T, K) bool: which pairs find a slot, group by group; None where nothing can be dropped."""
         num_tokens = indices.shape[0]
         if self._capacity(group_size) == 0 or num_tokens == 0:
             return None
         # The largest gate of the softmax decides the order; with V-MoE's router it is the first choice's weight.
-        priority = torch.softmax(deciding.detach(), dim=-1).amax(dim=-1, keepdim=True)  # (T, 1)
+        gates = torch.softmax(deciding.detach(), dim=-1)  # (T, E)
         full = num_tokens // group_size * group_size
         kept: List[torch.Tensor] = []
         for start, stop, size in ((0, full, group_size), (full, num_tokens, num_tokens - full)):
             if stop > start:
-                kept.append(keep_within_capacity(
-                    indices[start:stop].reshape(-1, size, self.num_selected), priority[start:stop].reshape(-1, size, 1),
-                    self.num_experts, self._capacity(size), self.batch_priority,
-                ).reshape(-1, self.num_selected))
+                chosen = indices[start:stop].reshape(-1, size, indices.shape[1])
+                likings = gates[start:stop].reshape(-1, size, self.num_experts)
+                if by_expert:
+                    found = keep_chosen_by_experts(chosen, likings, self._capacity(size))
+                else:
+                    found = keep_within_capacity(
+                        chosen, likings, self.num_experts, self._capacity(size), self.batch_priority)
+                kept.append(found.reshape(-1, indices.shape[1]))
         return torch.cat(kept)
 
-    def expert_parameters(self) -> List[List[nn.Parameter]]:
-        return [[p] for layer in (self.fc1, self.fc2) for p in layer.parameters()]
-
     def max_macs(self, input_shape: Sequence[int]) -> int:
-        """Router, K experts and the shared ones for every token; biases are free."""
+        """Router, K experts and the shared ones for every token; all slots where experts choose. Biases are free."""
         num_tokens = math.prod(input_shape) // self.in_features
-        expert = self.hidden_features * (self.in_features + self.out_features)
-        return self.router.macs(num_tokens) + num_tokens * expert * (self.num_selected + self.num_shared_experts)
+        pairs = num_tokens * self.num_selected
+        if self.by_expert:
+            group_size = self.group_size or self.group_images * (num_tokens // input_shape[0])
+            pairs = self.num_experts * self._slots(num_tokens, group_size)
+        experts = (pairs + num_tokens * self.num_shared_experts) * self._expert_macs()
+        return self.router.macs(num_tokens) + experts
 
     def extra_repr(self) -> str:
-        group = f'group_size={self.group_size}' if self.group_size else f'group_images={self.group_images}'
         return (
             f'num_experts={self.num_experts}, num_selected={self.num_selected}, '
             f'capacity_factor={self.capacity_factor}, eval_capacity_factor={self.eval_capacity_factor}, '
-            f'batch_priority={self.batch_priority}, {group}')
+            f'batch_priority={self.batch_priority}, {self._group_repr()}')
+
+
+@register_notrace_module
+class SoftMoEMlp(_ExpertMlps):
+    """A soft mixture of MLPs: every slot of an expert reads a mixture of all tokens of a group, every token a mixture
+    of all slots (Soft MoE, Puigcerver et al. 2023, section 2).
+
+    Nothing is chosen and nothing is dropped; the cost is that of E P slots a group. A group is one image, so that no
+    image depends on another. The record has the weight of every expert for every token; `slot_logits` tells the rest.
+
+    Both mixtures are matrix products in the type of the tokens or of the autocast; their weights are float32.
+
+    Args:
+        num_experts: E.
+        num_slots: P, slots an expert has in a group.
+        losses: Weight of each auxiliary loss by name; the paper has none.
+        group_size: Tokens a group, S, instead of an image's; must divide the tokens of every batch.
+        same_init: All experts start equal, as in V-MoE's code.
+        bfloat16_dispatch: Round what travels to and from the experts to bfloat16, as the original does.
+
+    The others are those of `MoEMlp`.
+
+    Raises:
+        InputError: No expert or no slot, an unknown loss; in forward, tokens that `group_size` does not divide.
+    """
+
+    def __init__(
+            self,
+            in_features: int,
+            hidden_features: Optional[int] = None,
+            out_features: Optional[int] = None,
+            act_layer: Type[nn.Module] = nn.GELU,
+            norm_layer: Optional[Type[nn.Module]] = None,
+            bias: Union[bool, Tuple[bool, bool]] = True,
+            drop: Union[float, Tuple[float, float]] = 0.,
+            use_conv: bool = False,
+            num_experts: int = 128,
+            num_slots: int = 1,
+            losses: Optional[Mapping[str, float]] = None,
+            group_size: Optional[int] = None,
+            same_init: bool = True,
+            bfloat16_dispatch: bool = False,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        check_num_selected(num_experts, num_experts)
+        _check_at_least_one(num_slots=num_slots)
+        super().__init__(
+            in_features, hidden_features or in_features, out_features, act_layer, norm_layer, bias, drop, use_conv,
+            num_experts, 1, group_size, same_init, bfloat16_dispatch, **dd)
+        self.num_selected = num_experts
+        self.num_slots = num_slots
+        self.router = SoftRouter(in_features, num_experts, num_slots, _known_losses(losses or {}), **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, ..., D) to (B, ..., out_features); (B, D, H, W) with `use_conv`."""
+        if self.use_conv:
+            x = x.permute(0, 2, 3, 1)
+        tokens = x.reshape(-1, x.shape[-1])  # (T, D)
+        group_size = self._group_size(x)
+        if torch.jit.is_scripting():
+            slot_logits, _, weights = self.router.mix(tokens)
+            y = self._mix(tokens, slot_logits, weights, group_size)
+        else:
+            self._check_groups(x, tokens.shape[0])
+            routing: Routing = self.router(tokens)._replace(shape=tuple(x.shape[:-1]), group_size=group_size)
+            record(self, routing)
+            y = self._mix(tokens, routing.slot_logits, routing.weights, group_size)
+        y = y.reshape(list(x.shape[:-1]) + [y.shape[-1]])
+        return y.permute(0, 3, 1, 2) if self.use_conv else y
+
+    def _mix(
+            self,
+            tokens: torch.Tensor,
+            slot_logits: torch.Tensor,
+            weights: torch.Tensor,
+            group_size: int,
+    ) -> torch.Tensor:
+        """(T, D) tokens, (T, E, P) slot logits and (T, E) weights of the experts to (T, out_features)."""
+        E, P, S = self.num_experts, self.num_slots, group_size
+        G = tokens.shape[0] // S
+        dispatch = torch.softmax(slot_logits.reshape(G, S, E * P), dim=1).to(tokens.dtype)
+        x = torch.bmm(dispatch.transpose(1, 2), self._round(tokens).reshape(G, S, self.in_features))
+        x = x.reshape(G, E, P, self.in_features).transpose(0, 1).reshape(E, G * P, self.in_features)
+        y = self.run_stacked(x)
+        y = y.reshape(E, G, P, self.out_features).transpose(0, 1).reshape(G, E * P, self.out_features)
+        # The softmax over all slots is that over the experts times that over the slots of each.
+        combine = (weights.unsqueeze(-1) * torch.softmax(slot_logits, dim=-1)).reshape(G, S, E * P).to(y.dtype)
+        return torch.bmm(combine, y).flatten(0, 1).to(tokens.dtype)
+
+    def max_macs(self, input_shape: Sequence[int]) -> int:
+        """Slot logits, both mixtures, and every slot of every group through its expert; biases are free."""
+        num_tokens = math.prod(input_shape) // self.in_features
+        group_size = self.group_size or num_tokens // input_shape[0]
+        slots = self.num_experts * self.num_slots
+        mixtures = num_tokens * slots * (self.in_features + self.out_features)
+        experts = num_tokens // group_size * slots * self._expert_macs()
+        return self.router.macs(num_tokens) + mixtures + experts
+
+    def extra_repr(self) -> str:
+        return f'num_experts={self.num_experts}, num_slots={self.num_slots}, {self._group_repr()}'
 
 
 def create_router(
@@ -377,21 +552,28 @@ def create_router(
     if name not in ROUTERS:
         raise InputError(f'router={name!r} is unknown.{nearest(name, ROUTERS)} Known: {", ".join(ROUTERS)}.')
     args: Dict[str, Any] = dict(router_args or {})
-    if name == 'vmoe':
+    sizes = [in_features, num_experts, num_selected]
+    if name == 'expert_choice':
+        sizes.pop()  # every token is offered to every expert
+    if name in ('vmoe', 'expert_choice'):
         args.setdefault('noise_std', noise_std)
     elif name == 'shazeer':
         args.setdefault('noise', noise_std != 0)
     if losses is not None:
-        for loss in losses:
-            if loss not in LOSSES:
-                raise InputError(f'losses has {loss!r}.{nearest(loss, LOSSES)} Known: {", ".join(LOSSES)}.')
-        args['losses'] = tuple(losses.items())
-    known = list(inspect.signature(ROUTERS[name]).parameters)[3:-2]
+        args['losses'] = _known_losses(losses)
+    known = list(inspect.signature(ROUTERS[name]).parameters)[len(sizes):-2]
     for keyword in args:
         if keyword not in known:
             raise InputError(
                 f'router_args has {keyword!r}.{nearest(keyword, known)} Known to {name!r}: {", ".join(known)}.')
-    return ROUTERS[name](in_features, num_experts, num_selected, device=device, dtype=dtype, **args)
+    return ROUTERS[name](*sizes, device=device, dtype=dtype, **args)
+
+
+def _known_losses(losses: Mapping[str, float]) -> Tuple[Tuple[str, float], ...]:
+    for loss in losses:
+        if loss not in LOSSES:
+            raise InputError(f'losses has {loss!r}.{nearest(loss, LOSSES)} Known: {", ".join(LOSSES)}.')
+    return tuple(losses.items())
 
 
 def _wants_static_shapes(x: torch.Tensor) -> bool:

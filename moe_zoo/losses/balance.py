@@ -103,9 +103,9 @@ def vmoe_load_loss(routing: Routing) -> torch.Tensor:
     """Squared CV of the smooth load with V-MoE's one threshold, the k-th largest noisy logit of the item.
 
     P(x, i) = 1 - Phi((threshold - clean logit_i) / std) (Riquelme et al. 2021, appendix A; the threshold keeps its
-    gradient, as in the original code). Zero where there is no noise.
+    gradient, as in the original code). Zero where there is no noise, or where experts choose: their loads are equal.
     """
-    if routing.noisy_logits is None or routing.indices is None:
+    if routing.noisy_logits is None or routing.indices is None or routing.by_expert:
         return routing.logits.sum() * 0.0
     threshold = torch.topk(routing.noisy_logits, routing.indices.shape[-1], dim=-1).values[:, -1:]
     probability = 1.0 - _normal_cdf((threshold - routing.logits) / routing.noise_std)

@@ -3,9 +3,13 @@
 Paper: `Scaling Vision with Sparse Mixture of Experts`, Riquelme et al., NeurIPS 2021, https://arxiv.org/abs/2106.05974
 Original code: https://github.com/google-research/vmoe (JAX, Apache-2.0); numerically equal given the same weights.
 
-What differs from timm's VisionTransformer: in some blocks the MLP is a `MoEMlp`; GELU is the tanh approximation; an
-optional tanh layer before the head; initialisation; position tables are resized as the original does; the final norm
-precedes pooling always.
+In the same code, and here by the keyword `router`: experts that choose their tokens (`Mixture-of-Experts with Expert
+Choice Routing`, Zhou et al., NeurIPS 2022, https://arxiv.org/abs/2202.09368), and Soft MoE (`From Sparse to Soft
+Mixtures of Experts`, Puigcerver et al., ICLR 2024, https://arxiv.org/abs/2308.00951).
+
+What differs from timm's VisionTransformer: in some blocks the MLP is a `MoEMlp` or a `SoftMoEMlp`; GELU is the tanh
+approximation; an optional tanh layer before the head; initialisation; position tables are resized as the original does;
+the final norm precedes pooling always.
 
 Letters: B images, N tokens, D width, E experts, K chosen experts.
 """
@@ -41,7 +45,7 @@ from torch import nn
 
 from ..checkpoints import import_vmoe
 from ..errors import InputError
-from ..layers.moe_mlp import MoEMlp
+from ..layers.moe_mlp import MoEMlp, SoftMoEMlp
 from ..layers.routed import RoutedModel
 from ..routing import checkpoint_routed
 from .vmoe_config import model_args
@@ -50,8 +54,10 @@ __all__ = ['VMoE', 'from_config']
 
 GELU_TANH = partial(nn.GELU, approximate='tanh')
 
-# Keywords of the model that go to every routed MLP as they are: those of MoEMlp that timm's Mlp does not have.
-MOE_KEYWORDS = [name for name in inspect.signature(MoEMlp).parameters if name not in inspect.signature(Mlp).parameters]
+# Keywords of the model that go to every routed MLP as they are: those that timm's Mlp does not have.
+MOE_KEYWORDS = (
+    (inspect.signature(MoEMlp).parameters.keys() | inspect.signature(SoftMoEMlp).parameters.keys())
+    - inspect.signature(Mlp).parameters.keys())
 
 
 class ScaleNormAttention(Attention):
@@ -97,7 +103,8 @@ class VMoE(RoutedModel, VisionTransformer):
 
     Every keyword of timm's VisionTransformer is accepted (`img_size`, `patch_size`, `dynamic_img_size`, ...), and every
     one of `MoEMlp` from `num_experts` on (`num_selected`, `capacity_factor`, `eval_capacity_factor`, `batch_priority`,
-    `noise_std`, `group_size`, `group_images`, `router`, `losses`, ...).
+    `noise_std`, `group_size`, `group_images`, `router`, `losses`, ...). With `router='soft'` the routed MLP is a
+    `SoftMoEMlp`, whose keywords are accepted instead (`num_experts`, `num_slots`, `group_size`, ...).
 
     Args:
         moe_layers: Blocks with experts, counted from 0: their numbers, or as the original's descriptions say, 'last_2'
@@ -219,7 +226,8 @@ class VMoE(RoutedModel, VisionTransformer):
     @torch.jit.ignore
     def no_weight_decay(self):
         """The original decays kernels only."""
-        return super().no_weight_decay() | {'attn_pool.latent'}
+        slots = {name for name, _ in self.named_parameters() if name.endswith('router.mu')}
+        return super().no_weight_decay() | {'attn_pool.latent'} | slots
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -298,11 +306,15 @@ def _block_fn(
         mlp_ratio: Optional[float],
         moe_args: Dict[str, Any],
 ) -> Callable[..., RoutedBlock]:
-    """What timm's VisionTransformer calls to make a block: the numbers in `routed` get a `MoEMlp`."""
-    def routed_mlp(in_features: int, hidden_features: int, drop: float, **mlp_args) -> MoEMlp:
+    """What timm's VisionTransformer calls to make a block: the numbers in `routed` get a routed MLP."""
+    layer = MoEMlp
+    if moe_args.get('router') == 'soft':
+        layer, moe_args = SoftMoEMlp, {name: value for name, value in moe_args.items() if name != 'router'}
+
+    def routed_mlp(in_features: int, hidden_features: int, drop: float, **mlp_args) -> nn.Module:
         hidden_features = hidden_features if mlp_ratio is None else int(in_features * mlp_ratio)
         drop = drop if drop_rate is None else drop_rate
-        return MoEMlp(in_features, hidden_features, drop=drop, **mlp_args, **moe_args)
+        return layer(in_features, hidden_features, drop=drop, **mlp_args, **moe_args)
 
     def block_fn(depth: int, mlp_layer: Any, **block_args) -> RoutedBlock:
         return RoutedBlock(depth=depth, mlp_layer=routed_mlp if depth in routed else mlp_layer, **block_args)
@@ -436,6 +448,9 @@ default_cfgs = generate_default_cfgs({
     'vmoe_vit_b': _cfg(),
     'vmoe_vit_l': _cfg(),
     'vmoe_vit_h': _cfg(),
+    'vmoe_vit_s_ec': _cfg(),
+    'vmoe_vit_b_ec': _cfg(),
+    'softmoe_vit_s': _cfg(),
 })
 
 # What the authors released in gs://vmoe_checkpoints, by the model that takes it.
@@ -469,19 +484,23 @@ def _check_weights(variant: str, pretrained_cfg: Any, overlay: Optional[Dict[str
         'moe_zoo.checkpoints.import_vmoe and pass them as pretrained_cfg_overlay=dict(state_dict=...).')
 
 
+S32_LAST2 = dict(patch_size=32, embed_dim=512, depth=8, num_heads=8, moe_layers='last_2', representation_size=512)
+B16_EVERY2 = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, moe_layers='every_2')
+# Every expert takes S K / E tokens of every image, rounded: K experts a token on average.
+EXPERT_CHOICE = dict(
+    router='expert_choice', capacity_factor=1.0, capacity_rounding='round', capacity_multiple_of=1, group_images=1)
+
+
 @register_model
 def vmoe_vit_s(pretrained: bool = False, **kwargs) -> VMoE:
     """V-MoE-S/32, Last 2: 8 blocks x 512, not timm's 12 x 384; experts in blocks 5 and 7; 56,999,400 parameters."""
-    model_args = dict(
-        patch_size=32, embed_dim=512, depth=8, num_heads=8, moe_layers='last_2', representation_size=512)
-    return _create_vmoe('vmoe_vit_s', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_vmoe('vmoe_vit_s', pretrained=pretrained, **dict(S32_LAST2, **kwargs))
 
 
 @register_model
 def vmoe_vit_b(pretrained: bool = False, **kwargs) -> VMoE:
     """V-MoE-B/16, Every 2: 12 blocks x 768, experts in every second block."""
-    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, moe_layers='every_2')
-    return _create_vmoe('vmoe_vit_b', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_vmoe('vmoe_vit_b', pretrained=pretrained, **dict(B16_EVERY2, **kwargs))
 
 
 @register_model
@@ -496,3 +515,27 @@ def vmoe_vit_h(pretrained: bool = False, **kwargs) -> VMoE:
     """V-MoE-H/14, Last 5: 32 blocks x 1280, experts in blocks 23, 25, 27, 29, 31."""
     model_args = dict(patch_size=14, embed_dim=1280, depth=32, num_heads=16, moe_layers='last_5')
     return _create_vmoe('vmoe_vit_h', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+
+@register_model
+def vmoe_vit_s_ec(pretrained: bool = False, **kwargs) -> VMoE:
+    """vmoe_vit_s with Expert Choice: its experts choose their tokens in every image, as many as cost the same."""
+    model_args = {**S32_LAST2, **EXPERT_CHOICE}
+    return _create_vmoe('vmoe_vit_s_ec', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmoe_vit_b_ec(pretrained: bool = False, **kwargs) -> VMoE:
+    """vmoe_vit_b with Expert Choice: its experts choose their tokens in every image, as many as cost the same."""
+    model_args = {**B16_EVERY2, **EXPERT_CHOICE}
+    return _create_vmoe('vmoe_vit_b_ec', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def softmoe_vit_s(pretrained: bool = False, **kwargs) -> VMoE:
+    """Soft MoE-S/16: 12 blocks x 384, query-key norms, 128 experts of one slot in each of the last six blocks."""
+    model_args = dict(
+        patch_size=16, embed_dim=384, depth=12, num_heads=6, qk_norm=True, global_pool='avg', class_token=False,
+        moe_layers=(6, 7, 8, 9, 10, 11), router='soft', num_experts=128, num_slots=1)
+    return _create_vmoe('softmoe_vit_s', pretrained=pretrained, **dict(model_args, **kwargs))

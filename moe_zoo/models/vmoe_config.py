@@ -1,8 +1,9 @@
 """Reads a model entry of the original V-MoE's configurations: fields of its flax modules to keywords of ours."""
 import math
-from typing import Any, Dict, Mapping
+from typing import Any, Dict, Mapping, Optional
 
 from ..errors import InputError, nearest
+from ..routing import compute_capacity
 
 
 class _Fields:
@@ -70,31 +71,78 @@ def model_args(entry: Mapping[str, Any]) -> Dict[str, Any]:
 
 
 def _moe_args(moe: _Fields, width: int, hidden: int) -> Dict[str, Any]:
-    """Keywords for the routed blocks; the router's defaults are those of the original's class."""
+    """Keywords for the routed blocks; the router's defaults are those of the original's classes."""
     router = _Fields(moe.take('router', None) or {}, 'router')
     name = router.take('name', 'NoisyTopExpertsPerItemRouter')
-    if name != 'NoisyTopExpertsPerItemRouter':
-        raise InputError(f"The router {name!r} is not built here: only 'NoisyTopExpertsPerItemRouter' is.")
+    if name not in ROUTERS:
+        raise InputError(f'The router {name!r} is not built here.{nearest(name, ROUTERS)} Known: {", ".join(ROUTERS)}.')
     args = dict(
         moe_layers=tuple(moe.take('layers', ())),
         num_experts=moe.take('num_experts'),
         group_size=moe.take('group_size', None),
         expert_drop_rate=moe.take('dropout_rate', None),
         expert_mlp_ratio=_ratio(moe.take('mlp_dim', hidden), width),
+    )
+    split = moe.take('split_rngs', False)
+    args['same_init'] = not (split if isinstance(split, bool) else 'params' in split)
+    args.update(ROUTERS[name](router, args['num_experts'], args['group_size']))
+    router.finish()
+    return args
+
+
+def _top_experts(router: _Fields, *_) -> Dict[str, Any]:
+    return dict(
         num_selected=router.take('num_selected_experts', 1),
-        noise_std=router.take('noise_std', 1.0),
-        router_args=dict(deterministic=router.take('deterministic', None)),
         losses=dict(
             importance=router.take('importance_loss_weight', 1.0),
             vmoe_load=router.take('load_loss_weight', 1.0),
             gshard=router.take('gshard_loss_weight', 0.0),
         ),
+        **_noise_args(router),
+        **_dispatcher_args(_Fields(router.take('dispatcher', None) or {}, 'dispatcher')),
     )
-    split = moe.take('split_rngs', False)
-    args['same_init'] = not (split if isinstance(split, bool) else 'params' in split)
-    args.update(_dispatcher_args(_Fields(router.take('dispatcher', None) or {}, 'dispatcher')))
-    router.finish()
-    return args
+
+
+def _top_items(router: _Fields, *_) -> Dict[str, Any]:
+    """Expert Choice, whose capacity counts S / E tokens an expert as one."""
+    return dict(
+        router='expert_choice',
+        num_selected=1,
+        **_noise_args(router),
+        **_dispatcher_args(_Fields(router.take('dispatcher', None) or {}, 'dispatcher')),
+    )
+
+
+def _noise_args(router: _Fields) -> Dict[str, Any]:
+    return dict(
+        noise_std=router.take('noise_std', 1.0), router_args=dict(deterministic=router.take('deterministic', None)))
+
+
+def _soft(router: _Fields, num_experts: int, group_size: Optional[int]) -> Dict[str, Any]:
+    """Soft MoE. Its noise, off by default there, is not built here."""
+    slots, factor = router.take('num_slots', None), router.take('capacity_factor', None)
+    if (slots is None) == (factor is None):
+        raise InputError(
+            f'The router entry has num_slots={slots} and capacity_factor={factor}: give exactly one of the two.')
+    if slots is None:
+        if group_size is None:
+            raise InputError(
+                f'The router entry has capacity_factor={factor}, but the moe entry has no group_size: give it, or '
+                'num_slots.')
+        slots = compute_capacity(group_size, num_experts, 1, factor, multiple_of=1, rounding='round')
+    noise = router.take('noise_std', 0.)
+    if noise:
+        raise InputError(f"The router entry has noise_std={noise}: only 0 is built here for 'SoftRouter'.")
+    for report in ('compute_similarity_metrics', 'deterministic'):  # what it logs, and what only noise asks for
+        router.take(report, None)
+    return dict(router='soft', num_slots=slots)
+
+
+ROUTERS = {
+    'NoisyTopExpertsPerItemRouter': _top_experts,
+    'NoisyTopItemsPerExpertRouter': _top_items,
+    'SoftRouter': _soft,
+}
 
 
 def _dispatcher_args(dispatcher: _Fields) -> Dict[str, Any]:

@@ -94,6 +94,25 @@ def keep_within_capacity(
     return torch.zeros_like(kept).scatter(1, index, kept)
 
 
+def keep_chosen_by_experts(indices: torch.Tensor, gates: torch.Tensor, capacity: int) -> torch.Tensor:
+    """Which pairs are kept where every expert takes the items of a group that it likes best (Zhou et al. 2022).
+
+    An expert takes the `capacity` items of largest gate, ties in order of position, all where there are fewer. An item
+    may be taken by any number of experts, or by none.
+
+    Args:
+        indices: (G, S, E) every expert once for each item, in any order.
+        gates: (G, S, E) gate of every expert, by number.
+        capacity: C.
+
+    Returns:
+        (G, S, E) bool beside `indices`.
+    """
+    best = torch.argsort(gates, dim=1, descending=True, stable=True)[:, :capacity]  # (G, C, E)
+    taken = torch.zeros_like(gates, dtype=torch.bool).scatter(1, best, torch.ones_like(best, dtype=torch.bool))
+    return taken.gather(2, indices)
+
+
 def _keep_first(indices: torch.Tensor, num_experts: int, capacity: int) -> torch.Tensor:
     groups, size, selected = indices.shape
     choices = indices.transpose(1, 2).reshape(groups, selected * size)  # rank of choice first, then position

@@ -25,6 +25,10 @@ class Routing(NamedTuple):
         shape: Shape of the items before flattening: (B,) one decision an image, (B, N) tokens, (B, H, W) positions.
         group_size: Items a group, in order, the last group may be shorter; None is one group.
         losses: (name, weight) pairs of the auxiliary losses that the layer asks for; see `moe_zoo.losses.LOSSES`.
+        by_expert: Experts chose items, not items experts (Expert Choice): K = E, `kept` are the pairs that were chosen,
+            and an item is dropped where no expert took it.
+        slot_logits: (T, E, P) logits of every slot, where an expert reads P mixtures of the items of a group instead of
+            items (Soft MoE); their log-sum-exp over P is `logits`. Else None.
     """
     logits: torch.Tensor
     gates: torch.Tensor
@@ -36,6 +40,8 @@ class Routing(NamedTuple):
     shape: Tuple[int, ...] = ()
     group_size: Optional[int] = None
     losses: Tuple[Tuple[str, float], ...] = ()
+    by_expert: bool = False
+    slot_logits: Optional[torch.Tensor] = None
 
     @property
     def num_experts(self) -> int:
@@ -47,6 +53,13 @@ class Routing(NamedTuple):
             return self.weights
         weights = self.weights if self.kept is None else self.weights * self.kept
         return torch.zeros_like(self.logits).scatter(1, self.indices, weights.to(self.logits.dtype))
+
+    def dropped(self) -> torch.Tensor:
+        """Share of the choices that found no slot; where experts choose, share of the items that none of them took."""
+        if self.kept is None:
+            return self.logits.new_zeros(())
+        kept = self.kept.any(dim=1) if self.by_expert else self.kept
+        return 1.0 - kept.float().mean()
 
     def detach(self) -> 'Routing':
         """The same record without its graph."""
