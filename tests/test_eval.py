@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from image_folders import write_images
 from PIL import Image
 
 from moe_zoo.engine.config import load_config
@@ -16,18 +17,6 @@ RECIPE = dict(
     model='vmoe_vit_s', img_size=16, batch_size=8, workers=0, opt='adamw', lr=1e-2, epochs=2, warmup_epochs=0,
     device='cpu', model_ema=True, model_kwargs=dict(
         patch_size=8, embed_dim=16, depth=2, num_heads=2, moe_layers=[1], num_experts=4, representation_size=0))
-
-
-def write_images(root, splits):
-    """Dark and bright noise, `splits[split]` images of each."""
-    noise = np.random.default_rng(0)
-    for split, count in splits.items():
-        for level, name in ((60, 'dark'), (190, 'bright')):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = noise.integers(level - 50, level + 50, (20, 20, 3)).astype(np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f'{i:02d}.png')
-    return root
 
 
 @pytest.fixture(scope='module')

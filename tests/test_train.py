@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import yaml
-from PIL import Image
+from image_folders import write_images
 
 from moe_zoo.engine import compare
 from moe_zoo.engine.checkpoint import read_checkpoint, save_atomically
@@ -35,15 +35,7 @@ RECIPE = dict(
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
     """52 training and 12 evaluation images of two classes, dark and bright, in folders."""
-    root = tmp_path_factory.mktemp('images')
-    noise = np.random.default_rng(0)
-    for split, count in (('train', 26), ('validation', 6)):
-        for level, name in ((60, 'dark'), (190, 'bright')):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = noise.integers(level - 50, level + 50, (20, 20, 3)).astype(np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f'{i:02d}.png')
-    return root
+    return write_images(tmp_path_factory.mktemp('images'), {'train': 26, 'validation': 6})
 
 
 def run(images, folder, resume=None, **options):
