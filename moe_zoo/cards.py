@@ -1,6 +1,7 @@
 """Reads the cards of registry/: what is known of a model without building it. Standard library only.
 
 A card is `registry/<family>/<model>.toml`; model, file and timm name are one. Costs are MACs (a multiply-add is one).
+The card of a dense model, which is there as the twin of a routed one, names no twin.
 """
 import tomllib
 from pathlib import Path
@@ -29,6 +30,17 @@ def card(name: str) -> dict:
         hint = nearest(name, paths) or ' `moe-zoo list` shows all names.'
         raise InputError(f'There is no model {name!r} in moe_zoo.{hint}')
     return _read(paths[name])
+
+
+def dense_twin(entry: dict) -> tuple[str, dict]:
+    """Name and keywords of the dense network that stands beside the model of a card.
+
+    Raises:
+        InputError: The model is dense itself.
+    """
+    if 'twin' not in entry:
+        raise InputError(f"{entry['name']!r} is a dense network itself and has no twin; name a routed model.")
+    return entry['twin'], entry.get('twin_args', {})
 
 
 def _paths() -> dict[str, Path]:

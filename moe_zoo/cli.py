@@ -9,7 +9,7 @@ import sys
 import textwrap
 
 import moe_zoo
-from moe_zoo.cards import card, cards
+from moe_zoo.cards import card, cards, dense_twin
 from moe_zoo.errors import InputError, exit_on_input_error, nearest
 
 # command -> (module that has main(argv), what it does, extra of pyproject.toml that it needs)
@@ -98,7 +98,7 @@ def show_card(name: str) -> str:
         ('input', ' x '.join(map(str, entry['input']['size']))),
         ('parameters', f'{cost["parameters"]:,}, of which {cost["active_parameters"]:,} work on an image or token'),
         ('MACs', f'{cost["macs"]:,} at most (multiply-adds; router and chosen experts for every item)'),
-        ('dense twin', _call(entry['twin'], entry.get('twin_args', {}))),
+        ('dense twin', _call(*dense_twin(entry)) if 'twin' in entry else 'none: it is dense itself'),
         ('recipe', recipe['config']),
         ('train it', recipe['command']),
         *[('published', _result(row)) for row in entry.get('published', [])],

@@ -9,7 +9,7 @@ import yaml
 
 import moe_zoo  # noqa: F401 - registers the models
 from moe_zoo.analysis import count
-from moe_zoo.cards import card, cards
+from moe_zoo.cards import card, cards, dense_twin
 from moe_zoo.errors import InputError
 from moe_zoo.layers import RoutedLayer
 from moe_zoo.resources import folder
@@ -73,7 +73,14 @@ def test_the_recipe_of_a_card_trains_this_model(name):
 @pytest.mark.parametrize('name', REGISTERED)
 def test_the_dense_twin_routes_nothing_and_is_smaller(name):
     entry = card(name)
-    twin = timm.create_model(entry['twin'], device='meta', **entry.get('twin_args', {}))
+    if 'twin' not in entry:  # dense itself: the twin of another
+        assert not any(isinstance(m, RoutedLayer) for m in timm.create_model(name, device='meta').modules())
+        assert name in {other.get('twin') for other in cards().values()}
+        with pytest.raises(InputError, match=f"'{name}' is a dense network itself and has no twin"):
+            dense_twin(entry)
+        return
+    twin_name, keywords = dense_twin(entry)
+    twin = timm.create_model(twin_name, device='meta', **keywords)
     assert not any(isinstance(module, RoutedLayer) for module in twin.modules())
     assert sum(p.numel() for p in twin.parameters()) < entry['cost']['parameters']
 

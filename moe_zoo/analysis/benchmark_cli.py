@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import nn
 
 import moe_zoo
-from moe_zoo.cards import card
+from moe_zoo.cards import card, dense_twin
 from moe_zoo.errors import InputError, atomic_write, exit_on_input_error, nearest
 
 from ..losses import auxiliary_losses
@@ -102,13 +102,13 @@ def benchmark_model(name: str, mode: str, args: argparse.Namespace) -> list[dict
         One row: what was run, the ratio of MACs, the ratio of time, and every timing in seconds.
 
     Raises:
-        InputError: A size that the model does not take.
+        InputError: A size that the model does not take, or a model that is dense itself.
     """
     entry = card(name)
     channels, *own = entry['input']['size']
     size = (args.img_size, args.img_size) if args.img_size else tuple(own)
-    keywords = entry.get('twin_args', {})
-    models = [build_model(name, args.device, size), build_model(entry['twin'], args.device, size, **keywords)]
+    twin, keywords = dense_twin(entry)
+    models = [build_model(name, args.device, size), build_model(twin, args.device, size, **keywords)]
     x = torch.rand(args.batch_size, channels, *size, device=args.device)
     macs = [count(model, x).macs_max for model in models]
     timings = alternate([make_run(model, x, mode) for model in models], args.rounds, clock=CLOCKS[args.clock])
@@ -116,7 +116,7 @@ def benchmark_model(name: str, mode: str, args: argparse.Namespace) -> list[dict
         'model': name, 'twin_args': keywords, 'batch_size': args.batch_size, 'input_size': [channels, *size],
         'macs_ratio': macs[0] / macs[1],
     }
-    return [row | _compare(entry['twin'], mode, timings.seconds, timings.loads, MODEL_AIMS.get(name))]
+    return [row | _compare(twin, mode, timings.seconds, timings.loads, MODEL_AIMS.get(name))]
 
 
 def benchmark_layer(name: str, mode: str, case: Case, args: argparse.Namespace) -> list[dict]:

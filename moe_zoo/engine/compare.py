@@ -14,7 +14,7 @@ from rich.table import Table
 
 import moe_zoo
 
-from ..cards import card
+from ..cards import card, dense_twin
 from ..errors import InputError, atomic_write, counted
 from .config import load_config
 from .log import duration
@@ -76,20 +76,21 @@ def twin_options(args: Any) -> Dict[str, Any]:
     Keywords of the recipe that the twin knows (image size, depth, width) are kept, those of routing fall away.
 
     Raises:
-        InputError: The model has no card that names a twin.
+        InputError: The model has no card, or is dense itself.
     """
-    about = card(args.model)
-    keywords = {**about.get('twin_args', {}), **args.model_kwargs}
-    if about['twin'] == args.model:  # timm has no such network: ours with its routing switched off, whatever the recipe
-        keywords.update(about['twin_args'])
+    twin, twin_args = dense_twin(card(args.model))
+    keywords = {**twin_args, **args.model_kwargs}
+    if twin == args.model:  # timm has no such network: ours with its routing switched off, whatever the recipe
+        keywords.update(twin_args)
     while True:
         try:
-            timm.create_model(about['twin'], device='meta', **keywords)
-            return {'model': about['twin'], 'model_kwargs': keywords}
+            timm.create_model(twin, device='meta', **keywords)
+            options = {'model': twin, 'model_kwargs': keywords}
+            return options if args.freeze_gates is None else {**options, 'freeze_gates': None}
         except TypeError as error:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-            if not unknown or unknown[1] not in keywords or unknown[1] in about.get('twin_args', {}):
-                raise InputError(f"The dense twin {about['twin']!r} cannot be built: {error}") from error
+            if not unknown or unknown[1] not in keywords or unknown[1] in twin_args:
+                raise InputError(f'The dense twin {twin!r} cannot be built: {error}') from error
             keywords.pop(unknown[1])
 
 

@@ -66,6 +66,8 @@ OPTIONS: Dict[str, tuple] = {
     'bn_momentum': (float, None), 'bn_eps': (float, None), 'sync_bn': (bool, False), 'dist_bn': (str, 'reduce'),
     'split_bn': (bool, False), 'model_ema': (bool, False), 'model_ema_force_cpu': (bool, False),
     'model_ema_decay': (float, 0.9998), 'model_ema_warmup': (bool, False),
+    # the gates of DeepMoE: epochs until they are frozen; ours, timm's train.py has no such option
+    'freeze_gates': (int, None),
     # the rest
     'seed': (int, 42), 'worker_seeding': (str, 'all'), 'log_interval': (int, 50), 'val_interval': (int, 1),
     'recovery_interval': (int, 0), 'checkpoint_hist': (int, 10), 'save_epochs': ([int], None),
@@ -250,6 +252,8 @@ def _settle(args: argparse.Namespace) -> argparse.Namespace:
         raise InputError('aug_splits=1: use 0 for none, or at least 2.')
     if args.stop_epoch is not None and not 1 <= args.stop_epoch:
         raise InputError(f'stop_epoch={args.stop_epoch}: give at least 1.')
+    if args.freeze_gates is not None and args.freeze_gates < 0:
+        raise InputError(f'freeze_gates={args.freeze_gates}: give the number of epochs that the gates train, or none.')
     if args.jsd_loss and args.aug_splits < 2:
         raise InputError('jsd_loss=true compares augmented versions of an image: set aug_splits to at least 2.')
     return args

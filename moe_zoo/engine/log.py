@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional
+from typing import Any, Callable, Collection, Dict, Iterable, List, Mapping, Optional
 
 import torch
 import torch.distributed as dist
@@ -88,10 +88,16 @@ def describe_balance(balance: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
 
 
 class BalanceWatch:
-    """Notices experts that an epoch left without work. Every layer is named once."""
+    """Notices experts that an epoch left without work. Every layer is named once.
 
-    def __init__(self, model_name: str):
+    Args:
+        model_name: For the warnings.
+        spared: Layers that are meant to switch experts off.
+    """
+
+    def __init__(self, model_name: str, spared: Collection[str] = ()):
         self.model_name = model_name
+        self.spared = spared
         self.seen: set = set()
 
     def check(
@@ -107,7 +113,7 @@ class BalanceWatch:
         for layer, measures in balance.items():
             share = measures['share']
             fair = 1.0 / len(share)
-            if layer in self.seen or float(share.min()) >= LEAST_SHARE * fair:
+            if layer in self.seen or layer in self.spared or float(share.min()) >= LEAST_SHARE * fair:
                 continue
             self.seen.add(layer)
             starved = [str(i) for i, s in enumerate(share.tolist()) if s < LEAST_SHARE * fair]

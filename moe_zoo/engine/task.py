@@ -4,6 +4,7 @@ Distribution, compilation, EMA, accumulation and checkpoint state are inherited.
 (`moe-zoo run train.py`), which divides, scales and differentiates `result['loss']` and nothing else.
 Letters: B images, E experts.
 """
+import gc
 import warnings
 from typing import Any, Dict, List, Optional
 
@@ -11,6 +12,7 @@ import torch
 from timm.task import ClassificationTask, MultiLabelClassificationTask
 from timm.utils import unwrap_model
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..losses import auxiliary_losses, balance
 from ..routing import Routing, end_step_after_optimizer, trace_routing
@@ -36,7 +38,21 @@ class MoEClassificationTask(ClassificationTask):
 
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs) -> 'MoEClassificationTask':
         """As timm's; on CPU, DDP refuses `device_ids`, which timm's train.py passes always."""
+        self._distributed = dict(ddp_kwargs, device_ids=device_ids)
         return super().prepare_distributed(None if self.device.type == 'cpu' else device_ids, **ddp_kwargs)
+
+    def freeze_gates(self) -> None:
+        """Freeze the gates of a DeepMoE model (`DeepMoEModel.freeze_gates`), between two steps; on every rank.
+
+        DistributedDataParallel would wait for the gradients of the frozen parameters: the model is wrapped anew.
+        """
+        distributed = isinstance(self.trainable_module, DistributedDataParallel)
+        if distributed:
+            self.trainable_module = self.trainable_module.module
+            gc.collect()  # the old wrapper's hooks go with it
+        unwrap_model(self.trainable_module).freeze_gates()
+        if distributed:
+            self.prepare_distributed(**self._distributed)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, Any]:
         """One forward through the model and all losses.

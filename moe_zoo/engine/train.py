@@ -64,6 +64,10 @@ class Trainer:
         self.data_config = resolve_data_config(vars(args), model=model)
         self.loaders = create_loaders(args, self.data_config, self.train_set, self.eval_set, self.device)
         model = prepare_model(args, model, self.device)
+        if args.freeze_gates is not None and not hasattr(model, 'freeze_gates'):
+            raise InputError(
+                f'freeze_gates={args.freeze_gates}: {args.model!r} has no gates to freeze; leave the option out, or'
+                ' train a DeepMoE model.')
         self.routed = any(isinstance(module, RoutedLayer) for module in model.modules())
         self.autocast, self.scaler = mixed_precision(args, self.device)
         self.optimizer = build_optimizer(args, model)
@@ -82,7 +86,7 @@ class Trainer:
         self.updates = math.ceil(self.batches / args.grad_accum_steps)
         self.schedule, epochs = build_schedule(args, self.optimizer, self.updates)
         self.stop = min(epochs, args.stop_epoch or epochs)
-        self.watch = BalanceWatch(args.model)
+        self.watch = BalanceWatch(args.model, {n for n, m in model.named_modules() if getattr(m, 'wants_zeros', False)})
         self.log = EpochLog()
         self.epoch = self.batch = 0  # where the next step belongs
         self.random: Optional[List[Dict[str, Any]]] = None  # states to continue an epoch with, by rank
@@ -207,6 +211,7 @@ class Trainer:
             if hasattr(part, 'set_epoch'):
                 part.set_epoch(self.epoch)
         self._mixup_until(args.mixup_off_epoch)
+        self._freeze_gates_from(args.freeze_gates)
         set_epoch(unwrap_model(self.task.trainable_module), self.epoch)
         self.task.trainable_module.train()
         batches = iterate_apart(loader, args.seed, self.epoch, args.rank)
@@ -282,6 +287,13 @@ class Trainer:
             for mixing in (self.loaders.train, self.loaders.mixup):
                 if hasattr(mixing, 'mixup_enabled'):
                     mixing.mixup_enabled = False
+
+    def _freeze_gates_from(self, epoch: Optional[int]) -> None:
+        """Before the model trains on: a resumed run may have loaded frozen gates already."""
+        if epoch is not None and self.epoch >= epoch:
+            if not bool(unwrap_model(self.task.trainable_module).gates_frozen):
+                self.reporter.say(f'epoch {self.epoch + 1}: embedding and gates are frozen, their losses are dropped')
+                self.task.freeze_gates()
 
     def _notice_bad(self, result: Mapping[str, Any]) -> None:
         """Remember the first step whose loss is not finite, without waiting for the device."""

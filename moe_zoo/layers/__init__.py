@@ -1,11 +1,14 @@
 """Routed layers, drop-in for a convolution, an MLP or a residual stage."""
 from .cond_conv import CondConv2d, CondLinear, RoutedConv2d
+from .deep_moe import ChannelGate, ChannelGated, ShallowEmbedding, sparse_inference
 from .dynamic_conv import DynamicConv2d
 from .moe_mlp import MoEMlp
 from .moe_stage import MoEStage
 from .routed import RoutedLayer, RoutedModel, masked_mean
 
 __all__ = [
+    'ChannelGate',
+    'ChannelGated',
     'CondConv2d',
     'CondLinear',
     'DynamicConv2d',
@@ -14,5 +17,7 @@ __all__ = [
     'RoutedConv2d',
     'RoutedLayer',
     'RoutedModel',
+    'ShallowEmbedding',
     'masked_mean',
+    'sparse_inference',
 ]

@@ -15,6 +15,7 @@ from .balance import (
     vmoe_load_loss,
     z_loss,
 )
+from .sparsity import gate_l1_loss
 from .target import embedding_loss
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     'auxiliary_losses',
     'balance',
     'embedding_loss',
+    'gate_l1_loss',
     'gshard_loss',
     'importance_loss',
     'importance_loss_unbiased',
@@ -42,6 +44,7 @@ LOSSES: Dict[str, Callable[[Routing], torch.Tensor]] = {
     'switch': gshard_loss,
     'z': z_loss,
     'kl': kl_loss,
+    'gate_l1': gate_l1_loss,
 }
 
 # Losses that also want the labels of the batch.
