@@ -305,9 +305,9 @@ def test_features_for_other_models():
 
 
 def test_pretrained_without_a_file_says_what_to_import(tmp_path):
-    with pytest.raises(InputError, match='vmoe_vit_s has no file to download.*vmoe_s32_last2.*import_vmoe'):
+    with pytest.raises(InputError, match='vmoe_vit_s has no file to download.*vmoe_s32_last2.*convert_checkpoint'):
         timm.create_model('vmoe_vit_s', pretrained=True)
-    with pytest.raises(InputError, match='vmoe_vit_h has no file to download; import parameters of the orig'):
+    with pytest.raises(InputError, match='vmoe_vit_h has no file to download; none was published'):
         timm.create_model('vmoe_vit_h', pretrained=True, device='meta')
     # Given weights, timm's own machinery loads them.
     model = tiny()
@@ -341,8 +341,11 @@ def flax_tree(model):
         tree[f'{theirs}SelfAttention/out/kernel'] = state[f'{ours}attn.proj.weight'].T.reshape(4, 8, 32)
         tree[f'{theirs}SelfAttention/out/bias'] = state[f'{ours}attn.proj.bias']
         routed = hasattr(block.mlp, 'router')
-        if routed:
+        if f'{ours}mlp.router.weight' in state:
             tree[f'{theirs}Moe/Router/dense/kernel'] = state[f'{ours}mlp.router.weight'].T
+        elif routed:
+            tree[f'{theirs}Moe/Router/mu'] = state[f'{ours}mlp.router.mu'].transpose(2, 0, 1)
+            tree[f'{theirs}Moe/Router/scale'] = state[f'{ours}mlp.router.scale'].reshape(())
         for n in (0, 1):
             name = f'{theirs}{"Moe/Mlp" if routed else "Mlp"}/Dense_{n}'
             tree[f'{name}/kernel'] = state[f'{ours}mlp.fc{n + 1}.weight'].swapaxes(-1, -2)

@@ -36,7 +36,7 @@ class LazyTensor(NamedTuple):
 
     def load(self) -> torch.Tensor:
         """The tensor, contiguous, in memory of its own."""
-        tensors = [torch.tensor(np.asarray(a, dtype=_read_type(a))) for a in self.arrays]
+        tensors = [torch.from_numpy(np.array(a, dtype=_read_type(a))) for a in self.arrays]
         return self.make(*tensors).contiguous()
 
 

@@ -19,7 +19,8 @@ import numpy as np
 
 from ..errors import InputError
 
-CHUNKED = '__msgpack_array_chunk_a87ca2__'  # the key by which a data file says what it is
+CHUNKED = '__msgpack_array_chunk_a87ca2__'  # the first key of a data file
+INDEX_KEYS = ('shard_count', 'index')
 NDARRAY, SCALAR, SLICES, INFO = 1, 3, 6, 8  # codes of what msgpack has no type for: an array, a slice, a leaf's entry
 
 
@@ -79,9 +80,7 @@ def read_vmoe(prefix: Union[str, os.PathLike]) -> Dict[str, ShardedArray]:
     prefix = os.fspath(prefix).removesuffix('.index')
     index_path = Path(f'{prefix}.index')
     with _opened(index_path, f'{prefix!r} is no checkpoint of the original V-MoE') as file:
-        index = _decode(file)
-        if not isinstance(index, dict) or not {'shard_count', 'index'} <= index.keys():
-            raise _wrong(index_path, 'it has no shard_count and index')
+        index = _decode_map(file, INDEX_KEYS)
         leaves = {name: _leaf(file, info) for name, info in _flatten(index['index'], index_path)}
     names = list(leaves)
     pieces: Dict[str, list] = {name: [] for name in names}
@@ -139,9 +138,7 @@ def _leaf(file: BinaryIO, info: Blob) -> Tuple[Tuple[int, ...], str, list]:
 
 def _shard(file: BinaryIO) -> Iterator[Tuple[int, Tuple[slice, ...], Tuple[Blob, ...]]]:
     """Number of the array, slice and places of the bytes, of every piece in a data file."""
-    tree = _decode(file)
-    if not isinstance(tree, dict) or CHUNKED not in tree:
-        raise _wrong(file.name, f'it has no key {CHUNKED!r}')
+    tree = _decode_map(file, (CHUNKED,))
     for number, pieces in tree.items():
         if number == CHUNKED:
             continue
@@ -216,12 +213,24 @@ _NUMBERS = {
 _CONSTANTS = {0xc0: None, 0xc2: False, 0xc3: True}
 
 
+def _decode_map(file: BinaryIO, keys: Tuple[str, ...]) -> Dict:
+    """The map that a file is, of which one of these keys is the first: a file of another kind is told by it."""
+    head = file.read(64)
+    file.seek(0)
+    if len(head) == 64 and not any(key.encode() in head for key in keys):
+        raise _wrong(file.name, f'it does not begin with {keys[0]!r}')
+    value = _decode(file)
+    if not set(keys) <= value.keys():
+        raise ValueError
+    return value
+
+
 def _decode_blob(file: BinaryIO, blob: Blob) -> List:
     """What is packed inside bytes or an extension: an array."""
     file.seek(blob.start)
     value = _decode(file)
     if not isinstance(value, list) or file.tell() > blob.start + blob.size:
-        raise ValueError('not packed inside')
+        raise ValueError
     return value
 
 
@@ -242,7 +251,7 @@ def _decode(file: BinaryIO) -> Any:
     if first <= 0xbf:
         kind, mask = ('map', 0x0f) if first <= 0x8f else ('array', 0x0f) if first <= 0x9f else ('str', 0x1f)
         return _decode_sized(file, kind, first & mask)
-    raise ValueError(f'byte {first:#x}')
+    raise ValueError
 
 
 def _decode_sized(file: BinaryIO, kind: str, length: int) -> Any:

@@ -453,10 +453,17 @@ default_cfgs = generate_default_cfgs({
     'softmoe_vit_s': _cfg(),
 })
 
-# What the authors released in gs://vmoe_checkpoints, by the model that takes it.
+# What the authors released in gs://vmoe_checkpoints, by the model that takes it; the cards say more.
 RELEASED = {
-    'vmoe_vit_s': 'vmoe_s32_last2_ilsvrc2012_randaug_light1',
-    'vmoe_vit_b': 'vmoe_b16_imagenet21k_randaug_strong',
+    'vmoe_vit_s': (
+        'vmoe_s32_last2_ilsvrc2012_randaug_light1',
+        'vmoe_s32_last2_ilsvrc2012_randaug_light1_ft_ilsvrc2012',
+        'vmoe_s32_last2_ilsvrc2012_randaug_medium',
+    ),
+    'vmoe_vit_b': (
+        'vmoe_b16_imagenet21k_randaug_strong',
+        'vmoe_b16_imagenet21k_randaug_strong_ft_ilsvrc2012',
+    ),
 }
 
 
@@ -478,10 +485,13 @@ def _check_weights(variant: str, pretrained_cfg: Any, overlay: Optional[Dict[str
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
     if cfg.has_weights or cfg.state_dict or cfg.source:
         return
-    released = f" (the authors released '{RELEASED[variant]}')" if variant in RELEASED else ''
+    what = 'none was published: pass one of your own'
+    if variant in RELEASED:
+        names = ', '.join(map(repr, RELEASED[variant]))
+        what = f'convert one that the authors released ({names}) with tools/convert_checkpoint.py and pass it'
     raise InputError(
-        f'pretrained=True: {variant} has no file to download; import parameters of the original V-MoE{released} with '
-        'moe_zoo.checkpoints.import_vmoe and pass them as pretrained_cfg_overlay=dict(state_dict=...).')
+        f'pretrained=True: {variant} has no file to download; {what} as checkpoint_path, or as '
+        'pretrained_cfg_overlay=dict(file=...).')
 
 
 S32_LAST2 = dict(patch_size=32, embed_dim=512, depth=8, num_heads=8, moe_layers='last_2', representation_size=512)

@@ -1,0 +1,133 @@
+"""`tools/convert_checkpoint.py`: released checkpoints into safetensors files that timm loads.
+
+The arrays are read, renamed and written one by one: a file of tens of gigabytes needs the memory of its largest array.
+"""
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+
+import moe_zoo  # noqa: F401 - registers the models
+
+from ..errors import InputError, exit_on_input_error, nearest
+from ..models.vmoe import resize_table
+from . import LazyTensor, plan_vmoe, read_vmoe, write_safetensors
+
+EXAMPLES = """
+examples:
+  %(prog)s vmoe_s32_last2_ilsvrc2012_randaug_light1 vmoe_s.safetensors --model vmoe_vit_s
+  %(prog)s vmoe_b16_imagenet21k_randaug_strong vmoe_b_384.safetensors --img-size 384
+
+PREFIX stands for PREFIX.index and PREFIX.data-00000-of-00008 and so on, as in gs://vmoe_checkpoints. The two ensembles
+there (eee_*) cannot be converted. Exit code 2: the input cannot be used, and nothing was written.
+"""
+
+
+@exit_on_input_error
+def main(argv: list[str] | None = None) -> int:
+    """Convert what the command line names; returns the exit code."""
+    args = _parser().parse_args(argv)
+    print(convert_vmoe(args.prefix, args.out, args.model, args.img_size))
+    return 0
+
+
+def convert_vmoe(prefix: str, out: str | Path, model: str | None = None, img_size: int | None = None) -> str:
+    """Turn a checkpoint of the original V-MoE into a safetensors file.
+
+    Args:
+        prefix: As in `moe_zoo.checkpoints.read_vmoe`.
+        out: File to write, `*.safetensors`.
+        model: Registered name of the model that has to take it.
+        img_size: Resize the table of positions for square images of this size, as the original does.
+
+    Returns:
+        What was written, and the call that loads it.
+
+    Raises:
+        InputError: The checkpoint is broken or for another model; nothing is written then.
+    """
+    out = Path(out)
+    if out.suffix != '.safetensors':
+        raise InputError(f"OUT '{out}': use a name that ends in .safetensors, by which timm knows the format.")
+    known = timm.list_models(['vmoe_vit_*', 'softmoe_vit_*'])
+    if model is not None and model not in known:
+        raise InputError(f'--model {model!r} is no V-MoE.{nearest(model, known)} Known: {", ".join(known)}.')
+    plan = plan_vmoe(read_vmoe(prefix))
+    if img_size is not None:
+        _resize(plan, img_size, prefix)
+    kwargs = _model_kwargs(plan)
+    if model is not None:
+        misfit = _misfit(plan, model, kwargs)
+        if misfit:
+            raise InputError(f'{prefix!r} is not for {model}: {misfit}.')
+    else:
+        model = next((name for name in known if not _misfit(plan, name, kwargs)), None)
+    write_safetensors(out, plan, {'source': Path(prefix).name})
+    return f"'{out}': {len(plan)} tensors, {_parameters(plan):,} parameters. {_usage(model, kwargs, out)}"
+
+
+def _parameters(plan: dict[str, LazyTensor]) -> int:
+    return sum(math.prod(tensor.shape) for tensor in plan.values())
+
+
+def _resize(plan: dict[str, LazyTensor], img_size: int, prefix: str) -> None:
+    table, patch = plan.get('pos_embed'), plan['patch_embed.proj.weight'].shape[2:]
+    num_prefix = int('cls_token' in plan)
+    side = math.isqrt(table.shape[1] - num_prefix) if table else 0
+    if not table or side * side != table.shape[1] - num_prefix:
+        raise InputError(f'--img-size {img_size}: {prefix!r} has no square table of positions to be resized.')
+    if img_size < 1 or any(img_size % size for size in patch):
+        raise InputError(f'--img-size {img_size}: use a multiple of the patch size {patch[0]}.')
+    grid = [img_size // size for size in patch]
+    plan['pos_embed'] = table._replace(
+        make=lambda *arrays: resize_table(table.make(*arrays), grid, [side, side], num_prefix))
+
+
+def _model_kwargs(plan: dict[str, LazyTensor]) -> dict[str, Any]:
+    """What a model needs to know beside its name: image size, classes and the width before the head."""
+    def width(name: str) -> int:
+        return plan[name].shape[0] if name in plan else 0
+    kwargs = dict(num_classes=width('head.bias'), representation_size=width('pre_logits.fc.bias'))
+    if 'pos_embed' in plan:
+        grid = math.isqrt(plan['pos_embed'].shape[1] - int('cls_token' in plan))
+        kwargs['img_size'] = grid * plan['patch_embed.proj.weight'].shape[2]
+    return kwargs
+
+
+def _misfit(plan: dict[str, LazyTensor], name: str, kwargs: dict[str, Any]) -> str:
+    """The first tensor that differs from what a model wants, as a clause; empty where all fit."""
+    model = timm.create_model(name, device='meta', **kwargs)
+    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    found = {key: value.shape for key, value in plan.items()}
+    for key in [*wanted, *found]:
+        if wanted.get(key) != found.get(key):
+            shapes = [f'of shape {of[key]}' if key in of else 'missing' for of in (found, wanted)]
+            return f'{key} is {shapes[0]} in it, and {shapes[1]} in the model'
+    return ''
+
+
+def _usage(model: str | None, kwargs: dict[str, Any], out: Path) -> str:
+    if model is None:
+        return 'No registered model has these shapes: moe_zoo.models.vmoe.from_config builds it from its configuration.'
+    words = ', '.join(f'{key}={value}' for key, value in kwargs.items())
+    return f"Load it by timm.create_model('{model}', checkpoint_path='{out}', {words})."
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    formats = parser.add_subparsers(dest='format', required=True, metavar='FORMAT')
+    vmoe = formats.add_parser(
+        'vmoe', help="the original V-MoE's PREFIX.index and PREFIX.data-*", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    vmoe.add_argument('prefix', metavar='PREFIX', help='path without .index')
+    vmoe.add_argument('out', metavar='OUT', help='safetensors file to write')
+    vmoe.add_argument('--model', metavar='NAME', help='refuse what this model does not take')
+    vmoe.add_argument('--img-size', metavar='N', type=int, help='resize the table of positions for N x N images')
+    return parser
+
+
+if __name__ == '__main__':
+    sys.exit(main())
