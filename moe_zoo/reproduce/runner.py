@@ -3,6 +3,7 @@
     OUTPUT/NAME/runs/ARM-seedN.json   one finished run; not repeated unless its options, its data or the code changed
     OUTPUT/NAME/results.json          the plan, written before the first run, and all that came out, see `summarise`
 """
+import contextlib
 import hashlib
 import json
 import math
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 
 import moe_zoo
+from moe_zoo.demo.run import commit
 from moe_zoo.engine.compare import versions
 from moe_zoo.engine.log import Clock, Reporter, track
 from moe_zoo.errors import InputError, atomic_write
@@ -84,10 +86,11 @@ def reproduce(
     code, reporter = fingerprint(experiment, data), Reporter()
     todo = [(arm, seed, made_for(code, arm, seed)) for seed in seeds for arm in experiment.arms]
     plan = _planned(experiment, seeds, data, folder)
+    made_by = {**versions(), 'commit': commit()}
     done = [run for arm, seed, key in todo if (run := _kept(folder, arm, seed, key)) is not None]
 
     def write() -> dict[str, Any]:
-        results = summarise(experiment, plan, done)
+        results = summarise(experiment, plan, made_by, done)
         _write_json(folder / 'results.json', results)
         on_change()
         return results
@@ -98,16 +101,21 @@ def reproduce(
     reporter.say(f'{experiment.name}: {len(experiment.arms)} arms x {count} seeds on {plan["data"]}'
                  + (f'; {len(done)} runs kept from before' if done else ''))
     clock = Clock(len(todo), 0)
-    runs = track(reporter, _parallel(experiment, data_dir, todo, jobs), len(todo), experiment.name)
-    for number, (run, key) in enumerate(runs, 1):
-        _write_json(_run_file(folder, run['arm'], run['seed']), {'made_for': key, **run})
-        done.append(run)
-        results = write()
-        reporter.say(f'{number}/{len(todo)} {describe(run)}; {clock.left(number)} left')
+    with contextlib.closing(_parallel(experiment, data_dir, todo, jobs)) as finished:
+        for number, (run, key) in enumerate(track(reporter, finished, len(todo), experiment.name), 1):
+            _write_json(_run_file(folder, run['arm'], run['seed']), {'made_for': key, **run})
+            done.append(run)
+            results = write()
+            reporter.say(f'{number}/{len(todo)} {describe(run)}; {clock.left(number)} left')
     return results
 
 
-def summarise(experiment: Experiment, plan: dict[str, Any], runs: list[Run]) -> dict[str, Any]:
+def summarise(
+        experiment: Experiment,
+        plan: dict[str, Any],
+        made_by: dict[str, Any],
+        runs: list[Run],
+) -> dict[str, Any]:
     """The results as JSON holds them; `status` is 'running' until every run is there.
 
     Returns:
@@ -126,7 +134,7 @@ def summarise(experiment: Experiment, plan: dict[str, Any], runs: list[Run]) -> 
     arms = [{**arm._asdict(), 'metrics': _averages(by_arm[arm.name])} for arm in experiment.arms]
     results = {
         **{field: getattr(experiment, field) for field in ('name', 'title', 'paper', 'question')},
-        'status': 'done' if complete else 'running', 'plan': plan, 'made_by': versions(), 'arms': arms,
+        'status': 'done' if complete else 'running', 'plan': plan, 'made_by': made_by, 'arms': arms,
         'claims': [], 'seconds': sum(run['seconds'] for run in runs), 'runs': runs,
     }
     if complete:
