@@ -16,7 +16,7 @@ from .balance import (
     z_loss,
 )
 from .sparsity import gate_l1_loss
-from .target import embedding_loss
+from .target import embedding_loss, linear_router_loss
 
 __all__ = [
     'LOSSES',
@@ -29,6 +29,7 @@ __all__ = [
     'importance_loss',
     'importance_loss_unbiased',
     'kl_loss',
+    'linear_router_loss',
     'load_loss',
     'squared_cv',
     'vmoe_load_loss',
@@ -50,6 +51,7 @@ LOSSES: Dict[str, Callable[[Routing], torch.Tensor]] = {
 # Losses that also want the labels of the batch.
 TARGET_LOSSES: Dict[str, Callable[[Routing, torch.Tensor], torch.Tensor]] = {
     'embedding': embedding_loss,
+    'linear_router': linear_router_loss,
 }
 
 
@@ -97,16 +99,14 @@ def balance(routing: Routing) -> Dict[str, torch.Tensor]:
         share: (E,) share of the kept choices (of the gate mass, where every expert is mixed), summing to one.
         cv: Coefficient of variation of the shares; 0 is perfect balance.
         entropy: Entropy of the shares divided by ln E; 1 is perfect balance (1 where E = 1).
-        dropped: Share of the choices that found no slot.
+        dropped: Share of the choices that found no slot (of the items that no expert took, where experts choose).
     """
     experts = routing.num_experts
-    dropped = routing.logits.new_zeros(())
     if routing.indices is None:
         mass = routing.weights.float().sum(dim=0)
     else:
         chosen = torch.nn.functional.one_hot(routing.indices, experts).float()  # (T, K, E)
         if routing.kept is not None:
-            dropped = 1.0 - routing.kept.float().mean()
             chosen = chosen * routing.kept.unsqueeze(-1)
         mass = chosen.sum(dim=(0, 1))
     share = mass / mass.sum().clamp_min(1e-12)
@@ -116,5 +116,5 @@ def balance(routing: Routing) -> Dict[str, torch.Tensor]:
         'share': share,
         'cv': squared_cv(share).sqrt(),
         'entropy': entropy / full if experts > 1 else torch.ones_like(entropy),
-        'dropped': dropped,
+        'dropped': routing.dropped(),
     }
