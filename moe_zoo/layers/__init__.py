@@ -2,8 +2,9 @@
 from .cond_conv import CondConv2d, CondLinear, RoutedConv2d
 from .deep_moe import ChannelGate, ChannelGated, ShallowEmbedding, sparse_inference
 from .dynamic_conv import DynamicConv2d
-from .moe_mlp import MoEMlp
+from .moe_mlp import MoEMlp, SoftMoEMlp
 from .moe_stage import MoEStage
+from .patch_moe import PatchMoE, PatchMoEConv2d
 from .routed import RoutedLayer, RoutedModel, masked_mean
 
 __all__ = [
@@ -14,10 +15,13 @@ __all__ = [
     'DynamicConv2d',
     'MoEMlp',
     'MoEStage',
+    'PatchMoE',
+    'PatchMoEConv2d',
     'RoutedConv2d',
     'RoutedLayer',
     'RoutedModel',
     'ShallowEmbedding',
+    'SoftMoEMlp',
     'masked_mean',
     'sparse_inference',
 ]

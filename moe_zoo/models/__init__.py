@@ -5,5 +5,6 @@ from . import (  # noqa: F401 - importing registers
     deepmoe,
     deepmoe_cifar,
     dyconv,
+    pmoe,
     vmoe,
 )
