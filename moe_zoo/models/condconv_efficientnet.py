@@ -9,10 +9,11 @@ load as they are.
 
 Letters: B images, C channels, E experts.
 """
+from functools import partial
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import generate_default_cfgs, register_model
 from timm.models.efficientnet import (
     BN_EPS_TF_DEFAULT,
@@ -25,7 +26,7 @@ from torch import nn
 from ..errors import InputError
 from ..layers.cond_conv import CHAINED, CondLinear, RoutedConv2d
 from .condconv_blocks import CondConvModel
-from .staged import MOBILENETV2, create_mobile
+from .staged import MOBILENETV2, create_mobile, imagenet_cfg
 
 __all__ = ['CondConvEfficientNet', 'ChainedCondConvEfficientNet']
 
@@ -112,15 +113,7 @@ class ChainedCondConvEfficientNet(CondConvEfficientNet):
         return x, stem + features
 
 
-def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
-    return {
-        'url': url, 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv_stem', 'classifier': 'classifier', 'license': 'apache-2.0', 'paper_ids': 'arXiv:1904.04971',
-        **kwargs,
-    }
-
+_cfg = partial(imagenet_cfg, 'arXiv:1904.04971', first_conv='conv_stem', classifier='classifier')
 
 default_cfgs = generate_default_cfgs({
     'condconv_mobilenetv1_025.untrained': _cfg(),

@@ -6,16 +6,16 @@ connected layer; the 1 x 1 shortcuts are not mixed. ResNet-18 and -34 follow the
 
 Letters: B images, C channels, E experts.
 """
-from typing import Any, Dict, List, Optional, Tuple, Type, Union
+from functools import partial
+from typing import List, Optional, Tuple, Type, Union
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet, feature_take_indices
 
 from ..layers.cond_conv import CHAINED
 from .condconv_blocks import ChainedStage, CondConvModel
-from .staged import checkpoint_filter_fn
+from .staged import checkpoint_filter_fn, imagenet_cfg
 
 __all__ = ['CondConvResNet', 'ChainedCondConvResNet']
 
@@ -92,15 +92,7 @@ class ChainedCondConvResNet(CondConvResNet):
         return taken
 
 
-def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
-    return {
-        'url': url, 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0', 'paper_ids': 'arXiv:1904.04971',
-        **kwargs,
-    }
-
+_cfg = partial(imagenet_cfg, 'arXiv:1904.04971')
 
 default_cfgs = generate_default_cfgs({
     'condconv_resnet18.untrained': _cfg(),

@@ -10,7 +10,6 @@ Letters: E experts (the paper's K).
 from functools import partial
 from typing import Any, Dict, List, Tuple, Type, Union
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import SqueezeExcite
 from timm.models.efficientnet import EfficientNet, efficientnet_init_weights, round_channels
@@ -20,7 +19,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..layers import DynamicConv2d
-from .staged import MOBILENETV2, RoutedStage, StagedModel, checkpoint_filter_fn, create_mobile
+from .staged import MOBILENETV2, RoutedStage, StagedModel, checkpoint_filter_fn, create_mobile, imagenet_cfg
 
 __all__ = ['DynamicResNet', 'DynamicEfficientNet', 'DynamicMobileNetV3']
 
@@ -124,16 +123,7 @@ class DynamicMobileNetV3(DynamicMobile, MobileNetV3):
     """timm's MobileNetV3 with dynamic convolutions; arguments as in `DynamicMobile`."""
 
 
-def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
-    return {
-        'url': url, 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0', 'paper_ids': 'arXiv:1912.03458',
-        **kwargs,
-    }
-
-
+_cfg = partial(imagenet_cfg, 'arXiv:1912.03458')
 _mobile_cfg = partial(_cfg, first_conv='conv_stem', classifier='classifier')
 
 default_cfgs = generate_default_cfgs({

@@ -5,9 +5,10 @@ A model is built by timm as its dense twin; a family then puts its layers in pla
 Letters: O output channels, E experts.
 """
 from functools import partial
-from typing import Dict, Iterator, List, Optional, Set, Tuple, Type
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, Type
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_condconv_initializer, use_reentrant_ckpt
 from timm.models import build_model_with_cfg
 from timm.models.efficientnet import decode_arch_def, resolve_act_layer, resolve_bn_args, round_channels
@@ -22,6 +23,17 @@ MOBILENETV2 = [
     ['ds_r1_k3_s1_c16'], ['ir_r2_k3_s2_e6_c24'], ['ir_r3_k3_s2_e6_c32'], ['ir_r4_k3_s2_e6_c64'],
     ['ir_r3_k3_s1_e6_c96'], ['ir_r3_k3_s2_e6_c160'], ['ir_r1_k3_s1_e6_c320'],
 ]
+
+
+def imagenet_cfg(paper_ids: str, **kwargs) -> Dict[str, Any]:
+    """A `default_cfgs` entry of a ResNet for ImageNet without weights, as timm's; `kwargs` replace what differs."""
+    return {
+        'url': '', 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0', 'paper_ids': paper_ids,
+        **kwargs,
+    }
 
 
 class RoutedStage(nn.Sequential):
