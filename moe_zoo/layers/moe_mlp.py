@@ -396,7 +396,8 @@ class MoEMlp(_ExpertMlps):
     ) -> Optional[torch.Tensor]:
         """(T, K) bool: which pairs find a slot, group by group; None where nothing can be dropped."""
         num_tokens = indices.shape[0]
-        if self._capacity(group_size) == 0 or num_tokens == 0:
+        overruled = self.by_expert and not by_expert  # by a record that was rewritten: nothing to choose any more
+        if overruled or self._capacity(group_size) == 0 or num_tokens == 0:
             return None
         # The largest gate of the softmax decides the order; with V-MoE's router it is the first choice's weight.
         gates = torch.softmax(deciding.detach(), dim=-1)  # (T, E)
