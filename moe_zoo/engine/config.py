@@ -6,7 +6,7 @@ script (`moe-zoo run train.py`) is refused in one sentence when it is switched o
 import argparse
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import yaml
 
@@ -265,8 +265,14 @@ def _one_of(args: argparse.Namespace, name: str, accepted: Sequence[Optional[str
         raise InputError(f'{name}={getattr(args, name)!r}: use one of {listed}.')
 
 
-def parse_command_line(argv: Optional[Sequence[str]], arguments: argparse.ArgumentParser) -> argparse.Namespace:
+def parse_command_line(
+        argv: Optional[Sequence[str]],
+        arguments: argparse.ArgumentParser,
+) -> Tuple[argparse.Namespace, Dict[str, Any]]:
     """Parse a command line whose flags and `key=value` options may stand in any order.
+
+    Returns:
+        The flags, and the options that win over a recipe: those given as `key=value`, and --data-dir.
 
     Raises:
         InputError: A flag is unknown; options of timm are given without dashes.
@@ -284,4 +290,7 @@ def parse_command_line(argv: Optional[Sequence[str]], arguments: argparse.Argume
         elif name == 'seeds' and values:
             flags.options += [value for value in values if '=' in value]
             flags.seeds = [value for value in values if '=' not in value]
-    return flags
+    overrides = parse_overrides(flags.options)
+    if flags.data_dir:
+        overrides['data_dir'] = flags.data_dir
+    return flags, overrides

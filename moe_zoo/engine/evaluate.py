@@ -188,10 +188,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; returns the exit code."""
     from ..analysis.usage import usage_table
-    flags = parse_command_line(argv, parser())
-    overrides = parse_overrides(flags.options)
-    if flags.data_dir:
-        overrides['data_dir'] = flags.data_dir
+    flags, overrides = parse_command_line(argv, parser())
     result = evaluate(flags.config, overrides, checkpoint=flags.checkpoint, use_ema=flags.use_ema,
                       strict_data=flags.strict_data, usage=not flags.no_usage)
     out = Console(highlight=False, soft_wrap=True)

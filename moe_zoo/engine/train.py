@@ -32,7 +32,7 @@ from .build import (
     prepare_model,
 )
 from .checkpoint import AtomicCheckpointSaver, check_fits, find_weights, read_checkpoint
-from .config import OPTIONS, load_config, options_help, parse_command_line, parse_overrides
+from .config import OPTIONS, load_config, options_help, parse_command_line
 from .data import create_loaders, open_datasets
 from .evaluate import evaluate_loader, report_corrupt
 from .log import BalanceWatch, Clock, EpochLog, Reporter, describe_balance, describe_losses, track
@@ -545,12 +545,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; returns the exit code."""
     from .compare import run_all
-    flags = parse_command_line(argv, parser())
-    overrides = parse_overrides(flags.options)
+    flags, overrides = parse_command_line(argv, parser())
     if not flags.config and 'model' not in overrides:
         raise InputError('Nothing to train: give --config FILE, or at least model=NAME.')
-    if flags.data_dir:
-        overrides['data_dir'] = flags.data_dir
     try:
         seeds = None if flags.seeds is None else [int(seed) for seed in flags.seeds]
     except ValueError:
