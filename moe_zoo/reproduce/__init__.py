@@ -19,6 +19,7 @@ FILES = {
     'condconv-routes': 'condconv',
     'condconv-placement': 'condconv',
     'condconv-experts': 'condconv',
+    'dyconv-temperature': 'dyconv',
 }
 
 
