@@ -89,7 +89,7 @@ def test_batch_norm_on_one_single_value_map_uses_running_statistics():
 
 def test_router_hears_the_task_at_one_expert_an_image():
     torch.manual_seed(0)
-    stage = MoEStage(conv_experts(3), 4, num_selected=1, noise=False, losses=())
+    stage = MoEStage(conv_experts(3), 4, num_selected=1, noise=False, constraint=None)
     nn.init.normal_(stage.router.weight)
     stage(torch.randn(4, 4, 8, 8)).square().sum().backward()
     assert stage.router.weight.grad.abs().sum() > 1e-3
@@ -97,7 +97,7 @@ def test_router_hears_the_task_at_one_expert_an_image():
 
 def test_losses_are_recorded_and_reach_the_gate():
     losses = (('importance_unbiased', 0.5), ('kl', 0.25))
-    stage = MoEStage(conv_experts(4), 4, num_selected=1, noise=False, losses=losses)
+    stage = MoEStage(conv_experts(4), 4, num_selected=1, noise=False, constraint=None, losses=losses)
     x = choose(stage, [[3], [3]])
     with routing_context() as context:
         stage(x)

@@ -2,6 +2,7 @@
 from .cond_conv import CondConv2d, CondLinear, RoutedConv2d
 from .deep_moe import ChannelGate, ChannelGated, ShallowEmbedding, sparse_inference
 from .dynamic_conv import DynamicConv2d
+from .moe_conv import MoEConv2d
 from .moe_mlp import MoEMlp, SoftMoEMlp
 from .moe_stage import MoEStage
 from .patch_moe import PatchMoE, PatchMoEConv2d
@@ -13,6 +14,7 @@ __all__ = [
     'CondConv2d',
     'CondLinear',
     'DynamicConv2d',
+    'MoEConv2d',
     'MoEMlp',
     'MoEStage',
     'PatchMoE',

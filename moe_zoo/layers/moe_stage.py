@@ -1,12 +1,12 @@
 """An image-level routed stage: every image passes through the few experts chosen for it, and an expert is any module.
 
 The layer of Pavlitska et al. 2022 (arXiv 2204.10598), which replaces one residual stage of a CNN.
-Letters: B images, C channels, E experts, K chosen experts an image.
+Letters: B images, C input channels, O output channels, E experts, K chosen experts an image.
 """
 import contextlib
 import copy
 import zlib
-from typing import Dict, Iterator, List, Sequence, Tuple
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -16,17 +16,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import InputError
-from ..routing import NoisyTopKRouter, Routing, record
-from .routed import RoutedLayer, masked_mean
+from ..routing import Routing
+from .image_moe import ImageMoE, must_be_static, weigh
 
 
 @register_notrace_module
-class MoEStage(RoutedLayer):
-    """y_b = sum over the K experts chosen for image b of weight_bk * expert_k(x_b).
+class MoEStage(ImageMoE):
+    """y_b = sum over the K experts chosen for image b of weight_bk * expert_k(x_b), plus shortcut(x_b) if it has one.
 
-    The gate is global average pooling (over the true area of padded images) and one linear map, then noisy top-k with
-    the softmax after the choice (Shazeer et al. 2017). An expert runs only on the images that chose it; one that no
-    image chose runs nothing, and its parameters get zero gradients.
+    The gate is, by default, global average pooling (over the true area of padded images) and one linear map, then noisy
+    top-k with the softmax after the choice (Shazeer et al. 2017). An expert runs only on the images that chose it; one
+    that no image chose runs nothing, and its parameters get zero gradients.
 
     With BatchNorm inside the experts the statistics of a training step are those of the images an expert sees, so that
     there, and only there, the numbers differ from running every expert on every image.
@@ -35,14 +35,18 @@ class MoEStage(RoutedLayer):
         experts: E modules from (B, C, H, W) to maps of one common shape; whole residual stages, usually.
         in_chs: C.
         num_selected: K.
-        noise: Learned noise on the gate logits in training.
-        losses: (name, weight) auxiliary losses; see `moe_zoo.losses.LOSSES`. The authors use 'importance_unbiased' or
-            'kl', with 0.5 on CIFAR-100 and 0.25 on COCO.
+        gate: A key of `moe_zoo.layers.image_moe.GATES`.
+        constraint: A key of `moe_zoo.layers.image_moe.CONSTRAINTS`, or None. The authors use 'importance' or 'kl' with
+            weight 0.5 on CIFAR-100 and 0.25 on COCO, 'relative' and 'mean' with thresholds 0.5 and 0.3.
+        constraint_value: Its weight, threshold or rate; None is its default.
+        noise: Learned noise on the gate logits in training; None is yes, but not under 'relative' and 'mean'.
+        losses: Further (name, weight) auxiliary losses; see `moe_zoo.losses.LOSSES`.
+        shortcut: Module from (B, C, H, W) to maps of the experts' shape, whose output is added (the residual variant).
         perturb: Size of the noise that separates copies of one dense stage, relative to the standard deviation of each
             weight; used by `from_dense`, and when a dense stage's weights are loaded under this layer's name.
 
     Raises:
-        InputError: K is not between 1 and E, or an expert holds a SyncBatchNorm.
+        InputError: K is not between 1 and E, an unknown gate or constraint, or an expert holds a SyncBatchNorm.
     """
 
     def __init__(
@@ -50,19 +54,22 @@ class MoEStage(RoutedLayer):
             experts: Sequence[nn.Module],
             in_chs: int,
             num_selected: int = 2,
-            noise: bool = True,
-            losses: Sequence[Tuple[str, float]] = (('importance_unbiased', 0.5),),
+            gate: str = 'gap_fc',
+            constraint: Optional[str] = 'importance',
+            constraint_value: Optional[float] = None,
+            noise: Optional[bool] = None,
+            losses: Sequence[Tuple[str, float]] = (),
+            shortcut: Optional[nn.Module] = None,
             perturb: float = 0.1,
             device=None,
             dtype=None,
     ):
         super().__init__()
-        self.router = NoisyTopKRouter(
-            in_chs, len(experts), num_selected, noise=noise, losses=losses, device=device, dtype=dtype)
+        self.set_gate(
+            in_chs, len(experts), num_selected, gate, constraint, constraint_value, noise, losses,
+            device=device, dtype=dtype)
         self.experts = nn.ModuleList(experts)
-        self.in_chs = in_chs
-        self.num_experts = len(experts)
-        self.num_selected = num_selected
+        self.shortcut = shortcut
         self.perturb = perturb
         _refuse_sync_batch_norm(self.experts)
 
@@ -81,45 +88,50 @@ class MoEStage(RoutedLayer):
         for index, expert in enumerate(experts):
             with torch.no_grad():
                 for name, parameter in expert.named_parameters():
-                    parameter.copy_(_perturbed(parameter, name, index, perturb))
+                    parameter.copy_(perturbed(parameter, name, index, perturb))
         return cls(experts, in_chs, perturb=perturb, **kwargs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W). Returns maps of the experts' shape."""
-        routing = self.router(masked_mean(x))
-        record(self, routing)
-        if x.device.type == 'meta' or torch.compiler.is_exporting():
-            return self.combine_reference(x, routing)
-        return self.combine_sparse(x, routing)
+        if torch.jit.is_scripting():
+            y = self.combine_all(x, self.gate_weights(x))
+        else:
+            y = self._forward_eager(x)
+        if self.shortcut is not None:
+            y = y + self.shortcut(x)
+        return y
+
+    def _forward_eager(self, x: torch.Tensor) -> torch.Tensor:
+        routing = self.route(x)
+        return self.combine_reference(x, routing) if must_be_static(x) else self.combine_sparse(x, routing)
+
+    def combine_all(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """Every expert on every image, weighed by a (B, E) matrix."""
+        parts: List[torch.Tensor] = []
+        for e, expert in enumerate(self.experts):
+            parts.append(weigh(expert(x), matrix[:, e]))
+        return torch.stack(parts).sum(dim=0)
 
     def combine_reference(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Every expert on every image, then the weighted sum: shape-static, E / K times the cost."""
-        matrix = routing.combine_matrix()  # (B, E)
-        return sum(_scale(expert(x), matrix[:, e]) for e, expert in enumerate(self.experts))
+        """The same for a record: shape-static, E / K times the cost."""
+        return self.combine_all(x, routing.combine_matrix())
 
     @torch.compiler.disable
     def combine_sparse(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Every expert on the images that chose it. Which ones is data: a compiled graph breaks here."""
         if dist.is_available() and dist.is_initialized() and self.training:
             _refuse_sync_batch_norm(self.experts)  # a loop may have converted them after construction
-        chosen = torch.zeros_like(routing.logits).scatter(1, routing.indices, 1.) > 0  # (B, E)
-        matrix = routing.combine_matrix()
-        # A trace must hold for other images too: there every expert runs, on a batch that may be empty.
-        run_empty = torch.jit.is_tracing() and not self.training
-        counts = None if run_empty else chosen.sum(dim=0).tolist()
-        y, idle = None, []
-        for e, expert in enumerate(self.experts):
-            if counts is not None and counts[e] == 0 and not (x.shape[0] == 0 and e == 0):
-                idle.append(expert)
-                continue
-            images = chosen[:, e].nonzero().squeeze(1)
-            with _single_value_batch_norm(expert, enabled=counts is not None and counts[e] == 1):
-                part = expert(x.index_select(0, images))
-            part = _scale(part, matrix[:, e].index_select(0, images))
-            if y is None:
-                y = part.new_zeros((x.shape[0], *part.shape[1:]))
-            y = y.index_add(0, images, part)
-        return y + _touch(idle, y) if self.training and idle else y
+        parts, position = self.group(x, routing)
+        tracing = torch.jit.is_tracing()
+        busy = [expert for expert, part in enumerate(parts) if tracing or len(part)] or [0]  # one, for the shape
+        outputs = []
+        for expert in busy:
+            with _single_value_batch_norm(self.experts[expert], enabled=not tracing and len(parts[expert]) == 1):
+                outputs.append(self.experts[expert](parts[expert]))
+        weights = routing.weights
+        if self.training and len(busy) < len(self.experts):
+            weights = weights + _touch([e for i, e in enumerate(self.experts) if i not in busy], weights)
+        return self.combine(outputs, position, weights)
 
     def expert_parameters(self) -> List[List[nn.Parameter]]:
         """One list of E parameters for every parameter of an expert; experts of unlike build are listed one by one."""
@@ -129,10 +141,11 @@ class MoEStage(RoutedLayer):
         return lists
 
     def max_macs(self, input_shape: Tuple[int, ...]) -> int:
-        """MACs of the gate and the K most expensive experts for every image of (B, C, H, W)."""
+        """MACs of the gate, the shortcut and the K most expensive experts for every image of (B, C, H, W)."""
         images = input_shape[0]
         costs = sorted((_macs(expert, (1, *input_shape[1:])) for expert in self.experts), reverse=True)
-        return self.router.macs(images) + images * sum(costs[:self.num_selected])
+        shortcut = 0 if self.shortcut is None else _macs(self.shortcut, tuple(input_shape))
+        return self.gate_macs(images) + shortcut + images * sum(costs[:self.num_selected])
 
     def _load_from_state_dict(self, state_dict: Dict[str, torch.Tensor], prefix: str, *args) -> None:
         """Weights of the dense stage, found under this layer's own name, become those of every expert."""
@@ -141,16 +154,11 @@ class MoEStage(RoutedLayer):
             name = key[len(prefix):]
             value = state_dict.pop(key)
             for e in range(self.num_experts):
-                state_dict[f'{prefix}experts.{e}.{name}'] = _perturbed(value, name, e, self.perturb)
+                state_dict[f'{prefix}experts.{e}.{name}'] = perturbed(value, name, e, self.perturb)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f'num_experts={self.num_experts}, num_selected={self.num_selected}'
-
-
-def _scale(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """(B, ...) maps times (B,) float32 weights, in the type of the maps."""
-    return y * weights.to(y.dtype).view(-1, *[1] * (y.dim() - 1))
 
 
 def _touch(idle: List[nn.Module], like: torch.Tensor) -> torch.Tensor:
@@ -162,7 +170,7 @@ def _touch(idle: List[nn.Module], like: torch.Tensor) -> torch.Tensor:
     return sum((p.sum().to(like.dtype) for p in parts), like.new_zeros(()))
 
 
-def _perturbed(value: torch.Tensor, name: str, expert: int, perturb: float) -> torch.Tensor:
+def perturbed(value: torch.Tensor, name: str, expert: int, perturb: float) -> torch.Tensor:
     """Expert number `expert`'s version of a dense weight; norms and biases (fewer than two axes) stay as they are.
 
     The noise follows from the names alone, so that the ranks of a distributed run that load the same file agree.

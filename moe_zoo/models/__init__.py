@@ -5,6 +5,7 @@ from . import (  # noqa: F401 - importing registers
     deepmoe,
     deepmoe_cifar,
     dyconv,
+    moe_resnet,
     pmoe,
     vmoe,
 )
