@@ -15,21 +15,22 @@ from torch.nn import functional as F
 from ..errors import InputError, nearest
 from ..losses import LOSSES
 from ..routing import (
+    ExpertChoiceRouter,
     NoisyTopKRouter,
     Routing,
     SigmoidTopKRouter,
     SoftmaxTopKRouter,
+    SoftRouter,
     check_num_selected,
     compute_capacity,
     dispatch_padded,
     dispatch_reference,
     dispatch_sorted,
+    keep_chosen_by_experts,
     keep_within_capacity,
     record,
 )
-from ..routing.capacity import keep_chosen_by_experts
 from ..routing.dispatch import combine_sorted, sort_pairs
-from ..routing.expert_routers import ExpertChoiceRouter, SoftRouter
 from .routed import RoutedLayer
 
 ROUTERS = {

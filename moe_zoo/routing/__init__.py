@@ -1,5 +1,5 @@
 """How inputs meet experts: records, routers, capacity, dispatch. Pure tensor code that knows no image and no model."""
-from .capacity import compute_capacity, keep_within_capacity
+from .capacity import compute_capacity, keep_chosen_by_experts, keep_within_capacity
 from .constraints import STEP_CONSTRAINTS, create_constraint
 from .context import (
     RoutingContext,
@@ -10,6 +10,7 @@ from .context import (
     trace_routing,
 )
 from .dispatch import dispatch_padded, dispatch_reference, dispatch_sorted
+from .expert_routers import ExpertChoiceRouter, SoftRouter
 from .notices import end_step, end_step_after_optimizer, set_epoch
 from .routers import (
     AnnealedSoftmaxRouter,
@@ -25,11 +26,13 @@ from .types import Routing
 
 __all__ = [
     'AnnealedSoftmaxRouter',
+    'ExpertChoiceRouter',
     'NoisyTopKRouter',
     'Routing',
     'RoutingContext',
     'SigmoidRouter',
     'SigmoidTopKRouter',
+    'SoftRouter',
     'SoftmaxRouter',
     'STEP_CONSTRAINTS',
     'SoftmaxTopKRouter',
@@ -43,6 +46,7 @@ __all__ = [
     'dispatch_sorted',
     'end_step',
     'end_step_after_optimizer',
+    'keep_chosen_by_experts',
     'keep_within_capacity',
     'linear_float32',
     'record',
