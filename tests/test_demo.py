@@ -322,7 +322,13 @@ def test_a_missing_recipe_is_one_sentence_before_anything_runs(tmp_path, capsys)
         main(['--configs', str(tmp_path), '--out', str(tmp_path / 'out')])
     assert stopped.value.code == 2
     assert "error: The recipe '" in capsys.readouterr().err
-    (tmp_path / 'broken.yaml').write_text('_BASE_: [')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_recipe_is_read_with_its_bases(tmp_path):
+    texts = {'both': '_BASE_: [one.yaml, two.yaml]', 'one': '_BASE_: two.yaml', 'two': 'a: 1', 'broken': '_BASE_: ['}
+    for name, text in texts.items():
+        (tmp_path / f'{name}.yaml').write_text(text)
+    assert read_with_bases(tmp_path / 'both.yaml') == [texts[name] for name in ('both', 'one', 'two', 'two')]
     with pytest.raises(InputError, match="broken.yaml' is not valid YAML: "):
         read_with_bases(tmp_path / 'broken.yaml')
-    assert not (tmp_path / 'out').exists()

@@ -249,8 +249,9 @@ def read_with_bases(path: Path) -> list[str]:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(f"The recipe '{path}' is not valid YAML: {' '.join(str(error).split())}.") from error
-    base = content.get('_BASE_') if isinstance(content, dict) else None
-    return [text, *(read_with_bases(path.parent / Path(base).expanduser()) if base else [])]
+    bases = content.get('_BASE_', []) if isinstance(content, dict) else []
+    bases = bases if isinstance(bases, list) else [bases]
+    return [text, *(base for name in bases for base in read_with_bases(path.parent / Path(name).expanduser()))]
 
 
 def read_record(folder: Path) -> Optional[dict]:
