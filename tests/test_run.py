@@ -250,6 +250,7 @@ def test_train_net_of_detectron2(repository, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / 'run' / 'model_final.pth').is_file()
     assert 'loss_moe' in (tmp_path / 'run' / 'metrics.json').read_text()
+    assert 'by a loop of its own' not in done.stderr  # the meta-architecture collects the auxiliary losses
 
 
 @pytest.mark.slow
