@@ -1,6 +1,7 @@
 """The command of the experiments: `tools/reproduce.py NAME...`, `moe-zoo reproduce NAME...`."""
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Optional
 
@@ -80,13 +81,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def _run(experiment, args: argparse.Namespace, console: Console) -> None:
     """One experiment to its verdict line; the page says so where it ends early."""
+    page = partial(write_page, args.output, experiment.name)
     try:
         results = reproduce(
-            experiment, args.output, args.seeds, args.data_dir, args.jobs, args.pilot, lambda: write_page(args.output))
+            experiment, args.output, args.seeds, args.data_dir, args.jobs, args.pilot, on_change=page)
     except (InputError, RuntimeError, KeyboardInterrupt) as error:
         if (args.output / experiment.name / 'results.json').is_file():
-            reason = str(error) or 'Interrupted: the same command goes on from here.'
-            write_page(args.output, {experiment.name: reason})
+            page(failure=str(error) or 'Interrupted: the same command goes on from here.')
         raise
     if args.pilot:
         for claim, found in zip(experiment.claims, results['claims']):

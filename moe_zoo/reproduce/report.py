@@ -4,6 +4,7 @@ All of it is made from results.json; nothing is typed by hand.
 """
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -38,32 +39,32 @@ def verdict_line(results: Results) -> str:
         f'seeds; detectable {found["detectable"]:.2f}{published})')
 
 
-def write_page(output: Path, failures: Optional[dict[str, str]] = None) -> Path:
+def write_page(output: Path, running: Optional[str] = None, failure: Optional[str] = None) -> Path:
     """Write index.html: a section for every experiment with results in `output`, in the order of the registry.
 
     Args:
         output: Folder of all experiments.
-        failures: Experiment to the reason why its run ended early.
+        running: Name of the experiment that is being run.
+        failure: Why it ended early.
     """
     sections = []
     for name in FILES:
         path = output / name / 'results.json'
         if path.is_file():
             results = json.loads(path.read_text(encoding='utf-8'))
-            sections.append(section(results, (failures or {}).get(name)))
+            status = 'pending' if name != running else 'failed' if failure else 'running'
+            sections.append(section(results, status, failure or ''))
     Page(TITLE, LEAD, sections).write(output / 'index.html')
     return output / 'index.html'
 
 
-def section(results: Results, failure: Optional[str] = None) -> Section:
-    """The section of one experiment, finished or not."""
+def section(results: Results, unfinished: str = 'pending', reason: str = '') -> Section:
+    """The section of one experiment; `unfinished` is its status, and `reason` why, where runs are missing."""
     claim = results['plan']['claims'][0]
-    if failure:
-        return Section(results['title'], 'failed', failure)
     if results['status'] != 'done':
         total = len(results['plan']['seeds']) * len(results['arms'])
-        headline = f'{claim["text"]} {len(results["runs"])} of {total} runs are done.'
-        return Section(results['title'], 'running', headline)
+        headline = f'{claim["text"]} {len(results["runs"])} of {total} runs are done. {reason}'.strip()
+        return Section(results['title'], unfinished, headline)
     experiment = find_experiment(results['name'])
     blocks = [
         f'{results["question"]} After {results["paper"]}.',
@@ -163,19 +164,25 @@ BLOCK = re.compile(r'(<!-- experiments -->\n).*?(<!-- /experiments -->)', re.S)
 
 
 def readme_table(folder: Path) -> str:
-    """The README's table of experiments, a row a claim, from the files in docs/experiments."""
+    """The README's table from the files in docs/experiments: a row an experiment, by the claim that decides."""
     lines = [
-        '| experiment | claim | measured here (95 % interval) | seeds | detectable | published | verdict |',
-        '| --- | --- | ---: | ---: | ---: | ---: | --- |',
+        '| experiment | claim | measured here (95 % interval of the difference) | seeds | detectable | published '
+        '| verdict | further claims |',
+        '| --- | --- | --- | ---: | ---: | ---: | --- | --- |',
     ]
     for results in _published(folder):
-        for claim, found in zip(results['plan']['claims'], results['claims']):
-            cells = (
-                f'`{results["name"]}`', claim['text'].rstrip('.'),
-                f'{found["difference"]:+.2f} ({found["low"]:+.2f} to {found["high"]:+.2f}) {claim["unit"]}',
-                str(len(results['plan']['seeds'])), f'{found["detectable"]:.2f}',
-                _signed(claim['published']) or 'unknown', found['verdict'])
-            lines.append(f'| {" | ".join(cells)} |')
+        claim, found = results['plan']['claims'][0], results['claims'][0]
+        means = {arm['name']: arm['metrics'][claim['metric']]['mean'] for arm in results['arms']
+                 if claim['metric'] in arm['metrics']}
+        further = Counter(other['verdict'] for other in results['claims'][1:])
+        cells = (
+            f'`{results["name"]}`', claim['text'].rstrip('.'),
+            f'{means[claim["worse"]]:.2f} to {means[claim["better"]]:.2f}, {found["difference"]:+.2f} {claim["unit"]} '
+            f'({found["low"]:+.2f} to {found["high"]:+.2f})',
+            str(len(results['plan']['seeds'])), f'{found["detectable"]:.2f}',
+            _signed(claim['published']) or 'unknown', f'**{found["verdict"]}**',
+            ', '.join(f'{number} {verdict}' for verdict, number in further.items()) or 'none')
+        lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines) + '\n'
 
 

@@ -5,6 +5,7 @@ The loop is timm's optimiser and schedule around `MoEClassificationTask`, as in 
 workers, checkpoints and logs.
 Letters: N images, B images of a batch, C channels, H x W pixels.
 """
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -24,7 +25,7 @@ from moe_zoo.engine.task import MoEClassificationTask
 from moe_zoo.errors import InputError
 from moe_zoo.routing import set_epoch
 
-__all__ = ['Data', 'Split', 'accuracy', 'cost', 'fit', 'load_digits_data', 'load_folder', 'load_images']
+__all__ = ['Data', 'Split', 'accuracy', 'cost', 'fit', 'load_digits_data', 'load_folder', 'load_images', 'scattered']
 
 HELD_OUT = 0.2  # of every class of the training images, for validation where no folder of it is given
 
@@ -103,6 +104,33 @@ def load_folder(folder: str, size: int = 32) -> Data:
         raise InputError(f"--data-dir '{folder}': its parts hold folders of different classes.")
     parts = [(np.stack([image for image, _ in part]), np.asarray(part.targets)) for part in found]
     return _assemble(path.resolve().name, size, *parts)
+
+
+def scattered(data: Data, copies: int = 4) -> Data:
+    """A harder task from small images on a plain ground, which fewer weights cannot learn by heart.
+
+    Every training image comes `copies` times, the others half as often, each time turned by up to 30 degrees, shrunk to
+    between half and all of its size and put anywhere that it fits.
+    """
+    parts = [
+        _scattered(split, number, seed)
+        for seed, (split, number) in enumerate(zip(data[:3], (copies, copies // 2, copies // 2)))]
+    text = f'{data.description}, scattered: {copies} copies of a training image, {copies // 2} of the others'
+    return Data(*parts, data.num_classes, text)
+
+
+def _scattered(split: Split, copies: int, seed: int) -> Split:
+    split = split.take(torch.arange(len(split.targets)).repeat(copies))
+    random = torch.Generator().manual_seed(seed)
+    turn, shrink, right, down = torch.rand(4, len(split.targets), generator=random)
+    scale = 1 - shrink / 2
+    sine, cosine = (f((2 * turn - 1) * math.pi / 6) / scale for f in (torch.sin, torch.cos))
+    matrix = torch.stack([torch.stack([cosine, -sine], 1), torch.stack([sine, cosine], 1)], 1)  # output to input
+    room = torch.stack([2 * right - 1, 2 * down - 1], 1) * (1 - scale[:, None])
+    theta = torch.cat([matrix, -matrix @ room[:, :, None]], 2)
+    ground = split.images.amin(dim=(0, 2, 3), keepdim=True)
+    grid = F.affine_grid(theta, split.images.shape, align_corners=False)
+    return split._replace(images=F.grid_sample(split.images - ground, grid, align_corners=False) + ground)
 
 
 def _read(file: str, size: int) -> np.ndarray:
