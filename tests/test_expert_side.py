@@ -17,8 +17,7 @@ from moe_zoo.analysis import count
 from moe_zoo.analysis.force import force_expert
 from moe_zoo.analysis.usage import measure_usage
 from moe_zoo.errors import InputError
-from moe_zoo.layers import moe_mlp
-from moe_zoo.layers.moe_mlp import MoEMlp, SoftMoEMlp
+from moe_zoo.layers import MoEMlp, SoftMoEMlp, moe_mlp
 from moe_zoo.losses import LOSSES, auxiliary_losses, balance
 from moe_zoo.models.vmoe import from_config
 from moe_zoo.routing import dispatch_reference, routing_context, trace_routing

@@ -3,10 +3,11 @@ from .cond_conv import CondConv2d, CondLinear, RoutedConv2d
 from .deep_moe import ChannelGate, ChannelGated, ShallowEmbedding, sparse_inference
 from .dynamic_conv import DynamicConv2d
 from .moe_conv import MoEConv2d
-from .moe_mlp import MoEMlp, SoftMoEMlp
+from .moe_mlp import MoEMlp
 from .moe_stage import MoEStage
 from .patch_moe import PatchMoE, PatchMoEConv2d
 from .routed import RoutedLayer, RoutedModel, masked_mean
+from .soft_moe_mlp import SoftMoEMlp
 
 __all__ = [
     'ChannelGate',

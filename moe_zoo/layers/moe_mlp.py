@@ -1,26 +1,24 @@
-"""`MoEMlp` and `SoftMoEMlp`: the feed-forward layers of V-MoE and of Soft MoE, drop-in for timm's `Mlp`.
+"""`MoEMlp`: the feed-forward layer of V-MoE, drop-in for timm's `Mlp`.
 
 Letters: B images, D width, M hidden width of an expert, T routed tokens (of the whole batch), E experts, K chosen ones,
-G groups, S tokens a group, C slots an expert has in a group, P slots of mixed tokens an expert has in a group.
+S tokens a group, C slots an expert has in a group.
 """
 import inspect
 import math
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
 import torch
-from timm.layers import Mlp, register_notrace_module, to_2tuple
+from timm.layers import Mlp, register_notrace_module
 from torch import nn
 from torch.nn import functional as F
 
 from ..errors import InputError, nearest
-from ..losses import LOSSES
 from ..routing import (
     ExpertChoiceRouter,
     NoisyTopKRouter,
     Routing,
     SigmoidTopKRouter,
     SoftmaxTopKRouter,
-    SoftRouter,
     check_num_selected,
     compute_capacity,
     dispatch_padded,
@@ -31,7 +29,7 @@ from ..routing import (
     record,
 )
 from ..routing.dispatch import combine_sorted, sort_pairs
-from .routed import RoutedLayer
+from .expert_mlps import ExpertMlps, check_at_least_one, known_losses
 
 ROUTERS = {
     'vmoe': SoftmaxTopKRouter,
@@ -41,156 +39,8 @@ ROUTERS = {
 }
 
 
-class ExpertLinear(nn.Module):
-    """E linear maps in one stack: weight (E, out, in), bias (E, out).
-
-    The attribute is called `bias` so that timm exempts it from weight decay, as it does by name where ndim > 1.
-
-    Args:
-        same_init: All experts start from one draw, as in V-MoE, where routing alone breaks the symmetry.
-    """
-
-    def __init__(
-            self,
-            num_experts: int,
-            in_features: int,
-            out_features: int,
-            bias: bool = True,
-            same_init: bool = True,
-            device=None,
-            dtype=None,
-    ):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.num_experts = num_experts
-        self.same_init = same_init
-        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, **dd))
-        self.bias = nn.Parameter(torch.empty(num_experts, out_features, **dd)) if bias else None
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Xavier uniform on an expert's own fans, biases N(0, 1e-6), as the original's MLP."""
-        draws = 1 if self.same_init else self.num_experts
-        for parameter in (self.weight, self.bias):
-            if parameter is None:
-                continue
-            drawn = torch.empty_like(parameter[:draws])
-            for one in drawn:
-                if one.ndim == 2:
-                    nn.init.xavier_uniform_(one)
-                else:
-                    nn.init.normal_(one, std=1e-6)
-            parameter.copy_(drawn.expand_as(parameter))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (E, C, in), row e for expert e. Returns (E, C, out)."""
-        weight = self.weight.transpose(1, 2)
-        bias = self.bias
-        if bias is None:
-            return torch.bmm(x, weight)
-        return torch.baddbmm(bias.unsqueeze(1), x, weight)
-
-    def unbind_weights(self) -> List[torch.Tensor]:
-        # One unbind, whose backward is one stack with zeros for experts that were not run. Indexing weight[e] instead
-        # would make every gradient a zero tensor of the whole stack.
-        return list(self.weight.unbind(0))
-
-    def unbind_biases(self) -> List[Optional[torch.Tensor]]:
-        biases: List[Optional[torch.Tensor]] = []
-        bias = self.bias
-        if bias is None:
-            for _ in range(self.num_experts):
-                biases.append(None)
-        else:
-            for each in bias.unbind(0):
-                biases.append(each)
-        return biases
-
-    def extra_repr(self) -> str:
-        experts, outs, ins = self.weight.shape
-        return f'{ins}, {outs}, num_experts={experts}, bias={self.bias is not None}'
-
-
-class _ExpertMlps(RoutedLayer):
-    """E MLPs in stacks and the grouping of tokens: what `MoEMlp` and `SoftMoEMlp` share."""
-
-    def __init__(
-            self,
-            in_features: int,
-            hidden_features: int,
-            out_features: Optional[int],
-            act_layer: Type[nn.Module],
-            norm_layer: Optional[Type[nn.Module]],
-            bias: Union[bool, Tuple[bool, bool]],
-            drop: Union[float, Tuple[float, float]],
-            use_conv: bool,
-            num_experts: int,
-            group_images: int,
-            group_size: Optional[int],
-            same_init: bool,
-            bfloat16_dispatch: bool,
-            device=None,
-            dtype=None,
-    ):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        _check_at_least_one(group_images=group_images, group_size=group_size)
-        self.in_features = in_features
-        self.hidden_features = hidden_features  # M
-        self.out_features = out_features or in_features
-        self.use_conv = use_conv
-        self.num_experts = num_experts
-        self.group_images = group_images
-        self.group_size = group_size
-        self.bfloat16_dispatch = bfloat16_dispatch
-        bias = to_2tuple(bias)
-        drop = to_2tuple(drop)
-        self.fc1 = ExpertLinear(self.num_experts, in_features, self.hidden_features, bias[0], same_init, **dd)
-        self.act = act_layer()
-        self.drop1 = nn.Dropout(drop[0])
-        self.norm = norm_layer(self.hidden_features, **dd) if norm_layer is not None else nn.Identity()
-        self.fc2 = ExpertLinear(self.num_experts, self.hidden_features, self.out_features, bias[1], same_init, **dd)
-        self.drop2 = nn.Dropout(drop[1])
-
-    def run_stacked(self, x: torch.Tensor) -> torch.Tensor:
-        """(E, C, D), row e through expert e, to (E, C, out_features)."""
-        y = self.norm(self.drop1(self.act(self.fc1(self._round(x)))))
-        return self._round(self.drop2(self.fc2(y)))
-
-    def _round(self, x: torch.Tensor) -> torch.Tensor:
-        return x.to(torch.bfloat16).to(x.dtype) if self.bfloat16_dispatch else x
-
-    def _group_size(self, x: torch.Tensor) -> int:
-        """S for a batch (B, ..., D)."""
-        group_size = self.group_size
-        if group_size is None:
-            group_size = self.group_images
-            for size in x.shape[1:-1]:
-                group_size = group_size * size
-        return group_size
-
-    def _check_groups(self, x: torch.Tensor, num_tokens: int) -> None:
-        """Raises: InputError: An explicit group size does not divide the tokens of a batch (B, ..., D)."""
-        if self.group_size is not None and num_tokens % self.group_size:
-            images = 'one image' if self.group_images == 1 else f'{self.group_images} images'
-            raise InputError(
-                f'group_size={self.group_size} does not divide the {num_tokens} tokens of a batch of shape '
-                f'{tuple(x.shape[:-1])}: use a divisor, or leave it out for groups of {images}.')
-
-    def expert_parameters(self) -> List[List[nn.Parameter]]:
-        return [[p] for layer in (self.fc1, self.fc2) for p in layer.parameters()]
-
-    def _expert_macs(self) -> int:
-        """MACs of one expert for one token."""
-        return self.hidden_features * (self.in_features + self.out_features)
-
-    def _group_repr(self) -> str:
-        return f'group_size={self.group_size}' if self.group_size else f'group_images={self.group_images}'
-
-
 @register_notrace_module
-class MoEMlp(_ExpertMlps):
+class MoEMlp(ExpertMlps):
     """A sparse mixture of MLPs: every token goes through K of E experts, the sum weighted by their gates.
 
     As in V-MoE (Riquelme et al. 2021, section 2), with its defaults, except that in evaluation nothing is dropped
@@ -281,7 +131,7 @@ class MoEMlp(_ExpertMlps):
     ):
         dd = {'device': device, 'dtype': dtype}
         hidden_features = hidden_features or in_features
-        _check_at_least_one(capacity=capacity, expert_ratio=expert_ratio)
+        check_at_least_one(capacity=capacity, expert_ratio=expert_ratio)
         _check_positive(capacity_factor=capacity_factor, eval_capacity_factor=eval_capacity_factor)
         check_num_selected(num_selected, num_experts)
         if noise_std < 0 or num_shared_experts < 0:
@@ -433,108 +283,6 @@ class MoEMlp(_ExpertMlps):
             f'batch_priority={self.batch_priority}, {self._group_repr()}')
 
 
-@register_notrace_module
-class SoftMoEMlp(_ExpertMlps):
-    """A soft mixture of MLPs: every slot of an expert reads a mixture of all tokens of a group, every token a mixture
-    of all slots (Soft MoE, Puigcerver et al. 2023, section 2).
-
-    Nothing is chosen and nothing is dropped; the cost is that of E P slots a group. A group is one image, so that no
-    image depends on another. The record has the weight of every expert for every token; `slot_logits` tells the rest.
-
-    Both mixtures are matrix products in the type of the tokens or of the autocast; their weights are float32.
-
-    Args:
-        num_experts: E.
-        num_slots: P, slots an expert has in a group.
-        losses: Weight of each auxiliary loss by name; the paper has none.
-        group_size: Tokens a group, S, instead of an image's; must divide the tokens of every batch.
-        same_init: All experts start equal, as in V-MoE's code.
-        bfloat16_dispatch: Round what travels to and from the experts to bfloat16, as the original does.
-
-    The others are those of `MoEMlp`.
-
-    Raises:
-        InputError: No expert or no slot, an unknown loss; in forward, tokens that `group_size` does not divide.
-    """
-
-    def __init__(
-            self,
-            in_features: int,
-            hidden_features: Optional[int] = None,
-            out_features: Optional[int] = None,
-            act_layer: Type[nn.Module] = nn.GELU,
-            norm_layer: Optional[Type[nn.Module]] = None,
-            bias: Union[bool, Tuple[bool, bool]] = True,
-            drop: Union[float, Tuple[float, float]] = 0.,
-            use_conv: bool = False,
-            num_experts: int = 128,
-            num_slots: int = 1,
-            losses: Optional[Mapping[str, float]] = None,
-            group_size: Optional[int] = None,
-            same_init: bool = True,
-            bfloat16_dispatch: bool = False,
-            device=None,
-            dtype=None,
-    ):
-        dd = {'device': device, 'dtype': dtype}
-        check_num_selected(num_experts, num_experts)
-        _check_at_least_one(num_slots=num_slots)
-        super().__init__(
-            in_features, hidden_features or in_features, out_features, act_layer, norm_layer, bias, drop, use_conv,
-            num_experts, 1, group_size, same_init, bfloat16_dispatch, **dd)
-        self.num_selected = num_experts
-        self.num_slots = num_slots
-        self.router = SoftRouter(in_features, num_experts, num_slots, _known_losses(losses or {}), **dd)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, ..., D) to (B, ..., out_features); (B, D, H, W) with `use_conv`."""
-        if self.use_conv:
-            x = x.permute(0, 2, 3, 1)
-        tokens = x.reshape(-1, x.shape[-1])  # (T, D)
-        group_size = self._group_size(x)
-        if torch.jit.is_scripting():
-            slot_logits, _, weights = self.router.mix(tokens)
-            y = self._mix(tokens, slot_logits, weights, group_size)
-        else:
-            self._check_groups(x, tokens.shape[0])
-            routing: Routing = self.router(tokens)._replace(shape=tuple(x.shape[:-1]), group_size=group_size)
-            record(self, routing)
-            y = self._mix(tokens, routing.slot_logits, routing.weights, group_size)
-        y = y.reshape(list(x.shape[:-1]) + [y.shape[-1]])
-        return y.permute(0, 3, 1, 2) if self.use_conv else y
-
-    def _mix(
-            self,
-            tokens: torch.Tensor,
-            slot_logits: torch.Tensor,
-            weights: torch.Tensor,
-            group_size: int,
-    ) -> torch.Tensor:
-        """(T, D) tokens, (T, E, P) slot logits and (T, E) weights of the experts to (T, out_features)."""
-        E, P, S = self.num_experts, self.num_slots, group_size
-        G = tokens.shape[0] // S
-        dispatch = torch.softmax(slot_logits.reshape(G, S, E * P), dim=1).to(tokens.dtype)
-        x = torch.bmm(dispatch.transpose(1, 2), self._round(tokens).reshape(G, S, self.in_features))
-        x = x.reshape(G, E, P, self.in_features).transpose(0, 1).reshape(E, G * P, self.in_features)
-        y = self.run_stacked(x)
-        y = y.reshape(E, G, P, self.out_features).transpose(0, 1).reshape(G, E * P, self.out_features)
-        # The softmax over all slots is that over the experts times that over the slots of each.
-        combine = (weights.unsqueeze(-1) * torch.softmax(slot_logits, dim=-1)).reshape(G, S, E * P).to(y.dtype)
-        return torch.bmm(combine, y).flatten(0, 1).to(tokens.dtype)
-
-    def max_macs(self, input_shape: Sequence[int]) -> int:
-        """Slot logits, both mixtures, and every slot of every group through its expert; biases are free."""
-        num_tokens = math.prod(input_shape) // self.in_features
-        group_size = self.group_size or num_tokens // input_shape[0]
-        slots = self.num_experts * self.num_slots
-        mixtures = num_tokens * slots * (self.in_features + self.out_features)
-        experts = num_tokens // group_size * slots * self._expert_macs()
-        return self.router.macs(num_tokens) + mixtures + experts
-
-    def extra_repr(self) -> str:
-        return f'num_experts={self.num_experts}, num_slots={self.num_slots}, {self._group_repr()}'
-
-
 def create_router(
         name: str,
         in_features: int,
@@ -562,7 +310,7 @@ def create_router(
     elif name == 'shazeer':
         args.setdefault('noise', noise_std != 0)
     if losses is not None:
-        args['losses'] = _known_losses(losses)
+        args['losses'] = known_losses(losses)
     known = list(inspect.signature(ROUTERS[name]).parameters)[len(sizes):-2]
     for keyword in args:
         if keyword not in known:
@@ -571,22 +319,9 @@ def create_router(
     return ROUTERS[name](*sizes, device=device, dtype=dtype, **args)
 
 
-def _known_losses(losses: Mapping[str, float]) -> Tuple[Tuple[str, float], ...]:
-    for loss in losses:
-        if loss not in LOSSES:
-            raise InputError(f'losses has {loss!r}.{nearest(loss, LOSSES)} Known: {", ".join(LOSSES)}.')
-    return tuple(losses.items())
-
-
 def _wants_static_shapes(x: torch.Tensor) -> bool:
     """True where no value can be read: meta tensors, compilation and export, tracing."""
     return x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def _check_at_least_one(**values: Optional[int]) -> None:
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise InputError(f'{name}={value}: use at least 1.')
 
 
 def _check_positive(**values: Optional[float]) -> None:

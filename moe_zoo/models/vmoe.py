@@ -45,8 +45,7 @@ from torch import nn
 
 from ..checkpoints import import_vmoe
 from ..errors import InputError
-from ..layers.moe_mlp import MoEMlp, SoftMoEMlp
-from ..layers.routed import RoutedModel
+from ..layers import MoEMlp, RoutedModel, SoftMoEMlp
 from ..routing import checkpoint_routed
 from .vmoe_config import model_args
 
