@@ -17,18 +17,22 @@ def between(name):
     return re.search(rf'<!-- {name} -->\n(.*?)<!-- /{name} -->', README.read_text(encoding='utf-8'), re.S)[1]
 
 
+def amount(number):
+    return f'{number / 1e6:,.1f} M' if number >= 1e5 else f'{number / 1e3:,.1f} k'
+
+
 def model_rows():
-    """The rows that the cards ask for, largest figures in millions."""
+    """The rows that the cards ask for, in millions but for the smallest."""
     rows = []
     for name, card in sorted(cards().items(), key=lambda item: (item[1]['family'], item[1]['cost']['parameters'])):
         cost = card['cost']
-        macs = f'{cost["macs"] / 1e6:,.0f} M'
-        twin = f'`{card["twin"]}`'
+        macs = f'{cost["macs"] / 1e6:,.0f} M' if cost['macs'] >= 1e7 else amount(cost['macs'])
+        twin = f'`{card["twin"]}`' if 'twin' in card else 'it is one'
         keywords = card.get('twin_args', {})
         if keywords:
             twin += ' with ' + ', '.join(f'`{k}={v!r}`' for k, v in keywords.items())
-        figures = [f'{cost[key] / 1e6:,.1f} M' for key in ('parameters', 'active_parameters')]
-        rows.append(f'| `{name}` | {" | ".join(figures)} | {macs} | {twin} |')
+        figures = [amount(cost[key]) for key in ('parameters', 'active_parameters')]
+        rows.append(f'| `{name}` | {card["input"]["size"][-1]} | {" | ".join(figures)} | {macs} | {twin} |')
     return rows
 
 
@@ -43,9 +47,10 @@ def test_python_examples_run_in_order(monkeypatch, repository):
     plain, detection = [], []
     for block in blocks('python'):
         (detection if 'detectron2' in block else plain).append(block)
-    assert len(plain) == 3 and len(detection) == 1
+    assert len(plain) == 4 and len(detection) == 1
     for block in plain:
         exec(block, names)
+    assert names['maps'].shape == (8, 128, 16, 16)
     assert names['chosen'].shape == (100, 2)
     assert names['cost'].macs_max > 0 and names['loss'].requires_grad
 
