@@ -55,7 +55,7 @@ def test_gates_are_the_positive_part_of_a_linear_map():
     gate = ChannelGate(3, 2, l1=0.5)
     gate.weight.data = torch.tensor([[1., 2.], [-3., 1.], [0.5, 0.5]])
     with routing_context() as context:
-        gates = gate(torch.tensor([[0.5, 0.5], [1., 0.]]))
+        gates = gate.gates(torch.tensor([[0.5, 0.5], [1., 0.]]))
     # W e: (1.5, -1, 0.5) and (1, -3, 0.5)
     assert gates.tolist() == [[1.5, 0., 0.5], [1., 0., 0.5]]
     routing, = context.routings
@@ -72,7 +72,7 @@ def test_gates_are_the_positive_part_of_a_linear_map():
 def test_gates_are_float32_in_any_network():
     gate = ChannelGate(4, 2, dtype=torch.bfloat16)
     with torch.autocast('cpu', torch.bfloat16):
-        assert gate(torch.rand(1, 2)).dtype == torch.float32
+        assert gate.gates(torch.rand(1, 2)).dtype == torch.float32
 
 
 def test_initialisation():
@@ -89,7 +89,7 @@ def test_a_softmax_embedding_of_ones_gives_gates_of_one():
     e = embedding(images(3))
     assert e.shape == (3, 10) and e.dtype == torch.float32
     torch.testing.assert_close(e.sum(dim=1), torch.ones(3))
-    torch.testing.assert_close(ChannelGate(6, 10)(e), torch.ones(3, 6))
+    torch.testing.assert_close(ChannelGate(6, 10).gates(e), torch.ones(3, 6))
     logits = ShallowEmbedding(10, widths=(4, 8), stem_width=4, softmax=False)
     logits.load_state_dict(embedding.state_dict())
     torch.testing.assert_close(torch.softmax(logits(images(3)), dim=1).sum(), torch.tensor(3.))

@@ -16,6 +16,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from moe_zoo.analysis import count
+from moe_zoo.analysis.force import force_expert
 from moe_zoo.analysis.usage import measure_usage, usage_table
 from moe_zoo.engine import MoEClassificationTask
 from moe_zoo.engine.checkpoint import read_checkpoint
@@ -24,7 +25,7 @@ from moe_zoo.engine.config import load_config
 from moe_zoo.engine.log import BalanceWatch
 from moe_zoo.engine.train import train
 from moe_zoo.errors import InputError
-from moe_zoo.layers import ChannelGate
+from moe_zoo.layers import ChannelGate, sparse_inference
 from moe_zoo.routing import trace_routing
 
 SMALLEST = 'deepmoe_resnet56_cifar'
@@ -84,7 +85,7 @@ def test_parameters_macs_and_gated_channels_are_exact(name, kwargs, parameters, 
     embedding = CIFAR_EMBEDDING if 'cifar' in name else IMAGENET_EMBEDDING
     gates = gated * model.num_classes
     cost = count(model, torch.empty(1, *model.default_cfg['input_size'], device='meta'))
-    assert sum(gate.channels for gate in gates_of(model)) == gated
+    assert sum(gate.num_experts for gate in gates_of(model)) == gated
     assert sum(p.numel() for p in model.embedding.parameters()) == embedding[0]
     assert cost.by_module['embedding'] == embedding[1]
     assert cost.parameters == cost.active_parameters == parameters + embedding[0] + gates
@@ -382,3 +383,15 @@ def test_freezing_what_has_no_gates(folders, tmp_path):
     options = twin_options(load_config(RECIPE))
     assert options['model'] == 'deepmoe_resnet56_cifar_dense' and options['freeze_gates'] is None
     assert load_config(RECIPE, options).freeze_gates is None
+
+
+def test_a_gate_can_be_forced():
+    model, x = tiny(gate_init=(-1., 1.)).eval(), batch(2)[0]
+    with force_expert(model, 3, layer='blocks.1.0.gate1'), trace_routing(model) as trace, torch.no_grad():
+        forced = model(x)
+    gates = trace['blocks.1.0.gate1'][0].gates
+    assert gates.tolist() == [[0., 0., 0., 1.] + [0.] * 8] * 2
+    with torch.no_grad():
+        with force_expert(model, 3, layer='blocks.1.0.gate1'), sparse_inference(model):
+            torch.testing.assert_close(model(x), forced)
+        assert not torch.allclose(model(x), forced)

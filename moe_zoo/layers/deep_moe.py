@@ -120,7 +120,7 @@ class ShallowEmbedding(nn.Module):
         return super().train(mode and not self.frozen)
 
 
-class ChannelGate(nn.Module):
+class ChannelGate(RoutedLayer):
     """One head of the sparse gating network: g = ReLU(W e), no bias, float32.
 
     Args:
@@ -129,9 +129,6 @@ class ChannelGate(nn.Module):
         init: 'ones' for a matrix of ones, where a softmax e makes every gate 1 and the network starts as the dense one;
             or (low, high) of a uniform distribution.
         l1: lambda, the weight of the L1 norm of the gates in the loss.
-
-    Shapes:
-        (B, D) -> (B, C).
 
     Raises:
         InputError: An unknown `init`.
@@ -150,7 +147,7 @@ class ChannelGate(nn.Module):
         super().__init__()
         if init != 'ones' and (isinstance(init, str) or len(init) != 2):
             raise InputError(f"gate_init={init!r}: use 'ones', or two numbers (low, high) of a uniform distribution.")
-        self.channels = channels
+        self.num_experts = self.num_selected = channels
         self.init = init
         self.losses = (('gate_l1', float(l1)),) if l1 else ()
         self.frozen = False
@@ -164,13 +161,30 @@ class ChannelGate(nn.Module):
         else:
             nn.init.uniform_(self.weight, *self.init)
 
-    def forward(self, e: torch.Tensor) -> torch.Tensor:
+    def mix(self, e: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """(B, D) to (B, C) logits and gates; the arithmetic, in the part of Python TorchScript reads."""
         logits = linear_float32(e, self.weight)
-        gates = F.relu(logits)
-        if not torch.jit.is_scripting():
-            losses = () if self.frozen else self.losses
-            record(self, Routing(logits, gates, gates, shape=(logits.shape[0],), losses=losses))
-        return gates
+        return logits, F.relu(logits)
+
+    @torch.jit.ignore
+    def forward(self, e: torch.Tensor) -> Routing:
+        """(B, D) to a record with (B, C) weights."""
+        logits, gates = self.mix(e)
+        losses = () if self.frozen else self.losses
+        return Routing(logits, gates, gates, shape=(logits.shape[0],), losses=losses)
+
+    def gates(self, e: torch.Tensor) -> torch.Tensor:
+        """The decision, recorded: what a block multiplies its maps by.
+
+        Shapes:
+            (B, D) -> (B, C), float32.
+        """
+        if torch.jit.is_scripting():
+            return self.mix(e)[1]
+        else:
+            routing = self(e)
+            record(self, routing)
+            return routing.weights
 
     def live(self, gates: torch.Tensor) -> Optional[torch.Tensor]:
         """Indices of the channels to compute: of those kept, or else that some image wants. None stands for all."""
@@ -181,11 +195,15 @@ class ChannelGate(nn.Module):
         """Stop, or resume, the training of the gates."""
         _set_frozen(self, freeze)
 
-    def macs(self, num_images: int) -> int:
-        return num_images * self.weight.numel()
+    def expert_parameters(self) -> List[List[nn.Parameter]]:
+        return [[self.weight]]
+
+    def max_macs(self, input_shape: Tuple[int, ...]) -> int:
+        """MACs of W e for every row of (B, D)."""
+        return input_shape[0] * self.weight.numel()
 
     def extra_repr(self) -> str:
-        return f'channels={self.channels}, dim={self.weight.shape[1]}, init={self.init!r}'
+        return f'num_experts={self.num_experts}, dim={self.weight.shape[1]}, init={self.init!r}'
 
 
 class ChannelGated(RoutedLayer):
@@ -206,7 +224,7 @@ class ChannelGated(RoutedLayer):
 
     def count_experts(self) -> None:
         """To be called at the end of the constructor of a subclass."""
-        self.num_experts = self.num_selected = sum(gate.channels for gate in self.gates())
+        self.num_experts = self.num_selected = sum(gate.num_experts for gate in self.gates())
 
     def runs_live(self, x: torch.Tensor) -> bool:
         """Whether this call computes live channels only: which these are is data, and meta tensors have none."""
@@ -231,7 +249,7 @@ class ChannelGated(RoutedLayer):
         """
         links = self.chain()
         for i, (conv, norm, gate, act) in enumerate(links):
-            gates = None if gate is None else gate(e)
+            gates = None if gate is None else gate.gates(e)
             outputs = None if gate is None else gate.live(gates)
             x = _live_norm(norm, _live_conv(conv, x, inputs, outputs), outputs)
             if gates is not None:
@@ -247,7 +265,7 @@ class ChannelGated(RoutedLayer):
         for conv, _, _, _ in self.chain():
             size = _output_size(conv, size)
             macs += B * size[0] * size[1] * conv.weight.numel()
-        return macs + sum(gate.macs(B) for gate in self.gates())
+        return macs + sum(gate.max_macs((B,)) for gate in self.gates())
 
 
 @contextlib.contextmanager
@@ -370,7 +388,7 @@ def _check_block(name: str, block: ChannelGated) -> None:
 def _check_mask(name: str, mask: torch.Tensor, gates: Dict[str, ChannelGate]) -> None:
     if name not in gates:
         raise InputError(f'keep: there is no gate {name!r}.{nearest(name, gates)} Gates: {", ".join(gates)}.')
-    if mask.dtype != torch.bool or tuple(mask.shape) != (gates[name].channels,):
+    if mask.dtype != torch.bool or tuple(mask.shape) != (gates[name].num_experts,):
         raise InputError(
             f'keep[{name!r}] is {str(mask.dtype).removeprefix("torch.")} of shape {tuple(mask.shape)}: give a bool mask'
-            f' of shape ({gates[name].channels},).')
+            f' of shape ({gates[name].num_experts},).')

@@ -119,12 +119,12 @@ class GatedBasicBlock(GatedResidualBlock, BasicBlock):
         shortcut = x
         x = self.conv1(x)
         x = self.bn1(x)
-        x = scale_channels(x, self.gate1(e))
+        x = scale_channels(x, self.gate1.gates(e))
         x = self.drop_block(x)
         x = self.act1(x)
         x = self.conv2(x)
         x = self.bn2(x)
-        x = scale_channels(x, self.gate2(e))
+        x = scale_channels(x, self.gate2.gates(e))
         if self.drop_path is not None:
             x = self.drop_path(x)
         if self.downsample is not None:
@@ -165,11 +165,11 @@ class GatedBottleneck(GatedResidualBlock, Bottleneck):
         x = self.conv1(x)
         x = self.bn1(x)
         if self.gate1 is not None:
-            x = scale_channels(x, self.gate1(e))
+            x = scale_channels(x, self.gate1.gates(e))
         x = self.act1(x)
         x = self.conv2(x)
         x = self.bn2(x)
-        x = scale_channels(x, self.gate2(e))
+        x = scale_channels(x, self.gate2.gates(e))
         x = self.drop_block(x)
         x = self.act2(x)
         x = self.conv3(x)
@@ -227,7 +227,7 @@ class GatedPlainBlock(GatedBlock, PlainBlock):
                 return self.run_alone(x, e)
         x = self.conv1(x)
         x = self.bn1(x)
-        x = scale_channels(x, self.gate1(e))
+        x = scale_channels(x, self.gate1.gates(e))
         return self.act1(x)
 
     def run_alone(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
