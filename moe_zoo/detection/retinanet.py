@@ -10,7 +10,7 @@ from ..errors import InputError
 from ..layers import RoutedLayer
 from ..layers.moe_stage import MoEStage
 from ..losses import auxiliary_losses, balance
-from ..routing import RoutingContext, routing_context
+from ..routing import RoutingContext, end_step_after_optimizer, routing_context
 
 LOG_PERIOD = 20  # iterations; detectron2's writers have the same period
 
@@ -25,8 +25,15 @@ class MoERetinaNet(RetinaNet):
     of variation `moe/<layer>/cv`: never into the dictionary, whose every entry detectron2 adds to the loss. Nothing is
     left on the module.
 
+    Routers that adapt between steps (hard constraints, a selection bias) are told of every step of an optimiser of the
+    model, whichever trainer takes it.
+
     Statistics of a distributed run are those of one rank's images.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        end_step_after_optimizer(self)
 
     def forward(self, batched_inputs: List[Dict[str, Any]]):
         """As detectron2's: a dictionary of losses in training, else one dictionary an image with its instances."""

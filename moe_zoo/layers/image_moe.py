@@ -180,11 +180,14 @@ class ImageMoE(RoutedLayer):
             position: (B, K) where the image of each choice stands among all P; P where the choice is none.
         """
         chosen = routing.combine_matrix().detach() > 0  # (B, E)
+        channels_last = _lie_channels_last(x)  # which index_select would forget
+        x = x.permute(0, 2, 3, 1) if channels_last else x
         if torch.jit.is_tracing():  # a trace must hold for other images, and so for other sizes
             parts = [x.index_select(0, column.nonzero().squeeze(1)) for column in chosen.unbind(1)]
         else:
             images = chosen.t().nonzero()[:, 1]  # (P,), by expert
             parts = list(x.index_select(0, images).split(chosen.sum(dim=0).tolist()))
+        parts = [part.permute(0, 3, 1, 2) for part in parts] if channels_last else parts
         place = chosen.t().reshape(-1).cumsum(dim=0).view(chosen.shape[1], -1).t() - 1  # (B, E)
         return parts, torch.where(chosen, place, chosen.sum()).gather(1, routing.indices)
 
@@ -199,12 +202,10 @@ class ImageMoE(RoutedLayer):
         Returns:
             (B, O, H', W'), in the type of the outputs.
         """
-        # Maps travel as rows, in the order in which they lie in memory.
-        first = outputs[0]
-        channels_last = first.is_contiguous(memory_format=torch.channels_last) and not first.is_contiguous()
-        rows = [part.permute(0, 2, 3, 1) if channels_last else part for part in outputs]
-        y = combine_sorted([part.flatten(1) for part in rows], position, weights).to(first.dtype)
-        y = y.view(position.shape[0], *rows[0].shape[1:])
+        channels_last = _lie_channels_last(outputs[0])  # maps travel as rows, in the order in which they lie in memory
+        maps = [y.permute(0, 2, 3, 1) if channels_last else y for y in outputs]
+        y = combine_sorted([each.flatten(1) for each in maps], position, weights).to(outputs[0].dtype)
+        y = y.view(position.shape[0], *maps[0].shape[1:])
         return y.permute(0, 3, 1, 2) if channels_last else y
 
     def gate_macs(self, num_images: int) -> int:
@@ -219,6 +220,10 @@ def must_be_static(x: torch.Tensor) -> bool:
 def weigh(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """(B, O, H, W) maps times (B,) float32 weights, in the type of the maps."""
     return y * weights.to(y.dtype).view(-1, 1, 1, 1)
+
+
+def _lie_channels_last(x: torch.Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _create_features(gate: str, in_chs: int, device=None, dtype=None) -> nn.Module:
