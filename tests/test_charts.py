@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from moe_zoo.analysis.charts import WIDTH, expert_colour, heat_map, scatter, share_bars, ticks
+from moe_zoo.analysis.charts import WIDTH, curves, expert_colour, heat_map, intervals, scatter, share_bars, ticks
 from moe_zoo.errors import InputError
 
 SVG = '{http://www.w3.org/2000/svg}'
@@ -87,3 +87,41 @@ def test_every_colour_is_one_of_the_page():
         fills = re.findall(r'(?:fill|stroke)="([^"]+)"', svg)
         assert all(f == 'currentColor' or f.startswith('var(--') for f in fills)
     assert expert_colour(0) == expert_colour(8) == 'var(--expert-0)'
+
+
+@pytest.mark.parametrize('log, third', [(True, 1000), (False, 190)])
+def test_curves_join_the_points_of_a_line_in_its_colour(log, third):
+    """Equal ratios are equal steps on a logarithmic axis, equal differences on a linear one."""
+    lines = [('narrow', [(10, 1), (100, 2), (third, 3)]), ('wide', [(20, 4)])]
+    svg = curves(lines, 'MACs', 'accuracy', log=log)
+    first, second = drawn(svg, 'polyline')
+    points = [tuple(map(float, point.split(','))) for point in first.get('points').split()]
+    assert points[1][0] - points[0][0] == pytest.approx(points[2][0] - points[1][0], abs=.2)
+    assert points[0][1] > points[1][1] > points[2][1]
+    assert (first.get('stroke'), second.get('stroke')) == (expert_colour(0), expert_colour(1))
+    assert len(drawn(svg, 'circle')) == 4
+    assert {'narrow', 'wide', 'MACs', 'accuracy'} <= set(words(svg))
+
+
+def test_names_of_many_curves_stay_inside():
+    svg = curves([(f'a line with the name {i}', [(1, i)]) for i in range(5)], 'x', 'y', log=False)
+    places = [(float(r.get('x')), float(r.get('y'))) for r in drawn(svg, 'rect')]
+    assert len(set(places)) == 5
+    assert all(x + 17 + 7.5 * 22 <= WIDTH + 60 for x, _ in places)
+    height = float(ElementTree.fromstring(svg).get('viewBox').split()[3])
+    assert max(y for _, y in places) + 12 < height
+
+
+@pytest.mark.parametrize('lines, log', [([], False), ([('a', [(0, 1)])], True)])
+def test_curves_refuse_what_cannot_be_drawn(lines, log):
+    with pytest.raises(InputError, match='a chart needs at least one point'):
+        curves(lines, 'x', 'y', log=log)
+
+
+def test_intervals_show_every_value_and_the_mean():
+    svg = intervals([('a', [0, 10]), ('b', [5])], 'accuracy, %')
+    dots = [float(c.get('cx')) for c in drawn(svg, 'circle')]
+    bars = [float(r.get('x')) + 1.5 for r in drawn(svg, 'rect')]
+    assert bars == pytest.approx([(dots[0] + dots[1]) / 2, dots[2]], abs=.2) and dots[0] < dots[2] < dots[1]
+    assert bars[0] == pytest.approx(bars[1], abs=.2)  # both means are 5
+    assert {'a', 'b', '0', '5', '10', 'accuracy, %'} <= set(words(svg))

@@ -49,8 +49,8 @@ class Table:
         return [[_cell(value) for value in row] for row in self.rows]
 
     def numeric(self) -> list[bool]:
-        """Which columns hold numbers."""
-        return [_is_numeric([row[i] for row in self.rows]) for i in range(len(self.columns))]
+        """Which columns hold numbers; the first one holds names, also where they begin with a digit."""
+        return [i > 0 and _is_numeric([row[i] for row in self.rows]) for i in range(len(self.columns))]
 
 
 @dataclass(frozen=True)

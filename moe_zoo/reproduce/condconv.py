@@ -137,13 +137,14 @@ GRID = Experiment(
     name='condconv-experts',
     title='CondConv: accuracy against cost over experts and widths',
     paper=PAPER,
-    question=f'{SETTING} Blocks 3 to 5 and the classifier are mixed; 1 expert is the static network.',
+    question=f'{SETTING} Blocks 3 to 5 and the classifier are mixed. An arm `0.5 x 8` has width 0.5 and 8 experts; with '
+             '1 it is the static network.',
     arms=tuple(Arm(f'{w / 100:g} x {n}', _grid_options(w, n)) for w in WIDTHS for n in EXPERTS),
     claims=(
         _claim('32 experts make a MobileNetV1 of width 0.5 more accurate.', '0.5 x 32', '0.5 x 1',
-               7.8, 'ImageNet top-1 63.8 to 71.6 %, abstract of the first version'),
+               7.8, 'ImageNet top-1 63.8 to 71.6 %, abstract of the first version, whose MACs fit 32 experts'),
         _claim('32 experts make a MobileNetV1 of width 1.0 more accurate.', '1 x 32', '1 x 1',
-               3.9, '71.9 to 75.8 %, abstract on OpenReview'),
+               3.9, '71.9 to 75.8 %, abstract on OpenReview, whose MACs fit 32 experts'),
         _claim('32 experts make a MobileNetV1 of width 0.25 more accurate.', '0.25 x 32', '0.25 x 1'),
         _claim('At width 0.25, 32 experts are better than 2.', '0.25 x 32', '0.25 x 2'),
     ),
