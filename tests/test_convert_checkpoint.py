@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_vmoe_models import ENTRY, flax_tree, tiny
 
+from moe_zoo import cli
 from moe_zoo.cards import card
 from moe_zoo.checkpoints import import_vmoe, plan_vmoe, read_vmoe, write_safetensors
 from moe_zoo.checkpoints.convert_cli import main
@@ -135,6 +136,12 @@ def test_pieces_across_columns(tmp_path):
         (tmp_path / f'c.data-{shard:05d}-of-00002').write_bytes(msgpack.packb(
             {MARK: True, '0': [[[piece], msgpack.ExtType(6, pack_slices(cut))]]}))
     assert np.asarray(read_vmoe(tmp_path / 'c')['x']).tolist() == [[1, 2, 3], [4, 5, 6]]
+    # The index has a row too many: the data files do not cover it.
+    info[0] = msgpack.packb([[3, 3], 'float32', False, {}])
+    (tmp_path / 'c.index').write_bytes(msgpack.packb(
+        {'shard_count': 2, 'index': {'x': msgpack.ExtType(8, msgpack.packb(info))}}))
+    with pytest.raises(InputError, match="do not belong together: the pieces of 'x' differ"):
+        read_vmoe(tmp_path / 'c')
 
 
 def test_a_plan_knows_shapes_and_types_without_reading(released, tmp_path):
@@ -174,11 +181,25 @@ def test_positions_are_resized_corner_to_corner(released, tmp_path):
     table = load_file(out)['pos_embed']
     assert table.shape == (1, 65, 32) and (table[0, 0] == 9.).all()
     torch.testing.assert_close(table[0, 1::8, 5], torch.arange(8) * 3 / 7)
+    # As the original: scipy's zoom of order 1 on the (1, 4, 4, D) grid.
+    with torch.no_grad():
+        model.pos_embed.normal_()
+    write_checkpoint(prefix, flax_tree(model))
+    assert main(['vmoe', prefix, str(out), '--img-size', '64']) == 0
+    table = load_file(out)['pos_embed']
+    zoom = pytest.importorskip('scipy.ndimage').zoom
+    grid = zoom(model.pos_embed.detach()[:, 1:].view(1, 4, 4, 32).numpy(), (1, 2, 2, 1), order=1)
+    torch.testing.assert_close(table[:, 1:], torch.from_numpy(grid).view(1, 64, 32), rtol=1e-5, atol=1e-6)
     # The same as the model's own way.
     larger = tiny(depth=2, moe_layers=(1,))
     larger.load_state_dict(model.state_dict())
     larger.set_input_size(img_size=(64, 64))
     torch.testing.assert_close(table, larger.pos_embed.detach())
+    # timm's way to a file resizes too.
+    assert main(['vmoe', prefix, str(out)]) == 0
+    overlay = dict(file=str(out), num_classes=10, input_size=(3, 32, 32))
+    loaded = tiny(depth=2, moe_layers=(1,), img_size=64, pretrained=True, pretrained_cfg_overlay=overlay)
+    torch.testing.assert_close(loaded.pos_embed.detach(), table)
 
 
 def flax_shapes(D):
@@ -253,7 +274,7 @@ def refused(tmp_path, capsys, *arguments):
     """The sentence by which the tool refuses, with exit code 2 and without a trace."""
     before = sorted(tmp_path.rglob('*'))
     with pytest.raises(SystemExit) as stopped:
-        main(['vmoe', *map(str, arguments)])
+        cli.main(['convert-checkpoint', 'vmoe', *map(str, arguments)])
     captured = capsys.readouterr()
     assert stopped.value.code == 2 and captured.out == ''
     assert sorted(tmp_path.rglob('*')) == before

@@ -99,9 +99,10 @@ def _joined(name: str, leaf: Tuple, pieces: list, index_path: Path) -> ShardedAr
     shape, stored, slices = leaf
     dtype = _numpy_type(stored, name, index_path)
     itemsize = 2 if stored == 'bfloat16' else dtype.itemsize
-    found = [tuple((s.start, s.stop) for s in where) for _, where, _ in pieces]
+    found = [_bounds(where, shape) for _, where, _ in pieces]
     sizes = [math.prod(stop - start for start, stop in where) for where in found]
-    if sorted(found) != sorted(slices) or sum(sizes) != math.prod(shape):
+    different = dict(zip(found, sizes))  # a piece may be stored more than once
+    if different.keys() != {_bounds(where, shape) for where in slices} or sum(different.values()) != math.prod(shape):
         raise InputError(f"'{index_path}' and its data files do not belong together: the pieces of {name!r} differ.")
     for (path, _, blobs), size in zip(pieces, sizes):
         if sum(blob.size for blob in blobs) != size * itemsize:
@@ -130,10 +131,10 @@ def _flatten(tree: Any, path: Path, prefix: str = '') -> Iterator[Tuple[str, Blo
 
 
 def _leaf(file: BinaryIO, info: Blob) -> Tuple[Tuple[int, ...], str, list]:
-    """Shape, type and slices, as (start, stop) by axis, of an entry of the index."""
+    """Shape, type and slices of an entry of the index."""
     array, slices, _ = _decode_blob(file, info)
     shape, stored, *_ = _decode_blob(file, array)
-    return tuple(shape), stored, [tuple((s.start, s.stop) for s in _slices(file, each)) for each in slices]
+    return tuple(shape), stored, [_slices(file, each) for each in slices]
 
 
 def _shard(file: BinaryIO) -> Iterator[Tuple[int, Tuple[slice, ...], Tuple[Blob, ...]]]:
@@ -151,6 +152,11 @@ def _shard(file: BinaryIO) -> Iterator[Tuple[int, Tuple[slice, ...], Tuple[Blob,
 def _slices(file: BinaryIO, blob: Blob) -> Tuple[slice, ...]:
     """An n-dimensional slice: [start, stop, None] by axis."""
     return tuple(slice(*_decode_blob(file, each)[:2]) for each in _decode_blob(file, blob))
+
+
+def _bounds(where: Tuple[slice, ...], shape: Tuple[int, ...]) -> Tuple[Tuple[int, int], ...]:
+    """(start, stop) by axis; of other axes than the shape has, nothing that covers it."""
+    return tuple(each.indices(size)[:2] for each, size in zip(where, shape)) if len(where) == len(shape) else ()
 
 
 def _read_piece(
