@@ -137,8 +137,8 @@ GRID = Experiment(
     name='condconv-experts',
     title='CondConv: accuracy against cost over experts and widths',
     paper=PAPER,
-    question=f'{SETTING} Blocks 3 to 5 and the classifier are mixed. An arm `0.5 x 8` has width 0.5 and 8 experts; with '
-             '1 it is the static network.',
+    question=f'{SETTING} Blocks 3 to 5 and the classifier are mixed. An arm `0.5 x 8` has width 0.5 and 8 experts; '
+             'with 1 it is the static network.',
     arms=tuple(Arm(f'{w / 100:g} x {n}', _grid_options(w, n)) for w in WIDTHS for n in EXPERTS),
     claims=(
         _claim('32 experts make a MobileNetV1 of width 0.5 more accurate.', '0.5 x 32', '0.5 x 1',
