@@ -228,19 +228,22 @@ def flax_shapes(D):
     return shapes
 
 
+# What getrusage calls the peak is at least that of the parent process; Linux forgets VmHWM when asked to.
 MEASURE = """
-import resource, sys
-import torch
+import pathlib, re, sys
 from moe_zoo.checkpoints.convert_cli import main
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MB
+def megabytes(what):
+    return int(re.search(what + r':\\s+(\\d+) kB', pathlib.Path('/proc/self/status').read_text())[1]) / 1e3
 small, prefix, out = sys.argv[1:]
 main(['vmoe', small, out])  # everything is imported and was used once
-before = peak()
+pathlib.Path('/proc/self/clear_refs').write_text('5')
+before = megabytes('VmRSS')
 main(['vmoe', prefix, out])
-print(peak() - before)
+print(megabytes('VmHWM') - before)
 """
 
 
+@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='the peak is measured by /proc')
 @pytest.mark.parametrize('width', [192, pytest.param(512, marks=pytest.mark.slow)])
 def test_a_large_checkpoint_needs_the_memory_of_one_array(released, tmp_path, width):
     """Of a whole V-MoE-S/32, 228 MB, the largest array is an expert stack of 8 x 512 x 2048 floats, 34 MB.
@@ -256,8 +259,9 @@ def test_a_large_checkpoint_needs_the_memory_of_one_array(released, tmp_path, wi
     *_, report, peak = done.stdout.strip().splitlines()
     total, largest = sum(map(math.prod, shapes.values())), 8 * width * 4 * width
     assert f'{total:,} parameters' in report and out.stat().st_size > 4 * total
-    assert 2.5 * largest < 0.5 * total
-    assert float(peak) < 2.5 * 4e-6 * largest + 6, f'{peak} MB for {4e-6 * total:.0f} MB'
+    bound = 3 * 4e-6 * largest + 4
+    assert bound < 0.6 * 4e-6 * total  # or it would allow to hold the whole
+    assert 4e-6 * largest < float(peak) < bound, f'{peak} MB for a file of {4e-6 * total:.0f} MB'
     number = list(shapes).index('Encoder/encoderblock_7/Moe/Mlp/Dense_1/kernel')
     assert (load_file(out)['blocks.7.mlp.fc2.weight'] == number).all()
     if width == 512:  # vmoe_vit_s itself
