@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from moe_zoo.cards import cards
 from moe_zoo.errors import InputError
 from moe_zoo.reproduce import FILES, Arm, Claim, Experiment, cli, find_experiment, report, runner, training
 from moe_zoo.reproduce.training import Data, Split
@@ -173,6 +176,7 @@ def test_an_experiment_that_does_not_hold_together_is_refused(tmp_path):
 def test_every_experiment_is_whole(name):
     experiment = find_experiment(name)
     assert experiment.name == name and experiment.seeds >= 5 and experiment.question
+    assert set(experiment.cards) <= set(cards())
     json.dumps([arm.options for arm in experiment.arms])
     pickle.dumps((experiment.run, experiment.load))  # they travel to worker processes
     for claim in experiment.claims:
@@ -360,7 +364,7 @@ def results(tmp_path):
     runs = [{'arm': arm, 'seed': seed, 'seconds': 1., 'metrics': {'accuracy': 50 + seed + gain * (1 + seed), 'x': [1]}}
             for arm, gain in (('a', 0), ('b b', 1)) for seed in (0, 1, 2)]
     plan = runner._planned(experiment, [0, 1, 2], load_four(None), tmp_path)
-    return runner.summarise(experiment, plan, {'moe_zoo': '0'}, runs)
+    return runner.summarise(experiment, plan, {'moe_zoo': '0', 'commit': 'abc', 'torch': '2', 'timm': '1'}, runs)
 
 
 def test_the_verdict_line(results):
@@ -396,8 +400,14 @@ def test_the_page_says_which_experiment_runs_which_waits_and_which_failed(result
     assert page.index('Title of one') < page.index('Title of four') and 'It broke.' in page
 
 
-def test_publishing_keeps_no_runs_and_renews_the_table(results, monkeypatch, tmp_path):
+def test_publishing_keeps_no_runs_and_renews_the_table_and_the_cards(results, monkeypatch, tmp_path):
     monkeypatch.setattr(report, 'FILES', {'four': 'four'})
+    experiment = replace(experiment_of_four(tmp_path), cards=('model',))
+    monkeypatch.setattr(report, 'find_experiment', lambda name: experiment)
+    card = tmp_path / 'registry' / 'family' / 'model.toml'
+    card.parent.mkdir(parents=True)
+    card.write_text('name = "model"\n')
+    card.with_name('other.toml').write_text('name = "other"\n')
     readme = tmp_path / 'README.md'
     readme.write_text('before\n<!-- experiments -->\nold\n<!-- /experiments -->\nafter\n')
     path = report.publish(results, tmp_path)
@@ -410,15 +420,21 @@ def test_publishing_keeps_no_runs_and_renews_the_table(results, monkeypatch, tmp
     assert ('| `four` | b is better | 51.00 to 53.00, +2.00 points (-0.48 to +4.48) | 3 | 3.26 | +1.5 '
             '| **undecided** | none |') in text
     assert 'old' not in text
+    row, = tomllib.loads(card.read_text())['measured']
+    assert row.items() >= {
+        'experiment': 'four', 'dataset': 'four images', 'mean': 2., 'std': 1., 'seeds': 3, 'verdict': 'undecided',
+        'metric': 'small version, b b minus a, accuracy in points', 'commit': 'abc'}.items()
+    assert card.with_name('other.toml').read_text() == 'name = "other"\n'
+    written = card.read_text()
     report.publish(results, tmp_path)
-    assert readme.read_text() == text
+    assert readme.read_text() == text and card.read_text() == written
     with pytest.raises(InputError, match='four is not finished'):
         report.publish({**results, 'status': 'running'}, tmp_path)
     with pytest.raises(InputError, match='bytes of results; at most 20000 are published'):
         report.publish({**results, 'question': 'x' * 20_000}, tmp_path)
 
 
-def test_the_readme_shows_what_was_published(repository):
+def test_the_readme_and_the_cards_show_what_was_published(repository):
     folder, readme = repository / 'docs' / 'experiments', (repository / 'README.md').read_text(encoding='utf-8')
     assert {path.stem for path in folder.glob('*.json')} <= set(FILES)
     for path in folder.glob('*.json'):
@@ -430,6 +446,10 @@ def test_the_readme_shows_what_was_published(repository):
     found = re.search(r'<!-- experiments -->\n(.*?)<!-- /experiments -->', readme, re.S)
     if found:
         assert found[1] == report.readme_table(folder)
+    rows = report.card_rows(folder)
+    for path in (repository / 'registry').glob('*/*.toml'):
+        text = path.read_text(encoding='utf-8')
+        assert report.renewed_card(text, rows.get(path.stem, [])) == text
 
 
 # --- The real thing ---------------------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ CONDCONV = Experiment(
     run=run_mobilenet,
     load=load,
     seeds=30,
+    cards=('condconv_mobilenetv1_025',),
 )
 
 ROUTES = Experiment(
@@ -97,6 +98,7 @@ ROUTES = Experiment(
     run=run_mobilenet,
     load=load,
     seeds=12,
+    cards=('condconv_mobilenetv1_025',),
 )
 
 STARTS = {1: 'all blocks', 3: 'blocks 3 to 5', 5: 'block 5', NONE: 'no block'}
@@ -123,6 +125,7 @@ PLACEMENT = Experiment(
     run=run_mobilenet,
     load=load,
     seeds=12,
+    cards=('condconv_mobilenetv1_025',),
 )
 
 WIDTHS, EXPERTS = (25, 50, 75, 100), (1, 2, 4, 8, 16, 32)
@@ -151,6 +154,7 @@ GRID = Experiment(
     run=run_mobilenet,
     load=load,
     seeds=8,
+    cards=('condconv_mobilenetv1_050',),
     charts=trade_off,
 )
 

@@ -66,6 +66,7 @@ class Experiment:
             state having been set from the seed.
         load: Folder of --data-dir, or None -> data. A top-level function, or a `functools.partial` of one.
         seeds: How many, from 0.
+        cards: Models of moe_zoo whose small version it trains; what was measured goes onto their cards.
         charts: Results (see `moe_zoo.reproduce.runner.summarise`) -> further blocks of the section.
     """
     name: str
@@ -77,6 +78,7 @@ class Experiment:
     run: Callable[[dict[str, Any], int, Data], dict[str, Any]]
     load: Callable[[Optional[str]], Data]
     seeds: int = 5
+    cards: tuple[str, ...] = ()
     charts: Optional[Callable[[dict[str, Any]], Sequence[Any]]] = None
 
     def __post_init__(self):

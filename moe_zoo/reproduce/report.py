@@ -1,11 +1,11 @@
-"""What is told of results: the verdict line, a section of the page, the files of docs/experiments and README's table.
+"""What is told of results: verdict line, section of the page, files of docs/experiments, README's table, cards.
 
 All of it is made from results.json; nothing is typed by hand.
 """
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -16,7 +16,7 @@ from moe_zoo.errors import InputError, atomic_write
 
 from . import FILES, find_experiment
 
-__all__ = ['publish', 'readme_table', 'verdict_line', 'write_page']
+__all__ = ['card_rows', 'publish', 'readme_table', 'renewed_card', 'verdict_line', 'write_page']
 
 TITLE = "The papers' experiments, reproduced at desk scale"
 LEAD = (
@@ -136,7 +136,7 @@ def checkout() -> Path:
 
 
 def publish(results: Results, root: Optional[Path] = None) -> Path:
-    """Keep finished results, without the single runs, in docs/experiments, and renew the README's table.
+    """Keep finished results, without the single runs, in docs/experiments; renew the README's table and the cards.
 
     Raises:
         InputError: They are not finished, or too large to keep.
@@ -151,20 +151,30 @@ def publish(results: Results, root: Optional[Path] = None) -> Path:
     path = root / 'docs' / 'experiments' / f'{results["name"]}.json'
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding='utf-8')
+    table, rows = readme_table(path.parent), card_rows(path.parent)
     readme = root / 'README.md'
-    before = readme.read_text(encoding='utf-8')
-    after = BLOCK.sub(lambda found: f'{found[1]}{readme_table(path.parent)}{found[2]}', before)
-    if after != before:
-        with atomic_write(readme) as temporary:
-            temporary.write_text(after, encoding='utf-8')
+    _renew(readme, lambda text: BLOCK.sub(lambda found: f'{found[1]}{table}{found[2]}', text))
+    for card in (root / 'registry').glob('*/*.toml'):
+        _renew(card, lambda text, name=card.stem: renewed_card(text, rows.get(name, [])))
     return path
+
+
+def _renew(path: Path, change: Callable[[str], str]) -> None:
+    before = path.read_text(encoding='utf-8')
+    after = change(before)
+    if after != before:
+        with atomic_write(path) as temporary:
+            temporary.write_text(after, encoding='utf-8')
 
 
 BLOCK = re.compile(r'(<!-- experiments -->\n).*?(<!-- /experiments -->)', re.S)
 
 
 def readme_table(folder: Path) -> str:
-    """The README's table from the files in docs/experiments: a row an experiment, by the claim that decides."""
+    """The README's table from the files in docs/experiments: a row an experiment, by the claim that decides.
+
+    Empty where nothing is published yet.
+    """
     lines = [
         '| experiment | claim | measured here (95 % interval of the difference) | seeds | detectable | published '
         '| verdict | further claims |',
@@ -183,7 +193,32 @@ def readme_table(folder: Path) -> str:
             _signed(claim['published']) or 'unknown', f'**{found["verdict"]}**',
             ', '.join(f'{number} {verdict}' for verdict, number in further.items()) or 'none')
         lines.append(f'| {" | ".join(cells)} |')
-    return '\n'.join(lines) + '\n'
+    return '\n'.join(lines) + '\n' if len(lines) > 2 else ''
+
+
+def card_rows(folder: Path) -> dict[str, list[str]]:
+    """Model name to the rows of its card, as TOML: the claim that decides of every experiment that names it."""
+    rows: dict[str, list[str]] = {}
+    for results in _published(folder):
+        claim, found, made_by = results['plan']['claims'][0], results['claims'][0], results['made_by']
+        values = {
+            'experiment': results['name'], 'dataset': results['plan']['data'],
+            'metric': f'small version, {claim["better"]} minus {claim["worse"]}, {claim["metric"]} in {claim["unit"]}',
+            'mean': round(found['difference'], 2), 'std': round(found['deviation'], 2),
+            'seeds': len(results['plan']['seeds']), 'verdict': found['verdict'], 'commit': made_by['commit'],
+            'versions': f'torch {made_by["torch"]}, timm {made_by["timm"]}'}
+        text = ''.join(f'{key} = {json.dumps(value, ensure_ascii=False)}\n' for key, value in values.items())
+        for card in find_experiment(results['name']).cards:
+            rows.setdefault(card, []).append(f'\n[[measured]]\n{text}')
+    return rows
+
+
+MEASURED = '\n# Everything below is written by `tools/reproduce.py --publish`.\n'
+
+
+def renewed_card(text: str, rows: list[str]) -> str:
+    """The text of a card with these rows at its end."""
+    return text.partition(MEASURED)[0] + (MEASURED + ''.join(rows) if rows else '')
 
 
 def _published(folder: Path) -> Iterable[Results]:

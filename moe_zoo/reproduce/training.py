@@ -25,7 +25,10 @@ from moe_zoo.engine.task import MoEClassificationTask
 from moe_zoo.errors import InputError
 from moe_zoo.routing import set_epoch
 
-__all__ = ['Data', 'Split', 'accuracy', 'cost', 'fit', 'load_digits_data', 'load_folder', 'load_images', 'scattered']
+__all__ = [
+    'Data', 'Split', 'accuracy', 'batches', 'cost', 'fit', 'load_digits_data', 'load_folder', 'load_images', 'predict',
+    'scattered',
+]
 
 HELD_OUT = 0.2  # of every class of the training images, for validation where no folder of it is given
 
