@@ -153,6 +153,22 @@ def test_capacity_keywords():
     assert record_of(small(capacity_factor=None), x).kept is None
 
 
+@pytest.mark.parametrize('factor', [None, 0.5])
+def test_experts_that_a_constraint_excludes_are_not_run(factor):
+    layer = small(router='shazeer', router_args=dict(constraint='relative', zero_init=False), capacity_factor=factor)
+    layer.router.constraint.excess.copy_(torch.tensor([1., 1., -1., -1.]))  # above 0.5: excluded
+    x = torch.randn(8, 4, 8)
+    record = record_of(layer, x)
+    assert set(record.indices[record.kept].tolist()) == {2, 3}
+    chunks = []
+    run = layer.run_experts
+    layer.run_experts = lambda given: chunks.extend(map(len, given)) or run(given)
+    layer(x)
+    assert chunks[:2] == [0, 0] and all(chunks[2:])
+    # Without a capacity every token has both; ceil(32 * 2 * 0.5 / 4) = 8 slots an expert with it.
+    assert chunks[2:] == ([32, 32] if factor is None else [8, 8])
+
+
 def test_losses_by_name():
     x = torch.randn(2, 3, 8)
     assert record_of(small(), x).losses == (('importance', 0.005), ('vmoe_load', 0.005))

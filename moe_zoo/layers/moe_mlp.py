@@ -183,11 +183,10 @@ class MoEMlp(ExpertMlps):
         self._check_groups(x, tokens.shape[0])
         routing: Routing = self.router(tokens)
         deciding = routing.logits if routing.noisy_logits is None else routing.noisy_logits
-        routing = routing._replace(
-            kept=self._keep(routing.indices, deciding, group_size, routing.by_expert),
-            shape=tuple(x.shape[:-1]),
-            group_size=group_size,
-        )
+        kept = self._keep(routing.indices, deciding, group_size, routing.by_expert)
+        if routing.kept is not None:  # a constraint of the router excluded experts
+            kept = routing.kept if kept is None else routing.kept & kept
+        routing = routing._replace(kept=kept, shape=tuple(x.shape[:-1]), group_size=group_size)
         record(self, routing)
         if not _wants_static_shapes(tokens):
             return dispatch_sorted(tokens, routing, self.run_experts)
