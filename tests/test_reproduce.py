@@ -150,6 +150,23 @@ def test_runs_made_for_something_else_are_not_taken(tmp_path, monkeypatch):
     assert runner.fingerprint(experiment, data) != code
 
 
+@pytest.mark.parametrize('changed', [False, True])
+def test_results_name_their_commit_and_changes_since(tmp_path, monkeypatch, changed):
+    package = tmp_path / 'moe_zoo'
+    package.mkdir()
+    (package / '__init__.py').touch()
+    git = ['git', '-C', str(tmp_path), '-c', 'user.name=a', '-c', 'user.email=a@b']
+    for command in (['init', '-q'], ['add', '.'], ['commit', '-q', '-m', 'first']):
+        subprocess.run([*git, *command], check=True)
+    (tmp_path / 'README.md').write_text('published')  # is no change of what computes
+    if changed:
+        (package / 'new.py').touch()
+    monkeypatch.setattr(runner.moe_zoo, '__file__', str(package / '__init__.py'))
+    head = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout[:12]
+    assert runner._made_by()['commit'] == head + ' with local changes' * changed
+    assert set(runner._made_by()) == {'moe_zoo', 'commit', 'torch', 'timm'}
+
+
 def test_a_pilot_never_sees_the_test_images():
     data = runner._without_test(load_four, None)
     assert data.test is data.validation and data.description == 'four images; pilot, measured on validation'

@@ -13,6 +13,7 @@ import random
 import re
 import signal
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,7 +27,6 @@ import numpy as np
 import torch
 
 import moe_zoo
-from moe_zoo.demo.run import commit
 from moe_zoo.engine.compare import versions
 from moe_zoo.engine.log import Clock, Reporter, track
 from moe_zoo.errors import InputError, atomic_write
@@ -86,7 +86,7 @@ def reproduce(
     code, reporter = fingerprint(experiment, data), Reporter()
     todo = [(arm, seed, made_for(code, arm, seed)) for seed in seeds for arm in experiment.arms]
     plan = _planned(experiment, seeds, data, folder)
-    made_by = {**versions(), 'commit': commit()}
+    made_by = _made_by()
     done = [run for arm, seed, key in todo if (run := _kept(folder, arm, seed, key)) is not None]
 
     def write() -> dict[str, Any]:
@@ -182,6 +182,16 @@ def _planned(experiment: Experiment, seeds: list[int], data: Data, folder: Path)
         before = {}
     written = before.pop('written', None)
     return {'written': written if before == plan else time.strftime('%Y-%m-%d %H:%M'), **plan}
+
+
+def _made_by() -> dict[str, Optional[str]]:
+    """Versions; the commit says whether the package was changed since. (README and cards change by publishing.)"""
+    found, package = versions(), Path(moe_zoo.__file__).parent
+    if found['commit']:
+        command = ['git', '-C', str(package), 'status', '--porcelain', '--', '.']
+        changed = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        found['commit'] = found['commit'][:12] + (' with local changes' if changed else '')
+    return found
 
 
 def fingerprint(experiment: Experiment, data: Data) -> str:
