@@ -178,6 +178,14 @@ def test_a_run_must_return_finite_numbers(tmp_path, monkeypatch):
         runner._run(Arm('a', {}), 0)
 
 
+@pytest.mark.parametrize('metrics', [{'acuracy': 50.}, {'accuracy': [50.]}])
+def test_a_metric_that_no_run_returns_is_told_at_the_first_run(tmp_path, metrics):
+    run = {'arm': 'b b', 'seed': 0, 'seconds': 1., 'metrics': metrics}
+    with pytest.raises(RuntimeError, match="the claim 'b is better.' needs the number 'accuracy', and arm 'b b' retur"):
+        runner._check_metrics(experiment_of_four(tmp_path), run)
+    runner._check_metrics(experiment_of_four(tmp_path), {**run, 'arm': 'c'})
+
+
 def test_an_experiment_that_does_not_hold_together_is_refused(tmp_path):
     good = experiment_of_four(tmp_path)
     parts = {name: getattr(good, name) for name in good.__dataclass_fields__}

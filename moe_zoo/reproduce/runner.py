@@ -38,9 +38,9 @@ from .verdict import LEVEL, POWER, detectable_effect, judge, paired_test
 __all__ = ['reproduce', 'summarise']
 
 TEST = f'two-sided paired t-test by seed at {LEVEL:.0%}; detectable: found with a probability of {POWER:.0%}'
-# What a run computes with, besides the file of its experiment: another text of these makes other runs.
-COMPUTES = ('routing', 'losses', 'layers', 'checkpoints', 'models', 'data/digits.py', 'engine/task.py',
-            'reproduce/training.py')
+# What a run computes with, besides its data and the file of its experiment: another text of these makes other runs.
+COMPUTES = ('routing', 'losses', 'layers', 'checkpoints', 'models', 'analysis/cost.py', 'analysis/force.py',
+            'analysis/usage.py', 'engine/task.py', 'reproduce/training.py')
 
 PILOT = 1000  # first seed of a pilot
 
@@ -103,11 +103,21 @@ def reproduce(
     clock = Clock(len(todo), 0)
     with contextlib.closing(_parallel(experiment, data_dir, todo, jobs)) as finished:
         for number, (run, key) in enumerate(track(reporter, finished, len(todo), experiment.name), 1):
+            _check_metrics(experiment, run)
             _write_json(_run_file(folder, run['arm'], run['seed']), {'made_for': key, **run})
             done.append(run)
             results = write()
             reporter.say(f'{number}/{len(todo)} {describe(run)}; {clock.left(number)} left')
     return results
+
+
+def _check_metrics(experiment: Experiment, run: Run) -> None:
+    """Tell of a misspelt metric at the first run rather than after the last."""
+    for claim in experiment.claims:
+        if run['arm'] in (claim.better, claim.worse) and claim.metric not in _averages([run]):
+            raise RuntimeError(
+                f'{experiment.name}: the claim {claim.text!r} needs the number {claim.metric!r}, and arm '
+                f'{run["arm"]!r} returns {", ".join(run["metrics"])}')
 
 
 def summarise(
