@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moe_zoo.errors import InputError
+from moe_zoo.layers import cond_conv
 from moe_zoo.layers.cond_conv import (
     ROUTE_FNS,
     CondConv2d,
@@ -141,9 +142,43 @@ def test_large_batches_go_in_calls_of_eight_images(monkeypatch):
     groups.clear()
     build('full', dtype=torch.float32).to('meta')(x.to('meta'), a.to('meta'))
     assert groups == [19]  # shape-static: no loop over the batch
-    groups.clear()
-    build('pointwise', dtype=torch.float32)(x, a)
-    assert groups == []
+
+
+@pytest.mark.parametrize('geometry', ['full_stride_dilation_bias', 'full_same_stride', 'grouped'])
+@pytest.mark.parametrize('batch', [3, 19])
+def test_output_channels_go_in_several_calls_where_kernels_are_large(geometry, batch, monkeypatch):
+    kwargs = GEOMETRIES[geometry] | dict(in_channels=4, out_channels=40, num_experts=3, dtype=torch.float64)
+    layer, made, conv2d = CondConv2d(**kwargs), [], F.conv2d
+    layer.weights_per_call = 1000  # 3 images times 40 x 4 x 9 elements are 4,320
+    x = torch.randn(batch, 4, 17, 19, dtype=torch.float64, requires_grad=True)
+    a = torch.rand(batch, 3, dtype=torch.float64, requires_grad=True)
+    leaves = [x, a, *layer.parameters()]
+    expected = layer.forward_reference(x, a)
+    slopes = gradients(lambda: layer.forward_reference(x, a), *leaves)
+    monkeypatch.setattr(F, 'conv2d', lambda *args: made.append((args[6], args[1].shape[0])) or conv2d(*args))
+    torch.testing.assert_close(layer(x, a), expected)
+    torch.testing.assert_close(gradients(lambda: layer(x, a), *leaves), slopes)
+    images = {3: (3,), 19: (8, 8, 3)}[batch]
+    channels = (40,) if geometry == 'grouped' else (16, 16, 8)  # 16 are the fewest
+    groups = 2 if geometry == 'grouped' else 1
+    assert made[:len(made) // 2] == [(n * groups, n * c) for c in channels for n in images]
+
+
+@pytest.mark.parametrize('geometry', ['pointwise', 'pointwise_stride_bias', 'pointwise_same_stride'])
+@pytest.mark.parametrize('batch', [1, 11])
+def test_pointwise_as_a_convolution_or_a_product(geometry, batch, monkeypatch):
+    layer = build(geometry)
+    x = torch.randn(batch, 4, 5, 7, dtype=torch.float64, requires_grad=True)
+    a = torch.rand(batch, 3, dtype=torch.float64, requires_grad=True)
+    leaves, groups, conv2d = [x, a, *layer.parameters()], [], F.conv2d
+    expected, slopes = layer.forward_reference(x, a), gradients(lambda: layer.forward_reference(x, a), *leaves)
+    monkeypatch.setattr(F, 'conv2d', lambda *args: groups.append(args[6]) or conv2d(*args))
+    for faster, calls in ((True, {1: [1], 11: [8, 3]}[batch]), (False, [])):
+        monkeypatch.setattr(cond_conv, 'convolutions_beat_matmul', lambda faster=faster: faster)
+        torch.testing.assert_close(layer(x, a), expected)
+        assert groups == calls
+        torch.testing.assert_close(gradients(lambda: layer(x, a), *leaves), slopes)
+        groups.clear()
 
 
 def test_pointwise_keeps_channels_last():

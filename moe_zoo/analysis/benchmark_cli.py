@@ -27,7 +27,7 @@ from ..losses import auxiliary_losses
 from .cost import count
 from .count_cli import build_model
 from .layer_cases import MODES, Case, Contender, find_cases
-from .timing import CLOCKS, Ratio, alternate, machine, ratio
+from .timing import CLOCKS, Ratio, alternate, machine, ratio, settle_memory
 
 # Ratios to the dense twin that models aim at.
 MODEL_AIMS: dict[str, float] = {}
@@ -166,6 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     before = machine(args.device) | {'clock': args.clock, 'moe_zoo': moe_zoo.__version__}
     if before['load'] > before['cores'] / 2:
         print(f'note: load {before["load"]:.1f} on {before["cores"]} cores; others are busy here', file=sys.stderr)
+    settle_memory()
     rows = []
     for name, mode, run in work:
         rows += (found := run())

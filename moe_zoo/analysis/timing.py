@@ -108,6 +108,15 @@ def alternate(
     return timings
 
 
+def settle_memory() -> None:
+    """Let glibc keep freed memory up to its limit of 32 MB a block, as it does once a model of any size has run.
+
+    Until a large block was freed once, each call of a small layer fetches its buffers from the system anew, and what is
+    timed is page faults.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8).fill_(0)
+
+
 def machine(device: str) -> dict:
     """What a timing depends on besides the program."""
     cpu = platform.processor() or platform.machine()

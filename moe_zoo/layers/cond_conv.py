@@ -7,6 +7,7 @@ no auxiliary loss. Parameters are laid out as in timm's CondConv2d, `weight` (E,
 
 Letters: B images, C input channels, O output channels, H x W positions, E experts.
 """
+import functools
 import math
 from typing import List, Optional, Tuple
 
@@ -76,14 +77,27 @@ def create_routing_fn(
     return SigmoidRouter(in_features, num_experts, **dd)
 
 
+@functools.cache
+def convolutions_beat_matmul() -> bool:
+    """Whether this CPU multiplies matrices at half the speed of its convolutions.
+
+    True for AMD's with AVX-512, which oneDNN's convolutions use and MKL, behind torch.bmm, does not. Measured there,
+    two threads, 1 x 1 from 512 to 128 channels on 14 x 14, 8 and 32 images, time over that of a plain convolution: bmm
+    2.0 and 1.9, convolutions 1.35 and 1.25. On Intel's CPUs bmm was at or below the plain convolution.
+    """
+    capabilities = getattr(torch.cpu, 'get_capabilities', dict)()  # younger than the oldest torch that timm takes
+    amd = str(capabilities.get('cpu_name', '')).startswith('AMD')
+    return amd and torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == 'AVX512'
+
+
 @register_notrace_module
 class CondConv2d(TimmCondConv2d):
     """Convolution with a kernel mixed for every image; takes the place of timm's CondConv2d, weights included.
 
-    The kernels are mixed first, then every image meets its own in one library call: a batched matrix product for
-    1 x 1 (measured 1.4 to 4 times faster than a grouped convolution), a convolution with B x groups groups otherwise;
-    on CPU larger kernels go in calls of at most 8 images, beyond which the mixed kernels fall out of the cache, or, for
-    batches of small maps, every expert runs and the outputs are mixed (`_few_positions`).
+    The kernels are mixed first, then every image meets its own: for 1 x 1 in a batched matrix product (or in a
+    convolution, on CPUs where that is faster: `convolutions_beat_matmul`), otherwise in a convolution with B x groups
+    groups. On CPU larger kernels go in several calls (`_call_size`), or, for batches of small maps, every expert runs
+    and the outputs are mixed (`_few_positions`).
     Under torch.compile, export and on meta tensors it is one call whatever B. `forward_reference` and
     `forward_experts` compute the same in the two plain ways; the tests hold `forward` to them.
 
@@ -124,6 +138,7 @@ class CondConv2d(TimmCondConv2d):
         self.pointwise = self.kernel_size == (1, 1) and groups == 1 and self.padding == (0, 0)
         self.depthwise = groups == in_channels
         self.images_per_call = 8
+        self.weights_per_call = 2_500_000
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, num_experts: int, **kwargs) -> 'CondConv2d':
@@ -147,38 +162,81 @@ class CondConv2d(TimmCondConv2d):
                 return self.forward_experts(x, routing_weights)
         if self.dynamic_padding:
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)
-        if not self._split_batch(x):
-            return self._convolve_grouped(x, routing_weights)
-        outputs: List[torch.Tensor] = []
-        parts = routing_weights.split(self.images_per_call)
-        for i, images in enumerate(x.split(self.images_per_call)):
-            outputs.append(self._convolve_grouped(images, parts[i]))
-        return torch.cat(outputs)
+        return self._convolve_in_calls(x, routing_weights)
 
     def _few_positions(self, x: torch.Tensor) -> bool:
         """Whether it is faster to run every expert and to mix the outputs: many images, each of few positions.
 
-        Time then goes into the mixed kernels, one an image, not into convolving. Measured on CPU, training, 3 x 3 with
-        512 channels and 4 experts: 64 images of 1 x 1 18 times faster, of 4 x 4 4 times, 32 of 7 x 7 1.7 times; slower
-        for fewer than 8 images, or 8 experts on 7 x 7.
+        Time then goes into the mixed kernels, one an image, not into convolving. Measured on CPU, 3 x 3 with 512
+        channels, 8 and 32 images, time of all experts over that of mixed kernels, forward and training:
+
+        | experts, map | 4, 2x2   | 4, 4x4        | 8, 4x4     | 4, 7x7   |
+        | ------------ | -------- | ------------- | ---------- | -------- |
+        | 8 images     | 0.4, 0.6 | 0.7, 0.7      | 1.2, 1.2   | 1.3, 1.4 |
+        | 32 images    |          | 0.5, 0.5      | 0.9, 0.7   |          |
         """
         if x.device.type != 'cpu' or self.groups > 1 or torch.compiler.is_compiling():
             return False
         _, _, H, W = self.output_shape(x.shape)
-        return x.shape[0] >= self.images_per_call and self.num_experts * H * W <= 200
+        return x.shape[0] >= self.images_per_call and self.num_experts * H * W <= 128
 
-    def _split_batch(self, x: torch.Tensor) -> bool:
+    def _convolve_in_calls(self, x: torch.Tensor, routing_weights: torch.Tensor) -> torch.Tensor:
+        """One library call for every few images and output channels; x is padded where the padding is dynamic."""
+        images, channels = self._call_size(x)
+        if images >= x.shape[0] and channels >= self.out_channels:
+            return self._convolve_grouped(x, routing_weights, self.weight, self.bias)
+        # split, whose backward writes the gradient of the whole stack once, not w[:, i:j], which does so every time
+        weights = self.weight.split(self.weight.shape[1] // self.out_channels * channels, dim=1)
+        columns: List[torch.Tensor] = []
+        for j, weight in enumerate(weights):
+            bias: Optional[torch.Tensor] = None
+            if self.bias is not None:
+                bias = self.bias.split(channels, dim=1)[j]
+            parts: List[torch.Tensor] = []
+            mixtures = routing_weights.split(images)
+            for i, few in enumerate(x.split(images)):
+                parts.append(self._convolve_grouped(few, mixtures[i], weight, bias))
+            columns.append(parts[0] if len(parts) == 1 else torch.cat(parts))
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+
+    def _call_size(self, x: torch.Tensor) -> Tuple[int, int]:
+        """Images and output channels of a call: all of them, but on CPU at most 8 images and 10 MB of mixed kernels.
+
+        Larger buffers leave the cache, and glibc returns them to the system after every call: most of the time is then
+        spent on page faults. All the images of a call share one pass over the experts. Measured with two threads, time
+        over that of a plain convolution, forward and training, beside that of a single call, which is timm's:
+
+        | 3 x 3                                | in calls | one call |
+        | ------------------------------------ | -------- | -------- |
+        | 256 channels, 14x14, 4 experts, B 8  | 1.7, 1.6 | 1.7, 1.6 |
+        | 256 channels, 14x14, 4 experts, B 32 | 1.7, 1.7 | 2.7, 2.5 |
+        | 512 channels, 7x7, 8 experts, B 8    | 3.8, 4.3 | 8.0, 7.5 |
+        | 512 channels, 7x7, 8 experts, B 32   | 4.0, 4.5 | 8.5, 7.9 |
+        """
+        everything = (x.shape[0], self.out_channels)
         if not torch.jit.is_scripting():
             if torch.compiler.is_compiling():
-                return False
-        return x.device.type == 'cpu' and not self.depthwise and x.shape[0] > self.images_per_call
+                return everything
+        if x.device.type != 'cpu' or self.depthwise:
+            return everything
+        images = max(1, min(x.shape[0], self.images_per_call))
+        fitting = self.weights_per_call * self.out_channels // (images * self.weight.shape[1])
+        if self.groups > 1 or fitting >= self.out_channels:
+            return images, self.out_channels
+        return images, max(16, fitting // 16 * 16)
 
     def _convolve_pointwise(self, x: torch.Tensor, routing_weights: torch.Tensor) -> torch.Tensor:
         if self.stride[0] > 1 or self.stride[1] > 1:
             x = x[:, :, ::self.stride[0], ::self.stride[1]]
         B, C, H, W = x.shape
+        nhwc = x.is_contiguous(memory_format=torch.channels_last)
+        if not torch.jit.is_scripting():
+            if not nhwc and x.device.type == 'cpu' and not torch.compiler.is_compiling() and convolutions_beat_matmul():
+                # As one row of H x W positions: the library's blocks along a row are then full.
+                out = self._convolve_in_calls(x.reshape(B, C, 1, H * W), routing_weights)
+                return out.reshape(B, self.out_channels, H, W)
         weight = torch.matmul(routing_weights, self.weight).reshape(B, self.out_channels, C)
-        if x.is_contiguous(memory_format=torch.channels_last):
+        if nhwc:
             out = torch.bmm(x.permute(0, 2, 3, 1).reshape(B, H * W, C), weight.transpose(1, 2))  # (B, HW, O)
             if self.bias is not None:
                 out = out + torch.matmul(routing_weights, self.bias).unsqueeze(1)
@@ -188,17 +246,23 @@ class CondConv2d(TimmCondConv2d):
             out = out + torch.matmul(routing_weights, self.bias).unsqueeze(2)
         return out.reshape(B, self.out_channels, H, W)
 
-    def _convolve_grouped(self, x: torch.Tensor, routing_weights: torch.Tensor) -> torch.Tensor:
-        """All images as groups of one convolution; x is padded already where the padding is dynamic."""
+    def _convolve_grouped(
+            self,
+            x: torch.Tensor,
+            routing_weights: torch.Tensor,
+            weight: torch.Tensor,
+            bias: Optional[torch.Tensor],
+    ) -> torch.Tensor:
+        """All images as groups of one convolution, with the experts' kernels of some output channels or of all."""
         B, C, H, W = x.shape
-        weight = torch.matmul(routing_weights, self.weight).reshape(
-            B * self.out_channels, C // self.groups, self.kernel_size[0], self.kernel_size[1])
-        bias: Optional[torch.Tensor] = None
-        if self.bias is not None:
-            bias = torch.matmul(routing_weights, self.bias).reshape(B * self.out_channels)
+        weight = torch.matmul(routing_weights, weight).reshape(
+            -1, C // self.groups, self.kernel_size[0], self.kernel_size[1])
+        if bias is not None:
+            bias = torch.matmul(routing_weights, bias).reshape(-1)
+        stride = (1, 1) if self.pointwise else self.stride  # _convolve_pointwise has seen to it
         out = F.conv2d(
-            x.reshape(1, B * C, H, W), weight, bias, self.stride, self.padding, self.dilation, self.groups * B)
-        return out.reshape(B, self.out_channels, out.shape[2], out.shape[3])
+            x.reshape(1, B * C, H, W), weight, bias, stride, self.padding, self.dilation, self.groups * B)
+        return out.reshape(B, out.shape[1] // B, out.shape[2], out.shape[3])
 
     def forward_reference(self, x: torch.Tensor, routing_weights: torch.Tensor) -> torch.Tensor:
         """Mix, then convolve, one image after the other: the definition."""
