@@ -213,8 +213,8 @@ def test_noise_can_be_had_with_a_hard_constraint():
 def test_an_unknown_constraint_is_told_its_neighbours():
     with pytest.raises(InputError, match=r"constraint='relativ' is not one of relative, mean, bias\. Did you"):
         router('relativ')
-    with pytest.raises(InputError, match=r"constraint='importnce' is not one of importance, kl, relative, mean, bias\. "
-                                         r"Did you mean 'importance'\?"):
+    with pytest.raises(InputError, match=r"constraint='importnce' is not one of importance, kl, relative, mean, bias, "
+                                         r"none\. Did you mean 'importance'\?"):
         MoEStage([nn.Conv2d(4, 4, 1) for _ in range(3)], 4, constraint='importnce')
     with pytest.raises(InputError, match=r"gate='gapfc' is not one of gap_fc, conv_gap, .*Did you mean 'gap_fc'"):
         MoEStage([nn.Conv2d(4, 4, 1) for _ in range(3)], 4, gate='gapfc')

@@ -167,6 +167,13 @@ def test_evaluation_is_by_image_and_scripts(kwargs):
     torch.testing.assert_close(torch.jit.script(model)(x), y)
 
 
+def test_no_constraint_can_be_asked_for_by_name():
+    # timm.create_model drops keywords that are None
+    assert tiny(constraint=None).layer4[0].router.losses == (('importance_unbiased', 0.5),)
+    router = tiny(constraint='none').layer4[0].router
+    assert router.losses == () and router.constraint is None
+
+
 def test_k_sweep_of_a_trained_model():
     model = tiny(stages=(4,), num_selected=2).eval()
     stage, x = model.layer4[0], torch.randn(3, 3, 16, 16)

@@ -32,6 +32,7 @@ CONSTRAINTS = {
     'relative': 'threshold of the relative importance, summed over all steps (0.5)',
     'mean': 'threshold of the mean importance over all steps, less 1 / E (0.3)',
     'bias': 'rate of a selection bias against the load (0.001)',
+    'none': 'nothing; as None, which timm.create_model would take for "the default"',
 }
 _LOSSES = {'importance': 'importance_unbiased', 'kl': 'kl'}
 
@@ -126,8 +127,9 @@ class ImageMoE(RoutedLayer):
             InputError: An unknown gate or constraint, or K that is not between 1 and E.
         """
         dd = {'device': device, 'dtype': dtype}
+        constraint = 'none' if constraint is None else constraint
         for argument, name, known in (('gate', gate, GATES), ('constraint', constraint, CONSTRAINTS)):
-            if name not in known and not (argument == 'constraint' and name is None):
+            if name not in known:
                 raise InputError(f'{argument}={name!r} is not one of {", ".join(known)}.{nearest(name, known)}')
         if constraint in _LOSSES:
             weight = 0.5 if constraint_value is None else constraint_value

@@ -48,7 +48,7 @@ class MoEResNet(StagedModel, ResNet):
         num_selected: K.
         widths: Planes of an expert's blocks but the last, one number or one for each of `stages`; None is the paper's.
         gate: A key of `moe_zoo.layers.image_moe.GATES`.
-        constraint: A key of `moe_zoo.layers.image_moe.CONSTRAINTS`, or None.
+        constraint: A key of `moe_zoo.layers.image_moe.CONSTRAINTS`; 'none' for none.
         constraint_value: Its weight, threshold or rate; None is its default.
         noise: Learned noise on the gates in training; None is yes, but not under 'relative' and 'mean'.
         residual: Add a shortcut around each routed stage: identity, or a strided 1 x 1 convolution and BatchNorm where
