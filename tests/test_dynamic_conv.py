@@ -182,6 +182,8 @@ def test_the_epoch_travels_with_the_weights():
     assert other.routing_fn.epoch.item() == 7 and other.routing_fn.current_temperature().item() == pytest.approx(9.7)
     x = torch.randn(2, 8, 5, 5)
     assert torch.equal(other(x), layer(x))
+    other.routing_fn.reset_parameters()  # a fresh start
+    assert other.routing_fn.epoch.item() == 0
     meta = build(device='meta')
     assert meta.routing_fn.epoch.is_meta and meta(torch.empty(2, 8, 5, 5, device='meta')).shape == (2, 6, 3, 3)
 

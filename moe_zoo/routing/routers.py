@@ -227,7 +227,11 @@ class AnnealedSoftmaxRouter(SoftmaxRouter):
         self.anneal_epochs = int(anneal_epochs)
         self.register_buffer('epoch', torch.zeros((), dtype=torch.int64, device=device))
 
-    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, 'epoch'):  # the first call comes from the base class
+            nn.init.zeros_(self.epoch)
+
     def set_epoch(self, epoch: int) -> None:
         """Take the temperature of an epoch, counted from 0."""
         self.epoch.fill_(epoch)
