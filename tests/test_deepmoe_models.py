@@ -168,7 +168,8 @@ def test_arguments_are_json_and_bad_ones_are_told():
     for kwargs, message in (
             (dict(width=0), 'width=0: give a factor above 0; 2 is the wide network, 1 the narrow one'),
             (dict(widen='iner'), r"widen='iner': use 'inner' or 'all'\. Did you mean 'inner'\?"),
-            (dict(bottleneck='C'), "bottleneck='C': use 'A' or 'B'")):
+            (dict(bottleneck='C'), "bottleneck='C': use 'A' or 'B'"),
+            (dict(embed_dim=0), 'embed_dim=0: the embedding needs at least one mixture weight')):
         with pytest.raises(InputError, match=message):
             timm.create_model('deepmoe_resnet50', device='meta', **kwargs)
 

@@ -324,7 +324,7 @@ class DeepMoEModel(StagedModel):
         super().__init__(GATED[block], layers, channels=channels, block_args=block_args, **kwargs, **dd)
         self.embedding = ShallowEmbedding(
             self.num_classes, self.in_chans, embed_widths, embed_stem,
-            embed_dim or self.num_classes or 128, embed_softmax, embed_loss, **dd)
+            (self.num_classes or 128) if embed_dim is None else embed_dim, embed_softmax, embed_loss, **dd)
         for parent, name in self.stage_slots():
             stage = GatedStage(*getattr(parent, name))
             for each in stage:

@@ -20,6 +20,9 @@ FILES = {
     'condconv-placement': 'condconv',
     'condconv-experts': 'condconv',
     'dyconv-temperature': 'dyconv',
+    'deepmoe': 'deepmoe',
+    'pmoe-samples': 'pmoe',
+    'pmoe-spurious': 'pmoe',
 }
 
 
