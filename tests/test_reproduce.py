@@ -289,6 +289,24 @@ def test_an_npz_and_folders_are_read_alike(tmp_path):
     assert archive.description == 'some.npz, 4 x 4 pixels: 8 train, 2 validation, 4 test'
 
 
+def test_a_folder_of_validation_images_is_used_and_classes_must_agree(tmp_path):
+    for part, grey in (('train', 0), ('train', 200), ('val', 100), ('test', 50)):
+        for name in ('cat', 'dog'):
+            (tmp_path / part / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((4, 4), grey, dtype=np.uint8)).save(tmp_path / part / name / f'{grey}.png')
+    data = training.load_folder(str(tmp_path), 4)
+    assert [len(split.targets) for split in data[:3]] == [4, 2, 2]
+    # Greys 0 and 200 have the mean 100: what was 100 is 0, what was 50 lies half a deviation below.
+    assert data.validation.images.abs().max() < .01 and float(data.test.images.mean()) == pytest.approx(-.5, abs=.01)
+    (tmp_path / 'test' / 'dog').rename(tmp_path / 'test' / 'eel')
+    with pytest.raises(InputError, match='its parts hold folders of different classes'):
+        training.load_folder(str(tmp_path), 4)
+    (tmp_path / 'test' / 'eel').rename(tmp_path / 'test' / 'dog')
+    (tmp_path / 'val' / 'cat' / '100.png').write_text('no image')
+    with pytest.raises(InputError, match=r"The image '.*100.png' cannot be read"):
+        training.load_folder(str(tmp_path), 4)
+
+
 def test_shifted_images_are_moved_and_their_edge_is_repeated():
     images = torch.arange(9.).view(1, 1, 3, 3).repeat(64, 1, 1, 1)
     moved = training._shifted(images, 1, torch.Generator().manual_seed(0))

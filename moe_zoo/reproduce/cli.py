@@ -42,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
     add('--data-dir', metavar='DIR', help="images in place of scikit-learn's digits: folders of one class each in "
         'train/ and test/ (or val/), or an npz with x_train, y_train, x_test, y_test')
     add('--jobs', metavar='J', type=int, help='worker processes, of one thread each (default: one for every core)')
-    add('--output', metavar='DIR', type=Path, default=Path('runs/reproduce'), help='default: %(default)s')
+    add('--output', metavar='DIR', type=Path, default=Path('runs/reproduce'), help='folder of all this (default: '
+        '%(default)s); choose another one for other images, whose results take the place of those that are there')
     add('--pilot', action='store_true', help='measure on the validation images, with other seeds, into DIR/pilot: for '
         'choosing hyper-parameters and the deviation that a claim expects')
     add('--publish', action='store_true', help='copy the results, without the single runs, to docs/experiments, and '
