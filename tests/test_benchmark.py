@@ -8,9 +8,10 @@ from torch import nn
 
 from moe_zoo import cli
 from moe_zoo.analysis import layer_cases
-from moe_zoo.analysis.benchmark_cli import main, make_layer_run, make_run
-from moe_zoo.analysis.layer_cases import Case, Contender, cond_conv, find_cases, stage, tokens
+from moe_zoo.analysis.benchmark_cli import MODEL_AIMS, main, make_layer_run, make_run
+from moe_zoo.analysis.layer_cases import Case, Contender, choose, cond_conv, find_cases, half_live, tokens
 from moe_zoo.analysis.timing import Ratio, alternate, ratio
+from moe_zoo.cards import cards
 from moe_zoo.errors import InputError
 from moe_zoo.routing import trace_routing
 
@@ -90,14 +91,24 @@ def test_rivals_compute_the_same():
     assert plain.shape == ours.shape
 
 
+@pytest.mark.parametrize('name', ['MoEConv2d', 'MoEStage'])
 @pytest.mark.parametrize('num_selected', [1, 2])
-def test_images_are_spread_over_the_experts(num_selected):
-    layer, alone = stage(num_selected, batch=8, channels=8, size=4)
+def test_images_are_spread_over_the_experts(name, num_selected):
+    layer, alone = choose(name, num_selected, batch=8, channels=8, size=4)
+    assert type(layer.module).__name__ == name
     with trace_routing(layer.module) as trace:
         out = layer.module(*layer.inputs)
     counts = trace[''][0].indices.flatten().bincount(minlength=4)
     assert counts.tolist() == [8 * num_selected // 4] * 4
     assert len(alone.module.experts) == num_selected and alone.module(*alone.inputs).shape == out.shape
+
+
+def test_half_of_the_channels_are_computed_on_both_sides():
+    ours, dense = half_live(2, channels=8, size=5)
+    whole = torch.zeros_like(dense.inputs[0])
+    whole[:, ::2] = ours.inputs[0]  # the dead channels of the input
+    expected = dense.module.eval()(whole)[:, 4:]  # of the output, whose live gates are 1
+    torch.testing.assert_close(ours.module.eval()(*ours.inputs), expected)
 
 
 def test_tokens_meet_a_dense_mlp_of_equal_macs():
@@ -111,9 +122,11 @@ def test_tokens_meet_a_dense_mlp_of_equal_macs():
 def test_every_case_says_what_it_is():
     cases = find_cases([])
     assert all(case.about and set(case.modes) <= set(layer_cases.MODES) for case in cases.values())
+    assert set(MODEL_AIMS) <= set(cards())
     for name in ('condconv-1x1-e4-b8', 'condconv-1x1-e4-b32'):
         assert cases[name].at_most == {'nn.Conv2d': 1.1, 'timm CondConv2d': 1.}
-    assert list(find_cases(['tokens-k1-*', 'stage-k1-b8'])) == ['tokens-k1-b8', 'tokens-k1-b32', 'stage-k1-b8']
+    assert list(find_cases(['tokens-k1-*', 'moe-*-k1-b8'])) == [
+        'tokens-k1-b8', 'tokens-k1-b32', 'moe-conv-k1-b8', 'moe-stage-k1-b8']
 
 
 def test_layers_from_the_command_line(tmp_path, capsys, monkeypatch):
@@ -154,7 +167,7 @@ def test_models_from_the_command_line(tmp_path, capsys):
         'error: --rounds 2 --batch-size 8: use at least 3 rounds and 1 image.'),
     (['layer', 'condconv-1x1-e4-b9'], "error: There is no layer case 'condconv-1x1-e4-b9'. Did you mean 'condconv-1x1"),
     (['layer', 'zz*'], "error: There is no layer case 'zz*'. `benchmark.py layer --list` shows all."),
-    (['layer', 'stage-k1-b8', '--rounds', '2'], 'error: --rounds 2: use at least 3 rounds.'),
+    (['layer', 'moe-conv-k1-b8', '--rounds', '2'], 'error: --rounds 2: use at least 3 rounds.'),
 ])
 def test_bad_input_is_one_sentence(arguments, sentence, capsys):
     with pytest.raises(SystemExit) as exit:

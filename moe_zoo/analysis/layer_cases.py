@@ -17,7 +17,8 @@ from timm.layers import Mlp
 from torch import nn
 
 from ..errors import InputError, nearest
-from ..layers import CondConv2d, MoEMlp, MoEStage
+from ..layers import CondConv2d, MoEConv2d, MoEMlp, MoEStage
+from ..layers.deep_moe import ChannelGate, ChannelGated
 
 MODES = ('forward', 'train')
 
@@ -48,14 +49,20 @@ def cases() -> dict[str, Case]:
     """Every case by its name."""
     found = _cond_conv_cases()
     for num_selected in (1, 2):
-        found[f'stage-k{num_selected}-b8'] = Case(
-            f'MoEStage, {num_selected} of 4 convolutions 3x3 256-256, map 20x20, 8 images, gate included',
-            functools.partial(stage, num_selected),
-            {'chosen experts alone': 1.15} if num_selected == 1 else {})
+        aims = {'chosen experts alone': 1.15} if num_selected == 1 else {}
+        for kind, layer in (('conv', 'MoEConv2d'), ('stage', 'MoEStage')):
+            found[f'moe-{kind}-k{num_selected}-b8'] = Case(
+                f'{layer}, {num_selected} of 4 convolutions 3x3 256-256, map 20x20, 8 images, gate included',
+                functools.partial(choose, layer, num_selected), aims)
         for batch in (8, 32):
             found[f'tokens-k{num_selected}-b{batch}'] = Case(
                 f'MoEMlp, {num_selected} of 8 experts, width 384, hidden 1536, {batch} x 197 tokens, nothing dropped',
                 functools.partial(tokens, num_selected, batch))
+    for batch in (1, 8):
+        found[f'deepmoe-half-b{batch}'] = Case(
+            'DeepMoE convolution and norm, 3x3 256-256, half of the channels live on both sides, map 14x14, '
+            f'{batch} image{"s with one mask" if batch > 1 else ""}',
+            functools.partial(half_live, batch), {'dense': 0.75} if batch == 1 else {}, modes=('forward',))
     return found
 
 
@@ -109,13 +116,17 @@ class _Sum(nn.Module):
         return sum(expert(x) for expert in self.experts)
 
 
-def stage(num_selected: int, batch: int = 8, channels: int = 256, size: int = 20) -> list[Contender]:
-    """K of 4 experts for every image, and K experts for the whole batch."""
-    experts = [nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(4)]
-    layer = MoEStage(experts, channels, num_selected, noise=False)
-    x = spread_choices(layer.router, torch.randn(batch, channels, size, size))
-    alone = _Sum(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(num_selected))
-    return [Contender('MoEStage', layer, (x,)), Contender('chosen experts alone', alone, (x,))]
+def choose(layer: str, num_selected: int, batch: int = 8, channels: int = 256, size: int = 20) -> list[Contender]:
+    """K of 4 convolutions for every image, and K convolutions for the whole batch."""
+    def convs(count: int) -> list[nn.Module]:
+        return [nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(count)]
+
+    if layer == 'MoEConv2d':
+        ours = MoEConv2d(channels, channels, 3, num_experts=4, num_selected=num_selected, noise=False)
+    else:
+        ours = MoEStage(convs(4), channels, num_selected, noise=False)
+    x = spread_choices(ours.router, torch.randn(batch, channels, size, size))
+    return [Contender(layer, ours, (x,)), Contender('chosen experts alone', _Sum(convs(num_selected)), (x,))]
 
 
 def spread_choices(router: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -126,6 +137,35 @@ def spread_choices(router: nn.Module, x: torch.Tensor) -> torch.Tensor:
         for rank in range(experts):  # 3 is far above what averaging noise leaves in a channel
             x[images, (images + rank) % experts] += 3. * (experts - rank)
     return x
+
+
+class _LiveConv(ChannelGated):
+    """A gated convolution with its norm, computed on live channels, of an input that has live channels only."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.gate = ChannelGate(channels, 1)
+        self.live = torch.arange(0, channels, 2)  # of the input; the gate keeps as many, at other places
+        with torch.no_grad():
+            self.gate.weight[:channels // 2] = -1.
+        self.count_experts()
+
+    def chain(self) -> list[tuple]:
+        return [(self.conv, self.norm, self.gate, nn.Identity())]
+
+    def forward(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        return self.run_live(x, e, self.live)[0]
+
+
+def half_live(batch: int, channels: int = 256, size: int = 14) -> list[Contender]:
+    """A convolution from half of its channels to half of its channels, and the dense one; both with their norm."""
+    layer, x = _LiveConv(channels), torch.randn(batch, channels, size, size)
+    return [
+        Contender('live channels', layer, (x[:, layer.live].contiguous(), torch.ones(batch, 1))),
+        Contender('dense', nn.Sequential(layer.conv, layer.norm), (x,)),
+    ]
 
 
 def tokens(num_selected: int, batch: int) -> list[Contender]:
