@@ -22,7 +22,7 @@ from moe_zoo.engine import MoEClassificationTask
 from moe_zoo.engine.checkpoint import read_checkpoint
 from moe_zoo.engine.compare import twin_options
 from moe_zoo.engine.config import load_config
-from moe_zoo.engine.log import BalanceWatch
+from moe_zoo.engine.log import BalanceWatch, describe_live
 from moe_zoo.engine.train import train
 from moe_zoo.errors import InputError
 from moe_zoo.layers import ChannelGate, sparse_inference
@@ -224,6 +224,7 @@ def test_usage_and_the_watch_bear_zero_gates():
     balance = {'a': {'share': torch.tensor([1., 0.])}, 'b': {'share': torch.tensor([1., 0.])}}
     message, = BalanceWatch('model', {'a'}).check(balance, True)
     assert message.startswith("Layer 'b'")
+    assert describe_live({'a': 0.5, 'b': 0.25}) == '37.5% in the mean of 2 layers, least b 25.0%'
 
 
 # The second stage
@@ -361,6 +362,9 @@ def test_the_tool_freezes_and_resumes_before_and_after(folders, tmp_path, stop):
     assert {'train_loss_gate_l1', 'train_loss_embedding'} <= set(first)
     assert all('train_loss_gate_l1' not in row and row['train_loss'] == row['train_task_loss'] for row in later)
     assert whole['warnings'] == []  # zero gates starve nobody
+    live = {name: value for name, value in first.items() if name.startswith('live_')}
+    assert set(live) == {f'live_blocks.{i}.0.gate{j}' for i in (0, 1, 2) for j in (1, 2)}
+    assert 0 < min(live.values()) < 1 and not any(name.startswith(('balance_', 'dropped_')) for name in first)
     run(folders, tmp_path / 'parts', stop_epoch=stop, **options)
     kept = read_checkpoint(tmp_path / 'parts' / 'last.pth.tar')['state_dict']
     assert bool(kept['gates_frozen']) == (stop == 2)

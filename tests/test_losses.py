@@ -133,6 +133,9 @@ def test_balance_counts_what_was_kept():
     torch.testing.assert_close(diagnostics['share'], torch.tensor([2 / 3, 1 / 3]))
     assert diagnostics['cv'].item() == pytest.approx((1 / 6) / (1 / 2))
     assert diagnostics['dropped'].item() == pytest.approx(0.25)
+    assert diagnostics['live'].item() == pytest.approx(3 / 8)  # of 4 items x 2 experts
+    gates = torch.tensor([[0.5, 0.0], [2.0, 1.0]])
+    assert balance(Routing(gates, gates, gates))['live'].item() == 0.75
     entropy = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3)) / math.log(2)
     assert diagnostics['entropy'].item() == pytest.approx(entropy)
 

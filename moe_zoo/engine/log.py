@@ -87,6 +87,12 @@ def describe_balance(balance: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
     return '  '.join(texts)
 
 
+def describe_live(live: Mapping[str, float]) -> str:
+    """Share of the channels that the gates of DeepMoE leave on: the mean over the layers, and the least."""
+    least = min(live, key=live.get)
+    return f'{sum(live.values()) / len(live):.1%} in the mean of {len(live)} layers, least {least} {live[least]:.1%}'
+
+
 class BalanceWatch:
     """Notices experts that an epoch left without work. Every layer is named once.
 

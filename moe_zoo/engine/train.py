@@ -20,7 +20,7 @@ from timm.models import safe_model_name
 from timm.utils import dispatch_clip_grad, unwrap_model
 
 from ..errors import InputError, atomic_write, counted, exit_on_input_error
-from ..layers import RoutedLayer
+from ..layers import ChannelGate, RoutedLayer, ShallowEmbedding
 from ..routing import set_epoch
 from .build import (
     build_model,
@@ -35,7 +35,7 @@ from .checkpoint import AtomicCheckpointSaver, check_fits, find_weights, read_ch
 from .config import OPTIONS, load_config, options_help, parse_command_line
 from .data import create_loaders, open_datasets
 from .evaluate import evaluate_loader, report_corrupt
-from .log import BalanceWatch, Clock, EpochLog, Reporter, describe_balance, describe_losses, track
+from .log import BalanceWatch, Clock, EpochLog, Reporter, describe_balance, describe_live, describe_losses, track
 from .random_state import get_random_state, iterate_apart, seed_stream, set_random_state
 from .task import MoEClassificationTask
 
@@ -86,7 +86,10 @@ class Trainer:
         self.updates = math.ceil(self.batches / args.grad_accum_steps)
         self.schedule, epochs = build_schedule(args, self.optimizer, self.updates)
         self.stop = min(epochs, args.stop_epoch or epochs)
-        self.watch = BalanceWatch(args.model, {n for n, m in model.named_modules() if getattr(m, 'wants_zeros', False)})
+        self.gates = {name for name, module in model.named_modules() if isinstance(module, ChannelGate)}
+        embeddings = {name for name, module in model.named_modules() if isinstance(module, ShallowEmbedding)}
+        # Channels that no image wants are the aim, and a class is no expert.
+        self.watch = BalanceWatch(args.model, self.gates | embeddings)
         self.log = EpochLog()
         self.epoch = self.batch = 0  # where the next step belongs
         self.random: Optional[List[Dict[str, Any]]] = None  # states to continue an epoch with, by rank
@@ -181,13 +184,16 @@ class Trainer:
             milestone = self.epoch + 1 in (args.save_epochs or ())
             metrics = self.evaluate() if last or milestone or (self.epoch + 1) % args.val_interval == 0 else {}
             self._check_worth_keeping(metrics)
+            experts = {layer: measures for layer, measures in balance.items() if layer not in self.watch.spared}
+            live = {layer: float(measures['live']) for layer, measures in balance.items() if layer in self.gates}
             row = {
                 'epoch': self.epoch,
                 **{f'train_{name}': value for name, value in losses.items()},
                 **{f'eval_{name}': value for name, value in metrics.items()},
                 'lr': sum(rates) / len(rates),
-                **{f'balance_{layer}': float(measures['entropy']) for layer, measures in balance.items()},
-                **{f'dropped_{layer}': float(measures['dropped']) for layer, measures in balance.items()},
+                **{f'balance_{layer}': float(measures['entropy']) for layer, measures in experts.items()},
+                **{f'dropped_{layer}': float(measures['dropped']) for layer, measures in experts.items()},
+                **{f'live_{layer}': share for layer, share in live.items()},
             }
             key = ('ema_' if f'ema_{args.eval_metric}' in metrics else '') + args.eval_metric
             metric = metrics.get(key, losses['loss'] if self.eval_set is None else None)
@@ -199,7 +205,9 @@ class Trainer:
                 self.reporter.warn(message)
             row['seconds'] = time.monotonic() - started
             self._save(row, metric, milestone)
-            self._tell(row, losses, metrics, balance)
+            self._tell(row, losses, metrics, experts)
+            if live:
+                self.reporter.say(f'  live channels  {describe_live(live)}')
 
     def train_epoch(self) -> None:
         """One pass over the training data, or what is left of one."""

@@ -44,8 +44,6 @@ class ShallowEmbedding(nn.Module):
     Raises:
         InputError: D is below 1, or there are no convolutions.
     """
-    wants_zeros = True  # the shares of its record are predicted classes, of which a small set of images has few
-
     def __init__(
             self,
             num_classes: int,
@@ -133,8 +131,6 @@ class ChannelGate(RoutedLayer):
     Raises:
         InputError: An unknown `init`.
     """
-    wants_zeros = True  # a channel that no image wants is no cause for a warning
-
     def __init__(
             self,
             channels: int,

@@ -100,15 +100,18 @@ def balance(routing: Routing) -> Dict[str, torch.Tensor]:
         cv: Coefficient of variation of the shares; 0 is perfect balance.
         entropy: Entropy of the shares divided by ln E; 1 is perfect balance (1 where E = 1).
         dropped: Share of the choices that found no slot (of the items that no expert took, where experts choose).
+        live: Share of all pairs of item and expert that are in use; for gates that may be zero.
     """
     experts = routing.num_experts
     if routing.indices is None:
         mass = routing.weights.float().sum(dim=0)
+        used = (routing.weights != 0).sum()
     else:
         chosen = torch.nn.functional.one_hot(routing.indices, experts).float()  # (T, K, E)
         if routing.kept is not None:
             chosen = chosen * routing.kept.unsqueeze(-1)
         mass = chosen.sum(dim=(0, 1))
+        used = mass.sum()
     share = mass / mass.sum().clamp_min(1e-12)
     entropy = -(share * share.clamp_min(1e-12).log()).sum()
     full = torch.log(torch.tensor(float(experts)))
@@ -117,4 +120,5 @@ def balance(routing: Routing) -> Dict[str, torch.Tensor]:
         'cv': squared_cv(share).sqrt(),
         'entropy': entropy / full if experts > 1 else torch.ones_like(entropy),
         'dropped': routing.dropped(),
+        'live': used / max(1, routing.logits.numel()),
     }
