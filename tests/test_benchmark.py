@@ -8,12 +8,12 @@ from torch import nn
 
 from moe_zoo import cli
 from moe_zoo.analysis import layer_cases
-from moe_zoo.analysis.benchmark_cli import MODEL_AIMS, main, make_layer_run, make_run
+from moe_zoo.analysis.benchmark_cli import MODEL_AIMS, main, make_layer_run, make_run, spread_evenly
 from moe_zoo.analysis.layer_cases import Case, Contender, choose, cond_conv, find_cases, half_live, tokens
 from moe_zoo.analysis.timing import Ratio, alternate, ratio
 from moe_zoo.cards import cards
 from moe_zoo.errors import InputError
-from moe_zoo.routing import trace_routing
+from moe_zoo.routing import Routing, trace_routing
 
 
 def test_ratio_is_the_median_of_paired_ratios():
@@ -109,6 +109,17 @@ def test_half_of_the_channels_are_computed_on_both_sides():
     whole[:, ::2] = ours.inputs[0]  # the dead channels of the input
     expected = dense.module.eval()(whole)[:, 4:]  # of the output, whose live gates are 1
     torch.testing.assert_close(ours.module.eval()(*ours.inputs), expected)
+
+
+def test_items_of_a_model_are_spread_over_the_experts():
+    logits = torch.tensor([[9., 1., 0.]]).expand(4, 3)  # all four would choose experts 0 and 1
+    gates = logits.softmax(dim=1)
+    weights, indices = gates.topk(2)
+    found = spread_evenly('layer', Routing(logits, gates, weights, indices))
+    assert found.indices.tolist() == [[0, 1], [1, 2], [2, 0], [0, 1]]
+    assert found.weights is weights
+    mixed = Routing(logits, gates, gates)
+    assert spread_evenly('layer', mixed) is mixed
 
 
 def test_tokens_meet_a_dense_mlp_of_equal_macs():

@@ -24,8 +24,10 @@ from moe_zoo.cards import card, dense_twin
 from moe_zoo.errors import InputError, atomic_write, exit_on_input_error, nearest
 
 from ..losses import auxiliary_losses
+from ..routing import Routing
 from .cost import count
 from .count_cli import build_model
+from .force import rewrite_routing
 from .layer_cases import MODES, Case, Contender, find_cases
 from .timing import CLOCKS, Ratio, alternate, machine, ratio, settle_memory
 
@@ -96,7 +98,7 @@ def _finish(x: torch.Tensor) -> None:
 
 
 def benchmark_model(name: str, mode: str, args: argparse.Namespace) -> list[dict]:
-    """Time one model against the dense twin that its card names.
+    """Time one model, its items spread evenly over its experts, against the dense twin that its card names.
 
     Returns:
         One row: what was run, the ratio of MACs, the ratio of time, and every timing in seconds.
@@ -111,12 +113,24 @@ def benchmark_model(name: str, mode: str, args: argparse.Namespace) -> list[dict
     models = [build_model(name, args.device, size), build_model(twin, args.device, size, **keywords)]
     x = torch.rand(args.batch_size, channels, *size, device=args.device)
     macs = [count(model, x).macs_max for model in models]
-    timings = alternate([make_run(model, x, mode) for model in models], args.rounds, clock=CLOCKS[args.clock])
+    with rewrite_routing(models[0], spread_evenly):
+        timings = alternate([make_run(model, x, mode) for model in models], args.rounds, clock=CLOCKS[args.clock])
     row = {
         'model': name, 'twin_args': keywords, 'batch_size': args.batch_size, 'input_size': [channels, *size],
         'macs_ratio': macs[0] / macs[1],
     }
     return [row | _compare(twin, mode, timings.seconds, timings.loads, MODEL_AIMS.get(name))]
+
+
+def spread_evenly(layer: str, routing: Routing) -> Routing:
+    """Item t chooses experts t, t + 1 ... modulo E: as balanced as training can make it.
+
+    Fresh routers send most items to the same few experts, which is faster than any use of the model would be.
+    """
+    if routing.indices is None or routing.by_expert:
+        return routing
+    items, ranks = (torch.arange(n, device=routing.indices.device) for n in routing.indices.shape)
+    return routing._replace(indices=(items[:, None] + ranks) % routing.num_experts)
 
 
 def benchmark_layer(name: str, mode: str, case: Case, args: argparse.Namespace) -> list[dict]:
@@ -261,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     model = commands.add_parser(
         'model', parents=[shared], help='models beside their dense twins',
         description='Time of routed models as a ratio to their dense twins, which their cards name. A training step '
-        'includes the losses and an SGD step.')
+        'includes the losses and an SGD step; items are spread evenly over the experts they choose among.')
     model.add_argument('names', nargs='+', metavar='NAME', help='models of moe_zoo (moe-zoo list shows them)')
     model.add_argument('--batch-size', type=int, default=8, metavar='B', help='images a batch (default: 8)')
     model.add_argument('--img-size', type=int, metavar='S', help="side of the images (default: the card's)")
