@@ -5,19 +5,18 @@ timm's own tests run on every name in test_timm_host.py; the layers are in test_
 import json
 import os
 
-import numpy as np
 import pytest
 import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from PIL import Image
+from image_folders import write_images
 from timm.optim import create_optimizer_v2
 from torch import nn
 
 from moe_zoo.analysis import count
 from moe_zoo.analysis.force import force_expert
-from moe_zoo.analysis.usage import measure_usage, usage_table
+from moe_zoo.analysis.usage import LayerUsage, measure_usage, usage_table
 from moe_zoo.engine import MoEClassificationTask
 from moe_zoo.engine.checkpoint import read_checkpoint
 from moe_zoo.engine.compare import twin_options
@@ -221,6 +220,10 @@ def test_usage_and_the_watch_bear_zero_gates():
     usages = measure_usage(model, [batch()])
     assert list(usages)[0] == 'embedding' and usages['blocks.0.0.gate1'].num_experts == 8
     assert 'blocks.2.0.gate2' in usage_table(usages)
+    share = torch.ones(100, dtype=torch.float64)
+    share[0] = 0.
+    # Of a hundred channels one is off: 0 and 1/99, not a hundred numbers.
+    assert usage_table({'gate': LayerUsage('gate', 1, share, share, 0.)}).endswith('%  0.00 to 1.01')
     balance = {'a': {'share': torch.tensor([1., 0.])}, 'b': {'share': torch.tensor([1., 0.])}}
     message, = BalanceWatch('model', {'a'}).check(balance, True)
     assert message.startswith("Layer 'b'")
@@ -338,15 +341,7 @@ RECIPE = dict(
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
     """20 images of two classes, dark and bright."""
-    root = tmp_path_factory.mktemp('images')
-    noise = np.random.default_rng(0)
-    for split, number in (('train', 8), ('validation', 2)):
-        for level, name in ((60, 'dark'), (190, 'bright')):
-            (root / split / name).mkdir(parents=True)
-            for i in range(number):
-                pixels = noise.integers(level - 50, level + 50, (16, 16, 3)).astype(np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f'{i}.png')
-    return root
+    return write_images(tmp_path_factory.mktemp('images'), {'train': 8, 'validation': 2})
 
 
 def run(folders, folder, **kwargs):

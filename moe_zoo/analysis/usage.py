@@ -193,11 +193,14 @@ def evaluation_mode(model: nn.Module):
 
 
 def usage_table(usages: Dict[str, LayerUsage]) -> str:
-    """A plain-text table, one row a layer."""
+    """A plain-text table, one row a layer; of more than 64 experts (channels) the least and the largest share."""
     width = max([len('layer'), *map(len, usages)])
     rows = [f'{"layer":<{width}}  experts  living     cv  entropy  dropped  share of every expert, %']
     for name, usage in usages.items():
-        shares = ' '.join(f'{100 * s:.1f}' for s in usage.share.tolist())
+        listed = usage.share.tolist()
+        few = usage.num_experts <= 64
+        span = f'{100 * min(listed):.2f} to {100 * max(listed):.2f}'
+        shares = ' '.join(f'{100 * s:.1f}' for s in listed) if few else span
         rows.append(
             f'{name:<{width}}  {usage.num_experts:>7}  {usage.living:>6}  {usage.cv:>5.2f}  {usage.entropy:>7.3f}  '
             f'{100 * usage.dropped:>5.1f} %  {shares}'
