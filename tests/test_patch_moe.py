@@ -173,6 +173,21 @@ def test_a_forced_expert_takes_every_patch(layer, size):
         torch.testing.assert_close(y, layer.run_reference(x, weights))
 
 
+@pytest.mark.parametrize('layer, size', [
+    (PatchMoE(1, 4, 2, 2, 1), (2, 1, 4, 4)), (PatchMoEConv2d(4, 3, 2, 3), (2, 4, 4, 4))])
+def test_captured_graphs_choose_anew(layer, size):
+    # the shapes of the chosen patches are static, so that a graph made from one input holds for others
+    layer.router.init_std = 1.
+    layer.router.reset_parameters()
+    x, other = torch.randn(size), torch.randn(size)
+    with torch.no_grad():
+        expected = layer.eval()(other)
+        torch.testing.assert_close(torch.export.export(layer, (x,)).module()(other), expected)
+        torch.testing.assert_close(torch.jit.trace(layer, x, check_trace=False)(other), expected)
+        torch.testing.assert_close(torch.jit.script(layer)(other), expected)
+        torch.testing.assert_close(torch.compile(layer, backend='eager', fullgraph=True)(other), expected)
+
+
 def test_patches_are_cut_in_the_order_of_the_map():
     x = torch.arange(16.).view(1, 1, 4, 4)
     assert to_patches(x, 2, 2)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]

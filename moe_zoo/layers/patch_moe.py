@@ -107,7 +107,7 @@ class PatchRouter(nn.Module):
         weights = torch.zeros_like(by_expert).scatter(2, chosen, values)
         if self.gate_order != 'before':
             gates = weights
-        kept = torch.zeros_like(by_expert, dtype=torch.bool).scatter(2, chosen, True)
+        kept = torch.zeros_like(by_expert).scatter(2, chosen, 1.) > 0  # a bool True would not survive torch.jit.trace
         return logits, gates.transpose(1, 2), weights.transpose(1, 2), kept.transpose(1, 2)
 
     @torch.jit.ignore
@@ -275,7 +275,8 @@ class PatchMoE(PatchLayer):
             mode: 'joint': routers and experts by the loss of the task, which reaches a router through the gates of the
                 patches it chose. 'router': routers alone, by the linear loss (`moe_zoo.losses.linear_router_loss`,
                 which the record asks for: `set_aux_loss(True)` on the model, or our training tool). 'experts': experts
-                alone. What does not train has `requires_grad` off. Under DDP use `find_unused_parameters`.
+                alone. What does not train has `requires_grad` off. Under DDP call `MoEClassificationTask.set_epoch`,
+                which wraps the model anew, or use `find_unused_parameters`.
 
         Raises:
             InputError: An unknown mode, or separate training without hard gates or two experts.
