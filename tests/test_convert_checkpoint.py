@@ -136,12 +136,16 @@ def test_pieces_across_columns(tmp_path):
         (tmp_path / f'c.data-{shard:05d}-of-00002').write_bytes(msgpack.packb(
             {MARK: True, '0': [[[piece], msgpack.ExtType(6, pack_slices(cut))]]}))
     assert np.asarray(read_vmoe(tmp_path / 'c')['x']).tolist() == [[1, 2, 3], [4, 5, 6]]
-    # The index has a row too many: the data files do not cover it.
-    info[0] = msgpack.packb([[3, 3], 'float32', False, {}])
-    (tmp_path / 'c.index').write_bytes(msgpack.packb(
-        {'shard_count': 2, 'index': {'x': msgpack.ExtType(8, msgpack.packb(info))}}))
-    with pytest.raises(InputError, match="do not belong together: the pieces of 'x' differ"):
-        read_vmoe(tmp_path / 'c')
+    # The index has a row too many: the data files do not cover it. Or it says another type.
+    for shape, stored, message in (
+            ([3, 3], 'float32', "do not belong together: the pieces of 'x' differ"),
+            ([2, 3], 'int32', 'do not belong together: the pieces of array number 0 differ'),
+            ([2, 3], 'object', "is not a file of a released V-MoE checkpoint: an array is of the type 'object'")):
+        info[0] = msgpack.packb([shape, stored, False, {}])
+        (tmp_path / 'c.index').write_bytes(msgpack.packb(
+            {'shard_count': 2, 'index': {'x': msgpack.ExtType(8, msgpack.packb(info))}}))
+        with pytest.raises(InputError, match=message):
+            read_vmoe(tmp_path / 'c')
 
 
 def test_a_plan_knows_shapes_and_types_without_reading(released, tmp_path):
@@ -295,6 +299,9 @@ BROKEN = [
     (lambda d: cut(d / 'small.index', 700), r"'.*small\.index' is truncated"),
     (lambda d: (d / 'small.index').write_bytes(b'\x89PNG' * 100),
      r"'.*small\.index' is not a file of a released V-MoE checkpoint: it does not begin with 'shard_count'\."),
+    (lambda d: (d / 'small.index').write_bytes(
+        (d / 'small.index').read_bytes().replace(b'shard_count\x02', b'shard_count\xc0')),
+     r"'.*small\.index' is not a file of a released V-MoE checkpoint: its msgpack holds something else\."),
     (lambda d: (d / 'small.index').write_bytes(b'\x82\xa5index' + b'\x91' * 5000),
      r"'.*small\.index' is not a file of a released V-MoE checkpoint: its msgpack holds something else\."),
     (lambda d: (d / 'small.data-00000-of-00002').write_bytes((d / 'small.index').read_bytes()),
@@ -322,6 +329,25 @@ def test_wherever_a_file_is_cut_it_is_noticed(released, tmp_path):
                 read_vmoe(prefix)
         path.write_bytes(whole)
     read_vmoe(prefix)
+
+
+def test_whatever_byte_is_wrong_nothing_but_a_sentence_comes(released, tmp_path):
+    prefix, _ = released
+    random = np.random.default_rng(0)
+    outcomes = set()
+    for path in (tmp_path / 'small.index', tmp_path / 'small.data-00000-of-00002'):
+        whole = path.read_bytes()
+        for _ in range(120):
+            damaged = bytearray(whole)
+            damaged[random.integers(min(len(whole), 3000))] = random.integers(256)
+            path.write_bytes(damaged)
+            try:
+                import_vmoe(read_vmoe(prefix))
+                outcomes.add('read')  # a number of an array was hit
+            except InputError:
+                outcomes.add('refused')
+        path.write_bytes(whole)
+    assert outcomes == {'read', 'refused'}
 
 
 def test_what_is_not_for_the_model_is_refused(released, tmp_path, capsys):

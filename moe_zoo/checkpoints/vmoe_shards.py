@@ -9,11 +9,12 @@ every array is read when it is wanted. That is why the few lines of msgpack are 
 """
 import contextlib
 import math
+import operator
 import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
 
 import numpy as np
 
@@ -21,7 +22,10 @@ from ..errors import InputError
 
 CHUNKED = '__msgpack_array_chunk_a87ca2__'  # the first key of a data file
 INDEX_KEYS = ('shard_count', 'index')
-NDARRAY, SCALAR, SLICES, INFO = 1, 3, 6, 8  # codes of what msgpack has no type for: an array, a slice, a leaf's entry
+# As stored -> as read: NumPy has no bfloat16. Others, Python objects above all, are not read.
+TYPES = {name: np.dtype(name) for name in 'float64 float32 float16 int64 int32 uint32 uint8 bool'.split()}
+TYPES['bfloat16'] = np.dtype(np.float32)
+NDARRAY, SCALAR, INFO = 1, 3, 8  # codes of what msgpack has no type for: an array, a number, a leaf's entry
 
 
 class Blob(NamedTuple):
@@ -82,14 +86,15 @@ def read_vmoe(prefix: Union[str, os.PathLike]) -> Dict[str, ShardedArray]:
     with _opened(index_path, f'{prefix!r} is no checkpoint of the original V-MoE') as file:
         index = _decode_map(file, INDEX_KEYS)
         leaves = {name: _leaf(file, info) for name, info in _flatten(index['index'], index_path)}
+        shards = range(index['shard_count'])
     names = list(leaves)
     pieces: Dict[str, list] = {name: [] for name in names}
-    for shard in range(index['shard_count']):
-        path = Path(f'{prefix}.data-{shard:05d}-of-{index["shard_count"]:05d}')
-        with _opened(path, f'{prefix!r} is incomplete: its index counts {index["shard_count"]} data files') as file:
-            for number, where, blobs in _shard(file):
-                if number >= len(names):
-                    raise _wrong(path, f'it has an array number {number}, but the index has {len(names)} arrays')
+    for shard in shards:
+        path = Path(f'{prefix}.data-{shard:05d}-of-{len(shards):05d}')
+        with _opened(path, f'{prefix!r} is incomplete: its index counts {len(shards)} data files') as file:
+            for number, where, blobs, types in _shard(file):
+                if not 0 <= number < len(names) or types != {leaves[names[number]][1]}:
+                    raise _apart(index_path, f'array number {number}')
                 pieces[names[number]].append((path, where, blobs))
     return {name: _joined(name, leaf, pieces[name], index_path) for name, leaf in leaves.items()}
 
@@ -97,26 +102,16 @@ def read_vmoe(prefix: Union[str, os.PathLike]) -> Dict[str, ShardedArray]:
 def _joined(name: str, leaf: Tuple, pieces: list, index_path: Path) -> ShardedArray:
     """One array, whose pieces in the data files must be those that the index has."""
     shape, stored, slices = leaf
-    dtype = _numpy_type(stored, name, index_path)
-    itemsize = 2 if stored == 'bfloat16' else dtype.itemsize
+    itemsize = 2 if stored == 'bfloat16' else TYPES[stored].itemsize
     found = [_bounds(where, shape) for _, where, _ in pieces]
     sizes = [math.prod(stop - start for start, stop in where) for where in found]
     different = dict(zip(found, sizes))  # a piece may be stored more than once
     if different.keys() != {_bounds(where, shape) for where in slices} or sum(different.values()) != math.prod(shape):
-        raise InputError(f"'{index_path}' and its data files do not belong together: the pieces of {name!r} differ.")
+        raise _apart(index_path, repr(name))
     for (path, _, blobs), size in zip(pieces, sizes):
         if sum(blob.size for blob in blobs) != size * itemsize:
             raise _wrong(path, f'the bytes of {name!r} do not fill its shape')
-    return ShardedArray(shape, dtype, stored, tuple(pieces))
-
-
-def _numpy_type(stored: str, name: str, path: Path) -> np.dtype:
-    if stored == 'bfloat16':
-        return np.dtype(np.float32)
-    try:
-        return np.dtype(stored)
-    except TypeError:
-        raise _wrong(path, f'{name!r} is of the unknown type {stored!r}') from None
+    return ShardedArray(shape, TYPES[stored], stored, tuple(pieces))
 
 
 def _flatten(tree: Any, path: Path, prefix: str = '') -> Iterator[Tuple[str, Blob]]:
@@ -134,11 +129,15 @@ def _leaf(file: BinaryIO, info: Blob) -> Tuple[Tuple[int, ...], str, list]:
     """Shape, type and slices of an entry of the index."""
     array, slices, _ = _decode_blob(file, info)
     shape, stored, *_ = _decode_blob(file, array)
-    return tuple(shape), stored, [_slices(file, each) for each in slices]
+    if stored not in TYPES:
+        raise _wrong(file.name, f'an array is of the type {stored!r}')
+    if min(shape, default=0) < 0:
+        raise ValueError
+    return tuple(map(operator.index, shape)), stored, [_slices(file, each) for each in slices]
 
 
-def _shard(file: BinaryIO) -> Iterator[Tuple[int, Tuple[slice, ...], Tuple[Blob, ...]]]:
-    """Number of the array, slice and places of the bytes, of every piece in a data file."""
+def _shard(file: BinaryIO) -> Iterator[Tuple[int, Tuple[slice, ...], Tuple[Blob, ...], Set[str]]]:
+    """Number of the array, slice, places of the bytes and names of their types, of every piece in a data file."""
     tree = _decode_map(file, (CHUNKED,))
     for number, pieces in tree.items():
         if number == CHUNKED:
@@ -146,12 +145,14 @@ def _shard(file: BinaryIO) -> Iterator[Tuple[int, Tuple[slice, ...], Tuple[Blob,
         for chunks, where in pieces:
             # A chunk is an array of its own: shape, type, bytes.
             arrays = [_decode_blob(file, chunk) for chunk in chunks if chunk.code in (NDARRAY, SCALAR)]
-            yield int(number), _slices(file, where), tuple(array[2] for array in arrays)
+            blobs = tuple(Blob(array[2].start, array[2].size) for array in arrays)
+            yield int(number), _slices(file, where), blobs, {array[1] for array in arrays}
 
 
 def _slices(file: BinaryIO, blob: Blob) -> Tuple[slice, ...]:
     """An n-dimensional slice: [start, stop, None] by axis."""
-    return tuple(slice(*_decode_blob(file, each)[:2]) for each in _decode_blob(file, blob))
+    bounds = [_decode_blob(file, each)[:2] for each in _decode_blob(file, blob)]
+    return tuple(slice(*(None if end is None else operator.index(end) for end in pair)) for pair in bounds)
 
 
 def _bounds(where: Tuple[slice, ...], shape: Tuple[int, ...]) -> Tuple[Tuple[int, int], ...]:
@@ -200,6 +201,10 @@ def _opened(path: Path, without: str) -> Iterator[BinaryIO]:
 
 def _truncated(path: Path) -> InputError:
     return InputError(f"'{path}' is truncated: fetch it again.")
+
+
+def _apart(index_path: Path, what: str) -> InputError:
+    return InputError(f"'{index_path}' and its data files do not belong together: the pieces of {what} differ.")
 
 
 def _wrong(path: Union[str, Path], why: str) -> InputError:
