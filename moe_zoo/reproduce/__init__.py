@@ -20,6 +20,7 @@ FILES = {
     'condconv-placement': 'condconv',
     'condconv-experts': 'condconv',
     'dyconv-temperature': 'dyconv',
+    'balance': 'balance',
     'deepmoe': 'deepmoe',
     'pmoe-samples': 'pmoe',
     'pmoe-spurious': 'pmoe',
