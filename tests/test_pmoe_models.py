@@ -2,9 +2,12 @@
 
 timm's own tests run on every name in test_timm_host.py; here stands what timm cannot know.
 """
+import os
+
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from timm.optim import create_optimizer_v2
 from torch import nn
 
@@ -137,6 +140,43 @@ def test_routers_first_then_experts_and_only_what_trains_moves():
         # decay and momentum included: what is frozen has no gradient at all
         assert moved == {'stages.0.router.weight' if epoch < 2 else 'stages.0.weight'}
         assert ('loss_linear_router' in result) == (epoch < 2)
+
+
+def _two_parts(model: nn.Module, task: MoEClassificationTask, x: torch.Tensor, y: torch.Tensor) -> dict:
+    """An epoch of two steps for the routers, one for the experts; the weights they lead to."""
+    optimizer = create_optimizer_v2(model, opt='momentum', lr=.2, weight_decay=.1)
+    for epoch in range(2):
+        task.set_epoch(epoch)
+        for _ in range(2):
+            optimizer.zero_grad()
+            task(x, y)['loss'].backward()
+            optimizer.step()
+    return model.state_dict()
+
+
+def _problem() -> tuple:
+    torch.manual_seed(0)
+    model = separate(router_epochs=1)
+    return model, MoEClassificationTask(model.train(), verbose=False), torch.rand(6, 1, 4, 4), torch.arange(6) % 2
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)
+    model, task, x, y = _problem()
+    task.prepare_distributed(device_ids=[torch.device('cpu')])
+    state = _two_parts(model, task, x[3 * rank:3 * rank + 3], y[3 * rank:3 * rank + 3])
+    torch.save(state, os.path.join(folder, f'{rank}.pt'))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_separately(tmp_path):
+    """What trains changes under DDP: the same weights as one process with the whole batch."""
+    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    expected = _two_parts(*_problem())
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f'{rank}.pt', weights_only=True), expected)
 
 
 def test_one_step_of_the_routers_by_hand():

@@ -6,7 +6,7 @@ Letters: B images, E experts.
 """
 import gc
 import warnings
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 from timm.task import ClassificationTask, MultiLabelClassificationTask
@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..losses import auxiliary_losses, balance
-from ..routing import Routing, end_step_after_optimizer, trace_routing
+from ..routing import Routing, end_step_after_optimizer, set_epoch, trace_routing
 from .epochs import set_epoch_after_schedule
 
 
@@ -42,16 +42,27 @@ class MoEClassificationTask(ClassificationTask):
         return super().prepare_distributed(None if self.device.type == 'cpu' else device_ids, **ddp_kwargs)
 
     def freeze_gates(self) -> None:
-        """Freeze the gates of a DeepMoE model (`DeepMoEModel.freeze_gates`), between two steps; on every rank.
+        """Freeze the gates of a DeepMoE model (`DeepMoEModel.freeze_gates`), between two steps; on every rank."""
+        self._change(lambda model: model.freeze_gates())
 
-        DistributedDataParallel would wait for the gradients of the frozen parameters: the model is wrapped anew.
+    def set_epoch(self, epoch: int) -> None:
+        """`moe_zoo.routing.set_epoch`, between two steps; on every rank. What trains may change (separate pMoE)."""
+        self._change(lambda model: set_epoch(model, epoch))
+
+    def _change(self, change: Callable[[nn.Module], None]) -> None:
+        """Change a model that may be inside DistributedDataParallel.
+
+        That waits for the gradients of the parameters that had one when it was made: if these become others, the model
+        is wrapped anew.
         """
-        distributed = isinstance(self.trainable_module, DistributedDataParallel)
-        if distributed:
+        model = unwrap_model(self.trainable_module)
+        before = [p.requires_grad for p in model.parameters()]
+        change(model)
+        if before == [p.requires_grad for p in model.parameters()]:
+            return
+        if isinstance(self.trainable_module, DistributedDataParallel):
             self.trainable_module = self.trainable_module.module
             gc.collect()  # the old wrapper's hooks go with it
-        unwrap_model(self.trainable_module).freeze_gates()
-        if distributed:
             self.prepare_distributed(**self._distributed)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, Any]:

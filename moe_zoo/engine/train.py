@@ -21,7 +21,6 @@ from timm.utils import dispatch_clip_grad, unwrap_model
 
 from ..errors import InputError, atomic_write, counted, exit_on_input_error
 from ..layers import ChannelGate, RoutedLayer, ShallowEmbedding
-from ..routing import set_epoch
 from .build import (
     build_model,
     build_optimizer,
@@ -220,7 +219,7 @@ class Trainer:
                 part.set_epoch(self.epoch)
         self._mixup_until(args.mixup_off_epoch)
         self._freeze_gates_from(args.freeze_gates)
-        set_epoch(unwrap_model(self.task.trainable_module), self.epoch)
+        self.task.set_epoch(self.epoch)
         self.task.trainable_module.train()
         batches = iterate_apart(loader, args.seed, self.epoch, args.rank)
         title = f'epoch {self.epoch + 1}/{self.stop}'
