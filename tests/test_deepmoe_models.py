@@ -147,6 +147,14 @@ def test_cifar_networks_take_other_sizes():
         assert model(torch.empty(1, 3, 224, 224, device='meta')).shape == (1, 10)
 
 
+@pytest.mark.parametrize('name', ['deepmoe_vgg16_cifar', 'deepmoe_vgg16_cifar_dense'])
+def test_images_that_vgg_cannot_halve_four_times(name):
+    model = timm.create_model(name, device='meta').eval()
+    assert model(torch.empty(1, 3, 16, 16, device='meta')).shape == (1, 10)
+    with pytest.raises(InputError, match='A max-pool meets a map of 1 x 2, which it cannot halve: use larger images.'):
+        model(torch.empty(1, 3, 15, 16, device='meta'))
+
+
 def test_new_classes_keep_the_gates():
     model = tiny(gate_init=(-1., 1.)).eval()
     x = batch(2)[0]

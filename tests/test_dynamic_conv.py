@@ -122,6 +122,13 @@ def test_size_of_an_attention(channels, reduction, hidden):
 
 
 @pytest.mark.parametrize('geometry', GEOMETRIES)
+def test_no_images(geometry):
+    layer = build(geometry)
+    x = torch.randn(2, 8, 9, 9)
+    assert layer(x[:0]).shape == (0, *layer(x).shape[1:])
+
+
+@pytest.mark.parametrize('geometry', GEOMETRIES)
 @pytest.mark.parametrize('batch, size', [(1, 9), (3, 9), (11, 17), (9, 5)])
 def test_a_batch_equals_its_images_one_by_one(geometry, batch, size):
     """Values and every gradient, the attention's included; no image sees another."""

@@ -106,6 +106,20 @@ def test_channels_last_stays_and_changes_nothing():
     torch.testing.assert_close(y, made(x))
 
 
+def test_a_network_with_it_can_be_made_channels_last():
+    # nn.Module.to asks this layout of weights of 4 and of 5 axes, and torch refuses it for 5.
+    made = layer(4, 6, bias=True)
+    x = torch.randn(5, 4, 8, 8)
+    y = made(x)
+    y.sum().backward()
+    weight, grad = made.weight.clone(), made.weight.grad.clone()
+    nn.Sequential(made).to(memory_format=torch.channels_last)
+    assert made.weight[0].is_contiguous(memory_format=torch.channels_last) and not made.weight[0].is_contiguous()
+    assert torch.equal(made.weight, weight) and torch.equal(made.weight.grad, grad)
+    torch.testing.assert_close(made(x.to(memory_format=torch.channels_last)), y)
+    assert made.double().weight.dtype == torch.float64 and made.weight.shape == weight.shape
+
+
 def test_an_empty_batch_meta_script_and_export():
     made = layer(4, 6, stride=2, bias=True).eval()
     x = torch.randn(3, 4, 8, 8)

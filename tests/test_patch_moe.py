@@ -114,6 +114,13 @@ def test_chosen_patches_equal_the_masked_image(gate_order):
         gradients(lambda: layer(x), *leaves), gradients(lambda: layer.run_reference(x, layer.route(x)[1]), *leaves))
 
 
+@pytest.mark.parametrize('layer, size', [
+    (PatchMoE(1, 4, 2, 2, 1), (1, 4, 4)), (PatchMoEConv2d(4, 3, 2, 3), (4, 4, 4))])
+def test_no_images(layer, size):
+    y = layer.eval()(torch.randn(2, *size))
+    assert layer(torch.randn(0, *size)).shape == (0, *y.shape[1:])
+
+
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('norm_first', [True, False])
 @pytest.mark.parametrize('gate_order', GATE_ORDERS)

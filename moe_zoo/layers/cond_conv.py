@@ -155,6 +155,9 @@ class CondConv2d(TimmCondConv2d):
     def convolve(self, x: torch.Tensor, routing_weights: torch.Tensor) -> torch.Tensor:
         """What `forward` does, under a name that a subclass with another `forward` can call."""
         routing_weights = routing_weights.to(self.weight.dtype)
+        if not torch.jit.is_scripting():
+            if x.shape[0] == 0:  # which would be a convolution of no groups
+                return self.forward_experts(x, routing_weights)
         if self.pointwise:
             return self._convolve_pointwise(x, routing_weights)
         if not torch.jit.is_scripting():

@@ -4,7 +4,7 @@ The Conv-MoE layer of Pavlitska et al. 2022 (arXiv 2204.10598): experts are whol
 Letters: B images, C input channels, O output channels, E experts, K chosen experts an image, G groups.
 """
 import math
-from typing import List, Optional, Sequence, Tuple
+from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
 from timm.layers import Conv2dSame, pad_same, register_notrace_module, to_2tuple
@@ -164,6 +164,12 @@ class MoEConv2d(ImageMoE):
         """MACs of the gate and of K convolutions for every image of (B, C, H, W)."""
         B, _, H, W = self.output_shape(input_shape)
         return self.gate_macs(B) + B * self.num_selected * H * W * math.prod(self.weight.shape[1:])
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args, **kwargs) -> 'MoEConv2d':
+        """The kernels of all experts as one of 4 axes: `to(memory_format=torch.channels_last)` refuses 5."""
+        def apply(t: torch.Tensor) -> torch.Tensor:
+            return fn(t.flatten(0, 1)).unflatten(0, t.shape[:2]) if t.dim() == 5 else fn(t)
+        return super()._apply(apply, *args, **kwargs)
 
     def _load_from_state_dict(self, state_dict, prefix: str, *args) -> None:
         for name, parameter in (('weight', self.weight), ('bias', self.bias)):

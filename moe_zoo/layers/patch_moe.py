@@ -451,7 +451,7 @@ class PatchMoEConv2d(PatchLayer):
             rows = source.permute(0, 2, 3, 1).reshape(-1, C).index_select(0, items)
             rows = expert.run_rows(rows, gates, B * H * W)
             out = rows[-1:].expand(B * H * W, -1).index_copy(0, items, rows[:-1])
-            outputs.append(out.view(B, H, W, -1))
+            outputs.append(out.view(B, H, W, expert.conv.out_channels))
         return torch.cat(outputs, dim=3).permute(0, 3, 1, 2)
 
     def expert_parameters(self) -> List[List[nn.Parameter]]:

@@ -12,6 +12,7 @@ import torch
 from timm.layers import register_notrace_module, use_reentrant_ckpt
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
+from torch.nn import functional as F
 
 from ..errors import InputError, nearest
 from ..layers.deep_moe import ChannelGate, ChannelGated, Link, ShallowEmbedding, live_channels, scale_channels
@@ -182,6 +183,18 @@ class GatedBottleneck(GatedResidualBlock, Bottleneck):
         return self.act3(x)
 
 
+@register_notrace_module
+class Halve(nn.MaxPool2d):
+    """Max-pool by 2. Raises: InputError: The (B, C, H, W) map is a single row or column."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if min(x.shape[2:]) < 2:
+                raise InputError(
+                    f'A max-pool meets a map of {x.shape[2]} x {x.shape[3]}, which it cannot halve: use larger images.')
+        return F.max_pool2d(x, 2)
+
+
 class PlainBlock(nn.Module):
     """One layer of a plain network such as VGG: 3 x 3 convolution, norm, activation; at stride 2 a max-pool before."""
     expansion = 1
@@ -198,7 +211,7 @@ class PlainBlock(nn.Module):
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.pool = nn.MaxPool2d(2) if stride == 2 else nn.Identity()
+        self.pool = Halve(2) if stride == 2 else nn.Identity()
         self.conv1 = nn.Conv2d(inplanes, planes, 3, padding=1, bias=False, **dd)
         self.bn1 = norm_layer(planes, **dd)
         self.act1 = act_layer(inplace=True)

@@ -23,7 +23,7 @@ __all__ = ['CifarNet', 'DeepMoECifarNet']
 class CifarNet(nn.Module):
     """3 x 3 stem at full resolution, stages that halve it, pool, linear classifier: residual or plain by its blocks.
 
-    Any image size works; the networks are meant for 32 x 32.
+    Any image size works (VGG: from 16 x 16); the networks are meant for 32 x 32.
 
     Args:
         block: timm's BasicBlock, or `PlainBlock` for VGG.

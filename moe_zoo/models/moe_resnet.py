@@ -134,6 +134,8 @@ def _check(stages: Tuple[int, ...], layer: str, widths: Any, residual: Optional[
                     "use layer='conv'.")
     if widths is not None and not isinstance(widths, int) and len(widths) != len(stages):
         raise InputError(f'widths={tuple(widths)}: give one number, or one for each of {len(stages)} routed stages.')
+    if widths is not None and min((widths,) if isinstance(widths, int) else widths) < 1:
+        raise InputError(f'widths={widths}: an expert is at least 1 channel wide.')
 
 
 def _width(widths: Union[None, int, Sequence[int]], index: int, block: type, number: int, planes: Sequence[int]) -> int:
