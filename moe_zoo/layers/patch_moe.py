@@ -446,7 +446,7 @@ class PatchMoEConv2d(PatchLayer):
         """Only the chosen cells, and once what every other cell becomes."""
         B, C, H, W = x.shape
         outputs = []
-        for expert, items, gates in zip(self.experts, *self.chosen(weights)):
+        for expert, items, gates in zip(self.experts, *(each.unbind(0) for each in self.chosen(weights))):
             source = expert.act(expert.norm(x)) if expert.norm_first else x
             rows = source.permute(0, 2, 3, 1).reshape(-1, C).index_select(0, items)
             rows = expert.run_rows(rows, gates, B * H * W)
