@@ -540,6 +540,21 @@ def test_coco_metrics_come_from_the_fast_evaluator(tiny, scenes):
     assert metrics['AP'] == pytest.approx(100) and metrics['APs'] == pytest.approx(100)
 
 
+def test_a_hard_constraint_in_the_backbone_hears_of_every_step_of_an_optimiser():
+    cfg = load_config(path_of('coco/retinanet_condconv_r50_fpn_1x'), [
+        *SMALL, 'MOE.TIMM.NAME', 'moe_resnet18', 'MOE.TIMM.FROZEN_BN', 'False', 'MODEL.BACKBONE.FREEZE_AT', '0'])
+    cfg.MOE.TIMM.ARGS = type(cfg)({'constraint': 'relative', 'channels': (8, 8, 8, 8)})
+    model = build_model(cfg).train()
+    router = next(m.router for m in model.modules() if isinstance(m, MoEStage))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.)
+    for step in (1, 2):
+        with EventStorage():
+            sum(model(images((64, 64), (64, 96))).values()).backward()
+        assert router.constraint.importance.sum() > 0
+        optimizer.step()
+        assert router.constraint.steps == step and not router.constraint.importance.any()
+
+
 def test_gates_of_a_condconv_backbone_are_logged_and_ask_for_no_loss():
     model = tiny_model('coco/retinanet_condconv_r50_fpn_1x', 'MOE.TIMM.NAME', 'condconv_resnet18').train()
     with EventStorage(19) as storage:
