@@ -173,8 +173,10 @@ def test_pointwise_as_a_convolution_or_a_product(geometry, batch, monkeypatch):
     leaves, groups, conv2d = [x, a, *layer.parameters()], [], F.conv2d
     expected, slopes = layer.forward_reference(x, a), gradients(lambda: layer.forward_reference(x, a), *leaves)
     monkeypatch.setattr(F, 'conv2d', lambda *args: groups.append(args[6]) or conv2d(*args))
-    for faster, calls in ((True, {1: [1], 11: [8, 3]}[batch]), (False, [])):
+    in_calls = {1: [1], 11: [8, 3]}[batch]
+    for faster, threads, calls in ((True, 1, in_calls), (True, 2, in_calls), (False, 2, [])):
         monkeypatch.setattr(cond_conv, 'convolutions_beat_matmul', lambda faster=faster: faster)
+        monkeypatch.setattr(torch, 'get_num_threads', lambda threads=threads: threads)
         torch.testing.assert_close(layer(x, a), expected)
         assert groups == calls
         torch.testing.assert_close(gradients(lambda: layer(x, a), *leaves), slopes)
