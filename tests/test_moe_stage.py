@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_zoo.errors import InputError
+from moe_zoo.layers.image_moe import GATES
 from moe_zoo.layers.moe_stage import MoEStage
 from moe_zoo.losses import auxiliary_losses
 from moe_zoo.routing import routing_context, trace_routing
@@ -109,9 +110,10 @@ def test_losses_are_recorded_and_reach_the_gate():
     assert stage.router.weight.grad is not None
 
 
-def test_gate_of_a_padded_image_is_that_of_the_image_alone():
+@pytest.mark.parametrize('gate', GATES)
+def test_gate_of_a_padded_image_is_that_of_the_image_alone(gate):
     torch.manual_seed(0)
-    stage = MoEStage(conv_experts(4), 4, noise=False).eval()
+    stage = MoEStage(conv_experts(4), 4, gate=gate, noise=False).eval()
     nn.init.normal_(stage.router.weight)
     small, large = torch.randn(1, 4, 3, 5), torch.randn(1, 4, 4, 8)
     padded = nn.functional.pad(small, (0, 3, 0, 1), value=7.)  # what a network leaves in the padding is not zero

@@ -37,12 +37,12 @@ CONSTRAINTS = {
 _LOSSES = {'importance': 'importance_unbiased', 'kl': 'kl'}
 
 
-def pooled(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) to (B, C), over the true area of padded images."""
+def pooled(x: torch.Tensor, cut: int = 0) -> torch.Tensor:
+    """(B, C, H, W) to (B, C), over the true area of padded images; `cut` as in `masked_mean`."""
     if torch.jit.is_scripting():
         return x.mean(dim=(2, 3))
     else:
-        return masked_mean(x)
+        return masked_mean(x, cut)
 
 
 class Pool(nn.Module):
@@ -83,7 +83,7 @@ class PoolPatches(nn.Module):
                 raise InputError(
                     f'A gate with a 3 x 3 convolution meets a map of {x.shape[2]} x {x.shape[3]}: it needs 3 x 3; '
                     "use gate='gap_fc', an earlier stage or larger images.")
-        shifts = [pooled(x[:, :, n // 3:n // 3 + height, n % 3:n % 3 + width]) for n in range(9)]
+        shifts = [pooled(x[:, :, n // 3:n // 3 + height, n % 3:n % 3 + width], 2) for n in range(9)]
         patches = torch.stack(shifts, dim=2).flatten(1)  # (B, C * 9), as a kernel is laid out
         conv = self.conv
         if conv is None:

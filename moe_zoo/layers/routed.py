@@ -67,7 +67,7 @@ def _is_captured(x: torch.Tensor) -> bool:
     return isinstance(x, torch.fx.Proxy) or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def masked_mean(x: torch.Tensor) -> torch.Tensor:
+def masked_mean(x: torch.Tensor, cut: int = 0) -> torch.Tensor:
     """Global average pool over the true area of every image.
 
     Under a context that carries image sizes (a padded detection batch) positions whose receptive cell starts beyond
@@ -75,6 +75,7 @@ def masked_mean(x: torch.Tensor) -> torch.Tensor:
 
     Args:
         x: (B, C, H, W).
+        cut: Rows and columns that x lost at the end of every image to a convolution without padding, or a slice.
 
     Returns:
         (B, C) in the type of x.
@@ -86,8 +87,8 @@ def masked_mean(x: torch.Tensor) -> torch.Tensor:
     height, width = x.shape[-2:]
     true = true.to(device=x.device, dtype=torch.float32)
     # A cell belongs to the image where its first pixel does: ceil(true * cells / padded) cells.
-    rows = torch.ceil(true[:, 0] * height / padded[0]).clamp(1, height)
-    columns = torch.ceil(true[:, 1] * width / padded[1]).clamp(1, width)
+    rows = (torch.ceil(true[:, 0] * (height + cut) / padded[0]) - cut).clamp(1, height)
+    columns = (torch.ceil(true[:, 1] * (width + cut) / padded[1]) - cut).clamp(1, width)
     inside = (
         (torch.arange(height, device=x.device)[None, :, None] < rows[:, None, None])
         & (torch.arange(width, device=x.device)[None, None, :] < columns[:, None, None])
