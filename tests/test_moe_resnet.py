@@ -238,6 +238,7 @@ def test_two_ranks_that_starve_different_experts(tmp_path):
     (dict(layer='stages'), r"layer='stages' is not one of stage, conv\. Did you mean 'stage'\?"),
     (dict(gate='conv_gapp'), r"gate='conv_gapp' is not one of .* Did you mean 'conv_gap'"),
     (dict(constraint='relativ'), r"constraint='relativ' is not one of .* Did you mean 'relative'\?"),
+    (dict(constraint_value='half'), "constraint_value='half': use a number"),
     (dict(widths=(1, 2)), r'widths=\(1, 2\): give one number, or one for each of 1 routed stages.'),
     (dict(widths=0), 'widths=0: an expert is at least 1 channel wide.'),
     (dict(stages=(3, 4), widths=(5, -1)), r'widths=\(5, -1\): an expert is at least 1 channel wide.'),

@@ -1,6 +1,8 @@
 """Modules that keep a state hear of epochs and steps, and the training tool tells them."""
+import pytest
 from torch import nn
 
+from moe_zoo.errors import InputError
 from moe_zoo.routing import end_step, set_epoch
 
 
@@ -21,3 +23,10 @@ def test_every_module_that_listens_hears_once():
     set_epoch(model, 3)
     end_step(model)
     assert model[0].heard == model[2][0].heard == [3, 'step']
+
+
+def test_epochs_are_counted_from_0():
+    model = Listener()
+    with pytest.raises(InputError, match='epoch=-1: epochs are counted from 0'):
+        set_epoch(model, -1)
+    assert model.heard == []

@@ -390,4 +390,4 @@ def test_recipes_are_whole(recipe):
     assert model.get_classifier() is not None
     criterion_kwargs(args, args.mixup > 0 or args.cutmix > 0)
     schedule, epochs = build_schedule(args, build_optimizer(args, torch.nn.Linear(2, 2)), updates_per_epoch=100)
-    assert schedule is not None and epochs >= args.epochs
+    assert (schedule is None) == (args.sched == 'none') and epochs >= args.epochs

@@ -6,21 +6,25 @@ that the checkpoint holds. Our own training tool does not need this.
 """
 import warnings
 import weakref
-from typing import Callable, Optional
+from typing import Callable, List, Optional
 
 import torch
-from torch import nn
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
 
-from ..routing import set_epoch
 from ..routing.notices import is_trained_by
 
-_MODELS: 'weakref.WeakSet[nn.Module]' = weakref.WeakSet()
+_TASKS: 'weakref.WeakSet[TrainingTask]' = weakref.WeakSet()
 
 
-def set_epoch_after_schedule(model: nn.Module) -> None:
-    """Call `set_epoch` where a schedule made by `create_telling_scheduler` steps an optimiser of the model."""
-    if any(hasattr(module, 'set_epoch') for module in model.modules()):
-        _MODELS.add(model)
+def set_epoch_after_schedule(task: TrainingTask) -> None:
+    """Call `task.set_epoch` where a schedule made by `create_telling_scheduler` steps an optimiser of its model."""
+    if any(hasattr(module, 'set_epoch') for module in task.trainable_module.modules()):
+        _TASKS.add(task)
+
+
+def _trained_by(optimizer: torch.optim.Optimizer) -> List[TrainingTask]:
+    return [task for task in list(_TASKS) if is_trained_by(unwrap_model(task.trainable_module), optimizer)]
 
 
 def create_telling_scheduler(create_scheduler: Callable) -> Callable:
@@ -29,7 +33,7 @@ def create_telling_scheduler(create_scheduler: Callable) -> Callable:
         schedule, epochs = create_scheduler(optimizer, *args, **kwargs)
         if schedule is not None:
             schedule.__class__ = _telling(type(schedule))
-        elif any(is_trained_by(model, optimizer) for model in _MODELS):
+        elif _trained_by(optimizer):
             warnings.warn(
                 'Without a learning rate schedule nothing tells this model of epochs, so that what follows from them '
                 '(the temperature of Dynamic Convolution) stays as it is: name one, or call moe_zoo.routing.set_epoch.')
@@ -42,8 +46,7 @@ def _telling(schedule_cls: type) -> type:
     class Telling(schedule_cls):
         def step(self, epoch: int, metric: Optional[float] = None) -> None:
             super().step(epoch, metric)
-            for model in list(_MODELS):
-                if is_trained_by(model, self.optimizer):
-                    set_epoch(model, epoch)
+            for task in _trained_by(self.optimizer):
+                task.set_epoch(epoch)
 
     return Telling

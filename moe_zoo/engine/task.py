@@ -34,7 +34,7 @@ class MoEClassificationTask(ClassificationTask):
             unwrap_model(model).set_aux_loss(True)
         self._layers: List[str] = []
         end_step_after_optimizer(unwrap_model(model))
-        set_epoch_after_schedule(unwrap_model(model))
+        set_epoch_after_schedule(self)
 
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs) -> 'MoEClassificationTask':
         """As timm's; on CPU, DDP refuses `device_ids`, which timm's train.py passes always."""

@@ -7,6 +7,7 @@ follow what the authors' experiment code says; its successor's gates (arXiv 2509
 Letters: B images, C channels, H x W positions, E experts, K chosen experts an image, P chosen pairs of image and
 expert, F features that the gate sees.
 """
+import numbers
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -124,8 +125,11 @@ class ImageMoE(RoutedLayer):
             losses: Further (name, weight) auxiliary losses, see `moe_zoo.losses.LOSSES`.
 
         Raises:
-            InputError: An unknown gate or constraint, or K that is not between 1 and E.
+            InputError: An unknown gate or constraint, a `constraint_value` that is no number, or K that is not between
+                1 and E.
         """
+        if not isinstance(constraint_value, (numbers.Real, type(None))):
+            raise InputError(f'constraint_value={constraint_value!r}: use a number.')
         dd = {'device': device, 'dtype': dtype}
         constraint = 'none' if constraint is None else constraint
         for argument, name, known in (('gate', gate, GATES), ('constraint', constraint, CONSTRAINTS)):

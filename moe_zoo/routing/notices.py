@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ..errors import InputError
+
 
 def set_epoch(model: nn.Module, epoch: int) -> None:
     """Tell a model that an epoch begins: the temperature of Dynamic Convolution, for one, follows from it.
@@ -20,7 +22,12 @@ def set_epoch(model: nn.Module, epoch: int) -> None:
     Args:
         model: Any module; modules without a method `set_epoch` are passed by.
         epoch: Finished epochs, from 0.
+
+    Raises:
+        InputError: `epoch` is negative.
     """
+    if epoch < 0:
+        raise InputError(f'epoch={epoch}: epochs are counted from 0.')
     for module in model.modules():
         if hasattr(module, 'set_epoch'):
             module.set_epoch(epoch)
@@ -29,7 +36,9 @@ def set_epoch(model: nn.Module, epoch: int) -> None:
 def end_step(model: nn.Module) -> None:
     """Tell a model that an optimiser step has been taken: hard constraints and selection biases move by it.
 
-    Call it on every rank of a distributed run, because modules sum over the ranks.
+    Call it on every rank of a distributed run, because modules sum over the ranks. Where gradients are accumulated
+    under DistributedDataParallel, all but the last forward belong inside its `no_sync()`: it sends the buffers of the
+    first rank to the others before every other forward, and their counts would be lost.
     """
     for module in model.modules():
         if hasattr(module, 'end_step'):
