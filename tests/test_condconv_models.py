@@ -317,11 +317,13 @@ def test_checkpointing_recomputes_every_block(monkeypatch):
 
 @pytest.mark.parametrize('name', KINDS)
 def test_an_image_does_not_see_its_neighbours(name):
-    model = create(name).eval()
+    model = create(name).eval().double()
     randomise_statistics(model)
-    x = images(batch=10)
+    x = images(batch=10).double()
     with torch.no_grad():
-        torch.testing.assert_close(model(x)[3:4], model(x[3:4]), rtol=1e-4, atol=1e-4)
+        together, alone = model(x)[3:4], model(x[3:4])
+    # Routers decide in float32, whose rounding depends on the batch: relative to the largest logit.
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5 * alone.abs().max().item())
 
 
 def test_records_are_returned_only_on_request_and_in_training():
