@@ -126,6 +126,7 @@ DEEPMOE = Experiment(
     load=partial(load_images, size=16),
     seeds=8,
     charts=trade_off,
+    cards=('deepmoe_resnet56_cifar',),
 )
 
 EXPERIMENTS = (DEEPMOE,)

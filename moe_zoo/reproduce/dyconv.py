@@ -99,6 +99,7 @@ TEMPERATURE = Experiment(
     run=run_mobilenet,
     load=partial(load_images, size=16),
     seeds=16,
+    cards=('dyconv_mobilenetv2_050',),
 )
 
 EXPERIMENTS = (TEMPERATURE,)

@@ -215,6 +215,7 @@ SAMPLES = Experiment(
     load=load_patches,
     seeds=8,
     charts=learning_curves,
+    cards=('pmoe_cnn',),
 )
 
 SPURIOUS = Experiment(
@@ -240,6 +241,7 @@ SPURIOUS = Experiment(
     run=run_spurious,
     load=partial(load_patches, framed=True),
     seeds=10,
+    cards=('pmoe_cnn',),
 )
 
 EXPERIMENTS = (SAMPLES, SPURIOUS)
