@@ -403,3 +403,12 @@ def test_a_gate_can_be_forced():
         with force_expert(model, 3, layer='blocks.1.0.gate1'), sparse_inference(model):
             torch.testing.assert_close(model(x), forced)
         assert not torch.allclose(model(x), forced)
+
+
+def test_a_single_small_image_trains():
+    # 64 px / 2 / 2^5 = 1: the embedding's last norm meets one value a channel, which has no variance
+    model = timm.create_model('deepmoe_resnet18', num_classes=3).train()
+    before = model.embedding.convs[-2].running_mean.clone()
+    model(torch.randn(1, 3, 64, 64)).sum().backward()
+    assert model.embedding.fc.weight.grad.isfinite().all() and model.embedding.convs[-2].training
+    assert torch.equal(model.embedding.convs[-2].running_mean, before)

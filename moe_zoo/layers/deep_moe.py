@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError, nearest
 from ..routing import Routing, linear_float32, record
-from .routed import RoutedLayer, masked_mean
+from .routed import RoutedLayer, masked_mean, single_value_batch_norm
 
 Link = Tuple[nn.Conv2d, nn.Module, Optional['ChannelGate'], nn.Module]
 
@@ -87,11 +87,12 @@ class ShallowEmbedding(nn.Module):
             self.classifier.requires_grad_(not self.frozen).train(self.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.convs(x)
         if torch.jit.is_scripting():
-            pooled = x.mean(dim=(2, 3))
+            pooled = self.convs(x).mean(dim=(2, 3))
         else:
-            pooled = masked_mean(x)
+            alone = self.training and x.shape[0] == 1 and not torch.compiler.is_compiling()
+            with single_value_batch_norm(self.convs, enabled=alone):
+                pooled = masked_mean(self.convs(x))
         logits = linear_float32(pooled, self.fc.weight, self.fc.bias)
         e = torch.softmax(logits, dim=1) if self.softmax else logits
         if self.classifier is not None:

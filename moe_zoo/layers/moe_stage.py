@@ -3,10 +3,9 @@
 The layer of Pavlitska et al. 2022 (arXiv 2204.10598), which replaces one residual stage of a CNN.
 Letters: B images, C input channels, O output channels, E experts, K chosen experts an image.
 """
-import contextlib
 import copy
 import zlib
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..errors import InputError
 from ..routing import Routing
 from .image_moe import ImageMoE, must_be_static, weigh
+from .routed import single_value_batch_norm
 
 
 @register_notrace_module
@@ -126,7 +126,7 @@ class MoEStage(ImageMoE):
         busy = [expert for expert, part in enumerate(parts) if tracing or len(part)] or [0]  # one, for the shape
         outputs = []
         for expert in busy:
-            with _single_value_batch_norm(self.experts[expert], enabled=not tracing and len(parts[expert]) == 1):
+            with single_value_batch_norm(self.experts[expert], enabled=not tracing and len(parts[expert]) == 1):
                 outputs.append(self.experts[expert](parts[expert]))
         weights = routing.weights
         if self.training and len(busy) < len(self.experts):
@@ -180,30 +180,6 @@ def perturbed(value: torch.Tensor, name: str, expert: int, perturb: float) -> to
     generator = torch.Generator().manual_seed(zlib.crc32(f'{expert}.{name}'.encode()))
     noise = torch.randn(value.shape, generator=generator).to(device=value.device, dtype=value.dtype)
     return value.detach() + perturb * value.detach().std() * noise
-
-
-@contextlib.contextmanager
-def _single_value_batch_norm(expert: nn.Module, enabled: bool) -> Iterator[None]:
-    """Let BatchNorm layers that meet one value a channel use their running statistics: it has no variance.
-
-    That happens to an expert chosen by a single image whose maps have shrunk to 1x1.
-    """
-    norms = [m for m in expert.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if enabled else []
-    frozen = []
-
-    def freeze_for_this_call(norm: nn.Module, inputs: Tuple[torch.Tensor, ...]) -> None:
-        if norm.training and inputs[0].numel() == inputs[0].shape[1]:
-            norm.eval()
-            frozen.append(norm)
-
-    hooks = [norm.register_forward_pre_hook(freeze_for_this_call) for norm in norms]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for norm in frozen:
-            norm.train()
 
 
 def _refuse_sync_batch_norm(experts: nn.Module) -> None:

@@ -2,7 +2,8 @@
 
 Letters: B images, C channels, E experts.
 """
-from typing import List, Tuple
+import contextlib
+from typing import Iterator, List, Tuple
 
 import torch
 from torch import nn
@@ -94,3 +95,27 @@ def masked_mean(x: torch.Tensor, cut: int = 0) -> torch.Tensor:
         & (torch.arange(width, device=x.device)[None, None, :] < columns[:, None, None])
     ).to(x.dtype)  # (B, H, W)
     return (x * inside.unsqueeze(1)).sum(dim=(2, 3)) / inside.sum(dim=(1, 2)).unsqueeze(1)
+
+
+@contextlib.contextmanager
+def single_value_batch_norm(module: nn.Module, enabled: bool) -> Iterator[None]:
+    """Let BatchNorm layers that meet one value a channel use their running statistics: it has no variance.
+
+    That happens to an expert chosen by a single image, or to an embedding of one, whose maps have shrunk to 1x1.
+    """
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if enabled else []
+    frozen = []
+
+    def freeze_for_this_call(norm: nn.Module, inputs: Tuple[torch.Tensor, ...]) -> None:
+        if norm.training and inputs[0].numel() == inputs[0].shape[1]:
+            norm.eval()
+            frozen.append(norm)
+
+    hooks = [norm.register_forward_pre_hook(freeze_for_this_call) for norm in norms]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for norm in frozen:
+            norm.train()
