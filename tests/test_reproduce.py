@@ -473,8 +473,8 @@ def test_publishing_keeps_no_runs_and_renews_the_table_and_the_cards(results, mo
     assert readme.read_text() == text and card.read_text() == written
     with pytest.raises(InputError, match='four is not finished'):
         report.publish({**results, 'status': 'running'}, tmp_path)
-    with pytest.raises(InputError, match='bytes of results; at most 20000 are published'):
-        report.publish({**results, 'question': 'x' * 20_000}, tmp_path)
+    with pytest.raises(InputError, match='bytes of results; at most 40000 are published'):
+        report.publish({**results, 'question': 'x' * 40_000}, tmp_path)
 
 
 def test_the_readme_and_the_cards_show_what_was_published(repository):
