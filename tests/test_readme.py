@@ -50,7 +50,7 @@ def test_python_examples_run_in_order(monkeypatch, repository):
     assert len(plain) == 4 and len(detection) == 1
     for block in plain:
         exec(block, names)
-    assert names['maps'].shape == (8, 128, 16, 16)
+    assert [maps.shape for maps in names['maps']] == 3 * [(8, 128, 16, 16)]
     assert names['chosen'].shape == (100, 2)
     assert names['cost'].macs_max > 0 and names['loss'].requires_grad
 
