@@ -100,6 +100,10 @@ def test_shares_ignore_capacity_and_sum_to_one():
     routing = Routing(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([[.3, .1], [.5, .5]]),
                       torch.tensor([[0, 2], [1, 0]]), kept=torch.tensor([[True, False], [False, False]]))
     assert np.allclose(gate_shares(routing), [[.75, 0, .25], [.5, .5, 0]])
+    # Where experts choose, what they did not take has no share: item 0 is expert 1's alone, item 1 is nobody's.
+    every, gates = torch.tensor([[0, 1], [0, 1]]), torch.tensor([[.6, .4], [.5, .5]])
+    chosen = Routing(gates, gates, gates, every, kept=torch.tensor([[False, True], [False, False]]), by_expert=True)
+    assert np.allclose(gate_shares(chosen), [[0, 1], [0, 0]])
 
 
 def test_maps_are_cut_to_the_true_area():

@@ -147,8 +147,10 @@ def token_grid(tokens: int, input_size: Tuple[int, int]) -> Optional[Tuple[int, 
 
 
 def gate_shares(routing: Routing) -> np.ndarray:
-    """(T, E) share of an item's combine weight that each expert gets, before capacity."""
-    weights = routing._replace(kept=None).combine_matrix().double().cpu().numpy()
+    """(T, E) share of an item's combine weight that each expert gets, before capacity; where experts choose, of those
+    that took the item: capacity is then the choice itself. Zeros for an item that none of them took."""
+    routing = routing if routing.by_expert else routing._replace(kept=None)
+    weights = routing.combine_matrix().double().cpu().numpy()
     return weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-12)
 
 
@@ -323,7 +325,9 @@ class SizeCollector:
         filled = objects.any(axis=(1, 2))  # images without objects say nothing about sizes
         self._gates.setdefault(name, []).append(gates[filled])
         self._objects.setdefault(name, []).append(objects[filled])
-        if router is not None and self.shuffles and len(inputs) == 1 and inputs[0].dim() == 2:
+        # A router whose experts choose does not know their capacity: shuffled, it would be another kind of choice.
+        shufflable = router is not None and not routing.by_expert and len(inputs) == 1 and inputs[0].dim() == 2
+        if shufflable and self.shuffles:
             self.routers.setdefault(name, router)
             waiting = self._waiting.setdefault(name, [])
             waiting.append(_Call(inputs[0].detach(), routing.shape, extents, input_size, objects))
