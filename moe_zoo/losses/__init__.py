@@ -5,6 +5,7 @@ import torch
 
 from ..errors import InputError, nearest
 from ..routing.types import Routing
+from .affinity import affinity_loss, gate_entropy_loss
 from .balance import (
     gshard_loss,
     importance_loss,
@@ -15,22 +16,30 @@ from .balance import (
     vmoe_load_loss,
     z_loss,
 )
+from .consistency import CONSISTENCY_LOSSES, jsd_loss, prc_loss, prc_terms
 from .sparsity import gate_l1_loss
 from .target import embedding_loss, linear_router_loss
 
 __all__ = [
+    'BALANCE_LOSSES',
+    'CONSISTENCY_LOSSES',
     'LOSSES',
     'TARGET_LOSSES',
+    'affinity_loss',
     'auxiliary_losses',
     'balance',
     'embedding_loss',
+    'gate_entropy_loss',
     'gate_l1_loss',
     'gshard_loss',
     'importance_loss',
     'importance_loss_unbiased',
+    'jsd_loss',
     'kl_loss',
     'linear_router_loss',
     'load_loss',
+    'prc_loss',
+    'prc_terms',
     'squared_cv',
     'vmoe_load_loss',
     'z_loss',
@@ -46,7 +55,12 @@ LOSSES: Dict[str, Callable[[Routing], torch.Tensor]] = {
     'z': z_loss,
     'kl': kl_loss,
     'gate_l1': gate_l1_loss,
+    'affinity': affinity_loss,
+    'gate_entropy': gate_entropy_loss,
 }
+
+# Those that even out the use of the experts; 'z' and 'gate_l1' do other things.
+BALANCE_LOSSES = ('importance', 'importance_unbiased', 'load', 'vmoe_load', 'gshard', 'switch', 'kl')
 
 # Losses that also want the labels of the batch.
 TARGET_LOSSES: Dict[str, Callable[[Routing, torch.Tensor], torch.Tensor]] = {
