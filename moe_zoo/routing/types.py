@@ -29,6 +29,8 @@ class Routing(NamedTuple):
             and an item is dropped where no expert took it.
         slot_logits: (T, E, P) logits of every slot, where an expert reads P mixtures of the items of a group instead of
             items (Soft MoE); their log-sum-exp over P is `logits`. Else None.
+        affinity: (E, E) how much two experts tell the same, from 0 to 1, where the layer knows it (SituationalFusion).
+            Here because a loss is a function of the record alone, and a tensor field travels as all others do.
     """
     logits: torch.Tensor
     gates: torch.Tensor
@@ -42,6 +44,7 @@ class Routing(NamedTuple):
     losses: Tuple[Tuple[str, float], ...] = ()
     by_expert: bool = False
     slot_logits: Optional[torch.Tensor] = None
+    affinity: Optional[torch.Tensor] = None
 
     @property
     def num_experts(self) -> int:

@@ -1,0 +1,42 @@
+"""Losses of gates that mix representations: no weight for related ones together, no weight for one alone.
+
+Situational Fusion of Visual Representation for Visual Navigation, Shen et al., ICCV 2019, arXiv 1908.09073. The paper
+regularises by the affinity between tasks; its formula was not at hand, and both formulas here are this project's.
+
+Letters: B images, K representations (the experts).
+"""
+import math
+
+import torch
+
+from ..errors import InputError
+from ..routing.types import Routing
+
+
+def affinity_loss(routing: Routing) -> torch.Tensor:
+    """w^T A w over pairs of different representations, averaged over the images.
+
+    High where two representations that tell much the same (A_ij near 1) get weight together. What spreads the weights
+    over unrelated representations are the *differences* in A: where A is the same for all pairs this loss favours ONE
+    expert. With ones off the diagonal it is 1 - sum w_i^2: 1 - 1/K for even weights, 0.96 at K = 25, and 0 for weights
+    on one. `gate_entropy_loss` works against that.
+
+    Args:
+        routing: A record with `affinity` (K, K); its diagonal does not count.
+
+    Raises:
+        InputError: The record has no affinity.
+    """
+    if routing.affinity is None:
+        raise InputError("The loss 'affinity' needs a record with an affinity of experts, as SituationalFusion's.")
+    affinity = routing.affinity * (1 - torch.eye(routing.num_experts, device=routing.affinity.device))
+    return ((routing.gates @ affinity) * routing.gates).sum() / max(1, routing.gates.shape[0])
+
+
+def gate_entropy_loss(routing: Routing) -> torch.Tensor:
+    """ln K less the entropy of the gates of an image, averaged over images: 0 for even gates, ln K for a single one.
+
+    Unlike 'kl', which wants the mean gate of a batch even, it wants those of every image so.
+    """
+    negative_entropy = torch.xlogy(routing.gates, routing.gates.clamp_min(1e-20)).sum()
+    return negative_entropy / max(1, routing.gates.shape[0]) + math.log(routing.num_experts)
