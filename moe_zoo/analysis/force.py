@@ -1,16 +1,18 @@
-"""Overrule the routers of any model for a while: force one expert, or apply a rule of your own.
+"""Overrule the routers of any model for a while: force one expert, choose more or fewer, or apply a rule of your own.
 
 Letters: T routed items, E experts, K chosen experts.
 """
 import contextlib
-from typing import Callable, Dict, Iterator, Optional
+from typing import Callable, Dict, Iterator, List, Optional
 
 import torch
 from torch import nn
 
 from ..errors import InputError, nearest
 from ..layers import RoutedLayer
-from ..routing import Routing
+from ..routing import ExpertChoiceRouter, NoisyTopKRouter, Routing, SigmoidTopKRouter, SoftmaxTopKRouter
+
+CHOOSING = (NoisyTopKRouter, SigmoidTopKRouter, SoftmaxTopKRouter)  # routers that know K
 
 
 def routed_layers(model: nn.Module) -> Dict[str, RoutedLayer]:
@@ -96,6 +98,51 @@ def force_expert(model: nn.Module, expert: int, layer: Optional[str] = None, kee
         experts = torch.full(routing.logits.shape[:1], expert, dtype=torch.int64, device=routing.logits.device)
         return assign(routing, experts, keep_mass)
     return rewrite_routing(model, rule, layer)
+
+
+@contextlib.contextmanager
+def select_experts(model: nn.Module, num_selected: int, layer: Optional[str] = None) -> Iterator[None]:
+    """Let layers that choose the K best experts of an item choose another number of them for a while.
+
+    Inside, such a layer is the one that its constructor makes with this K: gates, capacity and dispatch follow. A layer
+    with fewer experts chooses all of them. Layers that mix every expert, or whose experts choose, are left alone.
+
+    Args:
+        model: Any module that holds routed layers.
+        num_selected: K, at least 1.
+        layer: Name of the only layer to be changed; None changes all.
+
+    Raises:
+        InputError: K is below 1, no layer chooses, or none has this name.
+    """
+    choosers = choosing_layers(model)
+    if num_selected < 1:
+        raise InputError(f'num_selected={num_selected}: choose at least 1 expert.')
+    if not choosers or layer is not None and layer not in choosers:
+        where = type(model).__name__ if layer is None else f'layer {layer!r}'
+        raise InputError(f'{where} has no router that chooses the best experts of an item.')
+    changed = [m for name in (choosers if layer is None else [layer]) for m in choosers[name]]
+    before = [module.num_selected for module in changed]
+    try:
+        for module in changed:
+            module.num_selected = min(num_selected, module.num_experts)
+        yield
+    finally:
+        for module, number in zip(changed, before):
+            module.num_selected = number
+
+
+def choosing_layers(model: nn.Module) -> Dict[str, List[nn.Module]]:
+    """Name of every layer that chooses the K best experts of an item, to the modules that know K: it and its router."""
+    layers = routed_layers(model)
+    found = {}
+    for name, layer in layers.items():
+        routers = [
+            m for n, m in layer.named_modules()
+            if isinstance(m, CHOOSING) and not _inside_other(f'{name}.{n}', name, layers)]
+        if routers and not any(isinstance(router, ExpertChoiceRouter) for router in routers):
+            found[name] = [layer, *routers]
+    return found
 
 
 def assign(routing: Routing, experts: torch.Tensor, keep_mass: bool = False) -> Routing:

@@ -15,6 +15,11 @@ from ..routing import Routing, trace_routing
 LIVING_SHARE = 0.01  # an expert lives when it carries more than 1 % (Pavlitska et al. 2022)
 
 
+def living_share(num_experts: int) -> float:
+    """Share of the combine weight above which an expert lives: 1 %; of more than ten, a tenth of a fair share."""
+    return min(LIVING_SHARE, 0.1 / num_experts)
+
+
 @dataclass
 class LayerUsage:
     """What one routed layer did with a data set. Shares sum to one over the experts.
@@ -64,21 +69,26 @@ class LayerUsage:
 
     @property
     def living(self) -> int:
-        """Experts that carry more than 1 % of the combine weight."""
-        return int((self.importance > LIVING_SHARE).sum())
+        """Experts that carry more than `living_share` of the combine weight."""
+        return self.num_experts - len(self.dead)
+
+    @property
+    def dead(self) -> List[int]:
+        """The other experts, by number."""
+        return (self.importance <= living_share(self.num_experts)).nonzero().flatten().tolist()
 
     def as_dict(self) -> Dict:
         """Plain numbers for JSON."""
         return {
             'layer': self.name, 'items': self.items, 'share': self.share.tolist(),
             'importance': self.importance.tolist(), 'cv': self.cv, 'entropy': self.entropy, 'living': self.living,
-            'dropped': self.dropped,
+            'dead': self.dead, 'dropped': self.dropped,
             'class_mass': None if self.class_mass is None else self.class_mass.tolist(),
         }
 
 
 @dataclass
-class _Sums:
+class UsageSums:
     """Running sums of one layer."""
     items: int = 0
     dropped: float = 0.  # share times items
@@ -150,7 +160,7 @@ def measure_usage(
     Raises:
         InputError: The model has no active routed layer, or the loader is empty.
     """
-    sums: Dict[str, _Sums] = {}
+    sums: Dict[str, UsageSums] = {}
     batches, largest = 0, -1
     with evaluation_mode(model):
         for batch in loader:
@@ -160,7 +170,7 @@ def measure_usage(
             targets = _class_indices(targets)
             for name, records in trace.items():
                 for routing in records:
-                    sums.setdefault(name, _Sums()).add(routing, targets)
+                    sums.setdefault(name, UsageSums()).add(routing, targets)
             largest = max([largest, *(targets or [])])
             batches += 1
             if batches == max_batches:

@@ -6,7 +6,7 @@ import argparse
 import logging
 import struct
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,9 @@ from PIL import Image
 from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, Mixup, create_dataset, create_loader
 from torch.utils.data import Dataset
 
+from ..data import collate_two_views
 from ..errors import InputError, counted, nearest
+from .consistency import check_options, two_view_transform
 
 _logger = logging.getLogger(__name__)
 
@@ -184,6 +186,15 @@ def class_names(dataset: Dataset) -> Optional[Dict[str, int]]:
     return mapping or None
 
 
+def class_list(names: Optional[Mapping[str, int]], num_classes: int) -> List[str]:
+    """Name of every class by index; its number where there is none."""
+    listed = [str(index) for index in range(num_classes)]
+    for name, index in (names or {}).items():
+        if index < num_classes:
+            listed[index] = name
+    return listed
+
+
 def settle_num_classes(args: argparse.Namespace, train: Optional[Dataset], evaluation: Optional[Dataset]) -> None:
     """Fill `args.num_classes` from the data where the recipe leaves it open, and hold it against them otherwise.
 
@@ -272,6 +283,9 @@ def _train_loader(args: argparse.Namespace, data_config: Dict[str, Any], dataset
     if args.aug_repeats and not args.distributed:
         raise InputError(f'aug_repeats={args.aug_repeats:g} needs several processes (torchrun): set it to 0.')
     mixup, collate = _mixup(args), None
+    if args.route_consistency:
+        check_options(args)
+        collate = collate_two_views
     if mixup is not None and args.prefetcher:
         if args.aug_splits:
             raise InputError('aug_splits with mixup or cutmix needs no_prefetcher=true.')
@@ -299,12 +313,15 @@ def _train_loader(args: argparse.Namespace, data_config: Dict[str, Any], dataset
         gaussian_blur_prob=args.gaussian_blur_prob,
         auto_augment=args.aa,
         num_aug_repeats=args.aug_repeats,
-        num_aug_splits=args.aug_splits,
+        num_aug_splits=2 if args.route_consistency else args.aug_splits,  # transforms in three parts
         interpolation=data_config['interpolation'] if plain else args.train_interpolation,
         collate_fn=collate,
         worker_seeding=args.worker_seeding,
         **common,
     )
+    if args.route_consistency:
+        cut, augment, finish = dataset.transform
+        dataset.transform = two_view_transform(args, cut.transforms[0], augment, finish)
     return loader, mixup
 
 

@@ -15,10 +15,11 @@ from torch.utils.data import Dataset
 
 from ..errors import InputError, atomic_write, counted, exit_on_input_error
 from ..layers import RoutedLayer
-from .build import build_model, mixed_precision, open_device, prepare_model
-from .checkpoint import check_fits, find_weights, read_checkpoint
-from .config import OPTIONS, load_config, parse_command_line, parse_overrides
+from .build import mixed_precision, open_device
+from .checkpoint import read_checkpoint
+from .config import load_config, parse_command_line, parse_overrides
 from .data import LEFT_OUT, CheckedImages, create_loaders, open_dataset, settle_num_classes
+from .inference import load_model, recipe_of
 from .log import Reporter
 from .random_state import iterate_apart
 
@@ -107,14 +108,14 @@ def evaluate(
     from ..analysis.usage import measure_usage
     content = read_checkpoint(checkpoint) if checkpoint else {}
     overrides = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
-    args = load_config(_recipe(config, content, None if 'model' in overrides else checkpoint), overrides)
+    args = load_config(recipe_of(config, content, None if 'model' in overrides else checkpoint), overrides)
     if not (checkpoint or args.initial_checkpoint or args.pretrained or args.pretrained_path):
         raise InputError('Nothing to evaluate: give --checkpoint FILE, or pretrained=true for a model with weights.')
     reporter, device = Reporter(quiet), open_device(args)
     reporter.primary = utils.is_primary(args)
     dataset = open_dataset(args, False, strict_data)
     settle_num_classes(args, None, dataset)
-    model = _load_model(args, content, checkpoint, use_ema, device)
+    model = load_model(args, content, checkpoint, use_ema, device)
     data_config = resolve_data_config(vars(args), model=model, use_test_size=not (args.img_size or args.input_size))
     loader = create_loaders(args, data_config, None, dataset, device).eval
     autocast, _ = mixed_precision(args, device)
@@ -134,38 +135,8 @@ def evaluate(
     }
 
 
-def _load_model(
-        args: argparse.Namespace,
-        content: Mapping[str, Any],
-        checkpoint: Any,
-        use_ema: bool,
-        device: torch.device,
-) -> nn.Module:
-    model = build_model(args)
-    if checkpoint:
-        weights = find_weights(content, checkpoint, use_ema)
-        check_fits(model, weights, checkpoint, args.model)
-        model.load_state_dict(weights)
-    return prepare_model(args, model, device).eval()
-
-
 def _routes(model: nn.Module) -> bool:
     return any(isinstance(module, RoutedLayer) for module in model.modules())
-
-
-def _recipe(config: Any, content: Mapping[str, Any], checkpoint: Any) -> Any:
-    """The recipe that was given, or the options that the checkpoint was trained with, which it then must tell."""
-    if config is not None:
-        return config
-    saved = content.get('args')
-    saved = vars(saved) if isinstance(saved, argparse.Namespace) else saved
-    if not saved and checkpoint:
-        raise InputError(
-            f"The checkpoint '{checkpoint}' does not say what it was trained with: give --config FILE or"
-            ' model=NAME.')
-    # What describes the training process does not carry over to this machine.
-    elsewhere = ('device', 'resume', 'initial_checkpoint', 'pretrained', 'pretrained_path', 'device_modules')
-    return {name: value for name, value in (saved or {}).items() if name in OPTIONS and name not in elsewhere}
 
 
 def parser() -> argparse.ArgumentParser:

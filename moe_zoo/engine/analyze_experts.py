@@ -1,0 +1,188 @@
+"""What the experts of a classifier do: `tools/analyze_experts.py`, `moe-zoo analyze-experts`.
+
+    tools/analyze_experts.py --checkpoint runs/x/model_best.pth.tar --data-dir DIR
+
+Numbers first (experts.json, all of them), then figures (PNG), then one page (index.html) that needs no network.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from timm.models import safe_model_name
+
+from ..analysis.experts import analyze, locate, spread
+from ..analysis.object_sizes import token_grid
+from ..errors import InputError, atomic_write, counted, exit_on_input_error, nearest
+from .config import parse_command_line
+from .inference import Classifier, Images, load_images, open_classifier
+
+
+class Passes:
+    """The same images again and again, each time with a bar that says what the pass is for."""
+
+    def __init__(self, classifier: Classifier, images: Images, quiet: bool = False):
+        self.classifier, self.images = classifier, images
+        self.console = Console(stderr=True, highlight=False)
+        self.hidden = quiet or not self.console.is_terminal
+        self.done = 0
+
+    def __call__(self, title: str) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        size, self.done = self.classifier.args.validation_batch_size or self.classifier.args.batch_size, self.done + 1
+        with Progress(console=self.console, transient=True, disable=self.hidden) as bar:
+            task = bar.add_task(f'pass {self.done}: {title}', total=len(self.images.targets))
+            for images, targets in self.images.batches(self.classifier, size):
+                yield images, targets
+                bar.advance(task, len(targets))
+
+
+def analyze_classifier(
+        classifier: Classifier,
+        images: Images,
+        classes: Sequence[int] = (),
+        shown: int = 6,
+        most_layers: int = 6,
+        force: bool = True,
+        quiet: bool = False,
+) -> Dict[str, Any]:
+    """Every number about the experts of a classifier on a set of images, for JSON.
+
+    Args:
+        classifier: From `open_classifier`.
+        images: From `load_images`.
+        classes: Classes to single out; none takes the first four that have images.
+        shown: Images over which patches are drawn, where tokens or positions are routed.
+        most_layers: Layers that are forced one by one, and drawn.
+        force: Whether to make the passes with forced experts and other K.
+
+    Returns:
+        What `moe_zoo.analysis.experts.analyze` returns, and model, trained, classes, chosen_classes, files, corrupt,
+        drawn_layers and places (see `locate`) of the images `shown`.
+    """
+    run = Passes(classifier, images, quiet)
+    with classifier.autocast():
+        result = analyze(classifier.model, run, len(classifier.classes), most_layers, force)
+        chosen = list(classes) or images.targets.unique()[:4].tolist()
+        numbers = pick_images(images.targets, chosen if classes else images.targets.unique().tolist(), shown)
+        places = []
+        if numbers:
+            places = locate(classifier.model, classifier.normalise(images.pixels[numbers]), token_grid)
+    if images.total is None or len(images.targets) + len(images.corrupt) < images.total:
+        whole = 'the data set' if images.total is None else f'{images.total:,}'
+        result['left_out'].append(
+            f'{len(images.targets):,} of {whole} images were looked at, evenly over the data; --max-images takes more.')
+    return {
+        'model': classifier.args.model, 'trained': classifier.trained, 'classes': classifier.classes,
+        'chosen_classes': chosen, **result, 'files': images.files, 'corrupt': images.corrupt,
+        'drawn_layers': spread([layer['layer'] for layer in result['layers']], most_layers),
+        'shown': numbers if places else [], 'places': places,
+    }
+
+
+def pick_images(targets: torch.Tensor, classes: Sequence[int], count: int) -> List[int]:
+    """The first image of each of some classes, then the second of each, until there are enough."""
+    by_class = [(targets == y).nonzero().flatten().tolist() for y in classes]
+    rounds = max(map(len, by_class), default=0)
+    return [numbers[i] for i in range(rounds) for numbers in by_class if i < len(numbers)][:count]
+
+
+def parse_classes(text: Optional[str], names: Sequence[str]) -> List[int]:
+    """`cat,dog` or `3,5` to class numbers.
+
+    Raises:
+        InputError: A class is unknown.
+    """
+    found = []
+    for word in filter(None, map(str.strip, (text or '').split(','))):
+        if word in names:
+            found.append(list(names).index(word))
+        elif word.isdecimal() and int(word) < len(names):
+            found.append(int(word))
+        else:
+            raise InputError(
+                f'--classes {word!r} is no class of this model.{nearest(word, names)} Give names or numbers from 0 to '
+                f'{len(names) - 1}, joined by commas.')
+    return list(dict.fromkeys(found))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog=Path(sys.argv[0]).name if sys.argv[0].endswith('.py') else sys.argv[0],
+        description='What the experts of a classifier do: who is used and how evenly, for which classes and images, '
+                    'where in an image, and what accuracy would be with one expert forced or with more or fewer of '
+                    'them. Writes experts.json, figures and index.html, a page for readers who did not train the '
+                    'model.',
+        epilog='Options of the recipe may follow as key=value, for example val_split=test batch_size=64 device=cpu. '
+               'Every forced expert takes a pass over the images: --max-images, --layers and --no-force bound the '
+               'time.')
+    add = result.add_argument
+    add('--checkpoint', metavar='FILE', help='weights of train-imagenet, which know their model, data and classes')
+    add('--model', metavar='NAME', help='a model without a checkpoint: pretrained=true, or random weights, to see what '
+                                        'an untrained router does')
+    add('--config', '-c', metavar='FILE', help='recipe; by default that of the checkpoint')
+    add('--data-dir', metavar='DIR', help='folder with a folder for the split, or of class folders; by default the '
+                                          'data of the recipe')
+    add('--use-ema', action='store_true', help='take the averaged weights of the checkpoint')
+    add('--strict-data', action='store_true', help='refuse corrupt images instead of skipping them')
+    add('--out', metavar='DIR', type=Path, help='folder of the results (default: runs/analyze/NAME)')
+    add('--classes', metavar='A,B', help='classes to single out in the gates and images (default: the first four)')
+    add('--images', metavar='N', type=int, default=6, help='images over which patches are drawn (default: 6)')
+    add('--max-images', metavar='N', type=int, default=1000, help='images to look at (default: 1000)')
+    add('--layers', metavar='N', type=int, default=6,
+        help='layers that are drawn, and forced one by one; evenly over the depth (default: 6)')
+    add('--no-force', action='store_true', help='leave out the passes with forced experts and with other K')
+    add('--no-figures', action='store_true', help='write no PNG files')
+    add('--json', action='store_true', help='print the JSON instead of the findings')
+    add('options', nargs='*', metavar='key=value', help='options that win over the recipe')
+    return result
+
+
+def _check(flags: argparse.Namespace) -> None:
+    if not flags.checkpoint and not flags.model and not flags.config:
+        raise InputError('Nothing to analyse: give --checkpoint FILE, or --model NAME.')
+    for name, least in (('images', 0), ('max_images', 2), ('layers', 1)):
+        if getattr(flags, name) < least:
+            raise InputError(f'--{name.replace("_", "-")} {getattr(flags, name)}: give at least {least}.')
+
+
+@exit_on_input_error
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command line; returns the exit code."""
+    flags, overrides = parse_command_line(argv, parser())
+    _check(flags)
+    if flags.model:
+        overrides['model'] = flags.model
+    classifier, dataset = open_classifier(
+        flags.checkpoint, flags.config, overrides, flags.use_ema, strict_data=flags.strict_data)
+    classes = parse_classes(flags.classes, classifier.classes)
+    if not classifier.trained:
+        print('warning: UNTRAINED: these weights are random, so that nothing below was learned.', file=sys.stderr)
+    images = load_images(classifier, dataset, flags.max_images)
+    for file in images.corrupt:
+        print(f"warning: skipped corrupt image '{file}'", file=sys.stderr)
+    result = analyze_classifier(
+        classifier, images, classes, flags.images, flags.layers, not flags.no_force)
+    out = flags.out or Path('runs/analyze') / _name(flags)
+    text = json.dumps(result)
+    with atomic_write(out / 'experts.json') as part:
+        part.write_text(text, encoding='utf-8')
+    print(text if flags.json else f'{counted(result["images"], "image")}, top-1 {result["free"]["accuracy"]:.1f} %')
+    print(f'written: {out}', file=sys.stderr)
+    return 0
+
+
+def _name(flags: argparse.Namespace) -> str:
+    """Of the results: the run that a checkpoint lies in, or the model."""
+    if flags.checkpoint:
+        path = Path(flags.checkpoint).resolve()
+        return path.parent.name if path.name.endswith('.pth.tar') else path.stem
+    return safe_model_name(flags.model or Path(flags.config).stem)
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())
