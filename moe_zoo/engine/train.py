@@ -32,7 +32,7 @@ from .build import (
 )
 from .checkpoint import AtomicCheckpointSaver, check_fits, find_weights, read_checkpoint
 from .config import OPTIONS, load_config, options_help, parse_command_line
-from .data import create_loaders, open_datasets
+from .data import class_list, class_names, create_loaders, open_datasets
 from .evaluate import evaluate_loader, report_corrupt
 from .log import BalanceWatch, Clock, EpochLog, Reporter, describe_balance, describe_live, describe_losses, track
 from .random_state import get_random_state, iterate_apart, seed_stream, set_random_state
@@ -355,6 +355,9 @@ class Trainer:
     def _run_state(self) -> Dict[str, Any]:
         """What a checkpoint adds to timm's: where the run is."""
         state = {'epoch': self.epoch, 'batch': self.batch, 'warned_of': sorted(self.watch.seen)}
+        names = class_names(self.train_set)
+        if names is not None:
+            state['classes'] = class_list(names, self.args.num_classes)
         if self.batch:
             state.update(random=self.random, logs=self._logs)
         if self.args.sched == 'plateau':
