@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import InputError, nearest
 from ..losses import LOSSES
-from .routed import RoutedLayer
+from .routed import RoutedLayer, unbind_biases
 
 
 class ExpertLinear(nn.Module):
@@ -70,15 +70,7 @@ class ExpertLinear(nn.Module):
         return list(self.weight.unbind(0))
 
     def unbind_biases(self) -> List[Optional[torch.Tensor]]:
-        biases: List[Optional[torch.Tensor]] = []
-        bias = self.bias
-        if bias is None:
-            for _ in range(self.num_experts):
-                biases.append(None)
-        else:
-            for each in bias.unbind(0):
-                biases.append(each)
-        return biases
+        return unbind_biases(self.bias, self.num_experts)
 
     def extra_repr(self) -> str:
         experts, outs, ins = self.weight.shape

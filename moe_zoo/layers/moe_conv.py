@@ -17,6 +17,7 @@ from ..routing import Routing
 from .cond_conv import CondConv2d
 from .image_moe import ImageMoE, must_be_static, weigh
 from .moe_stage import perturbed
+from .routed import unbind_biases
 
 
 @register_notrace_module
@@ -118,7 +119,7 @@ class MoEConv2d(ImageMoE):
     def convolve_all(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """Every expert on every image, weighed by a (B, E) matrix."""
         parts: List[torch.Tensor] = []
-        biases = self._biases()
+        biases = unbind_biases(self.bias, self.num_experts)
         for e, weight in enumerate(self.weight.unbind(0)):
             parts.append(weigh(self.convolve(x, weight, biases[e]), matrix[:, e]))
         return torch.stack(parts).sum(dim=0)
@@ -134,7 +135,7 @@ class MoEConv2d(ImageMoE):
         run_all = torch.jit.is_tracing() or x.shape[0] == 0
         # One unbind, whose backward is one stack with zeros for idle experts: indexing weight[e] would make every
         # gradient a zero tensor of the whole stack.
-        experts = zip(parts, self.weight.unbind(0), self._biases())
+        experts = zip(parts, self.weight.unbind(0), unbind_biases(self.bias, self.num_experts))
         outputs = [self.convolve(part, weight, bias) for part, weight, bias in experts if run_all or len(part)]
         return self.combine(outputs, position, routing.weights)
 
@@ -143,17 +144,6 @@ class MoEConv2d(ImageMoE):
         if self.dynamic_padding:
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-
-    def _biases(self) -> List[Optional[torch.Tensor]]:
-        biases: List[Optional[torch.Tensor]] = []
-        bias = self.bias
-        if bias is None:
-            for _ in range(self.num_experts):
-                biases.append(None)
-        else:
-            for each in bias.unbind(0):
-                biases.append(each)
-        return biases
 
     output_shape = CondConv2d.output_shape  # the same attributes describe the same geometry
 

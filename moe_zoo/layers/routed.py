@@ -3,7 +3,7 @@
 Letters: B images, C channels, E experts.
 """
 import contextlib
-from typing import Iterator, List, Tuple
+from typing import Iterator, List, Optional, Tuple
 
 import torch
 from torch import nn
@@ -66,6 +66,18 @@ class RoutedModel:
 def _is_captured(x: torch.Tensor) -> bool:
     """Whether a graph is being made (FX, export, torch.jit.trace), whose only output is the model's."""
     return isinstance(x, torch.fx.Proxy) or torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def unbind_biases(bias: Optional[torch.Tensor], num_experts: int) -> List[Optional[torch.Tensor]]:
+    """(E, ...) biases of all experts, or None, to one an expert."""
+    biases: List[Optional[torch.Tensor]] = []
+    if bias is None:
+        for _ in range(num_experts):
+            biases.append(None)
+    else:
+        for each in bias.unbind(0):
+            biases.append(each)
+    return biases
 
 
 def masked_mean(x: torch.Tensor, cut: int = 0) -> torch.Tensor:

@@ -17,6 +17,7 @@ from .balance import (
     z_loss,
 )
 from .consistency import CONSISTENCY_LOSSES, jsd_loss, prc_loss, prc_terms
+from .local import class_mixture_loss, competitive_loss, cooperative_loss, mixture_loss, responsibilities
 from .sparsity import gate_l1_loss
 from .target import embedding_loss, linear_router_loss
 
@@ -28,6 +29,9 @@ __all__ = [
     'affinity_loss',
     'auxiliary_losses',
     'balance',
+    'class_mixture_loss',
+    'competitive_loss',
+    'cooperative_loss',
     'embedding_loss',
     'gate_entropy_loss',
     'gate_l1_loss',
@@ -38,8 +42,10 @@ __all__ = [
     'kl_loss',
     'linear_router_loss',
     'load_loss',
+    'mixture_loss',
     'prc_loss',
     'prc_terms',
+    'responsibilities',
     'squared_cv',
     'vmoe_load_loss',
     'z_loss',
