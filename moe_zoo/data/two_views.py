@@ -133,12 +133,12 @@ class TwoViewTransform:
         return self.finish(view), to_view, share
 
 
-def check_areas(areas: Sequence[Sequence[float]]) -> None:
+def check_areas(areas: Sequence[Sequence[float]], name: str = 'areas') -> None:
     """Raises: InputError: Not two ranges of shares of an image."""
     pairs = [tuple(area) for area in areas]
     if len(pairs) != 2 or any(len(p) != 2 or not 0 < p[0] <= p[1] <= 1 for p in pairs):
         raise InputError(
-            f'areas={pairs}: give two ranges of shares above 0 and up to 1, for example {FINE_TUNING_AREAS}.')
+            f'{name}={pairs}: give two ranges of shares above 0 and up to 1, for example {FINE_TUNING_AREAS}.')
 
 
 def pair_up(views: TwoViews, targets: torch.Tensor) -> Tuple[torch.Tensor, ViewTargets]:

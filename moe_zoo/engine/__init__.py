@@ -3,6 +3,7 @@
 `moe_zoo.engine.train.train(...)` and `moe_zoo.engine.evaluate.evaluate(...)` are the functions behind
 `tools/train_imagenet.py` and `tools/eval_imagenet.py`.
 """
+from .consistency import RouteConsistencyTask
 from .task import MoEClassificationTask, MoEMultiLabelClassificationTask
 
-__all__ = ['MoEClassificationTask', 'MoEMultiLabelClassificationTask']
+__all__ = ['MoEClassificationTask', 'MoEMultiLabelClassificationTask', 'RouteConsistencyTask']

@@ -76,8 +76,12 @@ def twin_options(args: Any) -> Dict[str, Any]:
     Keywords of the recipe that the twin knows (image size, depth, width) are kept, those of routing fall away.
 
     Raises:
-        InputError: The model has no card, or is dense itself.
+        InputError: The model has no card, or is dense itself, or its routes are part of the loss.
     """
+    if args.route_consistency:
+        raise InputError(
+            f'route_consistency={args.route_consistency} with a dense twin, which has no routes: leave --twin out; the'
+            ' control is route_consistency=jsd with route_consistency_weight=0, two views that nothing compares.')
     twin, twin_args = dense_twin(card(args.model))
     keywords = {**twin_args, **args.model_kwargs}
     if twin == args.model:  # timm has no such network: ours with its routing switched off, whatever the recipe

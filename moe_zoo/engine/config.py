@@ -68,6 +68,10 @@ OPTIONS: Dict[str, tuple] = {
     'model_ema_decay': (float, 0.9998), 'model_ema_warmup': (bool, False),
     # the gates of DeepMoE: epochs until they are frozen; ours, timm's train.py has no such option
     'freeze_gates': (int, None),
+    # routes that do not depend on the view: 'jsd' or 'prc', its weights, and the areas of the two crops; ours, too.
+    # Every image of a batch is trained in two views, which doubles the compute; `view_areas` replaces `scale`.
+    'route_consistency': (str, None), 'route_consistency_weight': ([float], None),
+    'view_areas': ([float], [0.05, 0.7, 0.6, 1.0]),
     # the rest
     'seed': (int, 42), 'worker_seeding': (str, 'all'), 'log_interval': (int, 50), 'val_interval': (int, 1),
     'recovery_interval': (int, 0), 'checkpoint_hist': (int, 10), 'save_epochs': ([int], None),

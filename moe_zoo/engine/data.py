@@ -293,6 +293,7 @@ def _train_loader(args: argparse.Namespace, data_config: Dict[str, Any], dataset
     if args.aug_splits:
         dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
     plain = args.no_aug or not args.train_interpolation
+    interpolation = data_config['interpolation'] if plain else args.train_interpolation
     loader = create_loader(
         dataset,
         batch_size=args.batch_size,
@@ -314,14 +315,15 @@ def _train_loader(args: argparse.Namespace, data_config: Dict[str, Any], dataset
         auto_augment=args.aa,
         num_aug_repeats=args.aug_repeats,
         num_aug_splits=2 if args.route_consistency else args.aug_splits,  # transforms in three parts
-        interpolation=data_config['interpolation'] if plain else args.train_interpolation,
+        interpolation=interpolation,
         collate_fn=collate,
         worker_seeding=args.worker_seeding,
         **common,
     )
     if args.route_consistency:
-        cut, augment, finish = dataset.transform
-        dataset.transform = two_view_transform(args, cut.transforms[0], augment, finish)
+        _, augment, finish = dataset.transform
+        size = data_config['input_size'][-2:]
+        dataset.transform = two_view_transform(args, size, interpolation, augment, finish)
     return loader, mixup
 
 

@@ -6,7 +6,7 @@ Letters: B images, E experts.
 """
 import gc
 import warnings
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from timm.task import ClassificationTask, MultiLabelClassificationTask
@@ -78,14 +78,27 @@ class MoEClassificationTask(ClassificationTask):
             task_loss, loss_NAME: What `loss` is the sum of, detached, for logs.
             balance: Layer name to `moe_zoo.losses.balance` of its records; empty for a model without routed layers.
         """
+        output, routings = self.run(input)
+        return self.add_up(output, target, routings, auxiliary_losses(routings, target))
+
+    def run(self, input: torch.Tensor) -> Tuple[torch.Tensor, List[Routing]]:
+        """The model's output, and in training the records of its routed layers."""
         output = self.trainable_module(input)
-        routings: List[Routing] = []
-        if isinstance(output, tuple) and self.training:
-            if not self._layers and not torch.compiler.is_compiling():
-                self._layers = self._name_layers(input)
-            output, routings = output
+        if not (isinstance(output, tuple) and self.training):
+            return output, []
+        if not self._layers and not torch.compiler.is_compiling():
+            self._layers = self._name_layers(input)
+        return output
+
+    def add_up(
+            self,
+            output: torch.Tensor,
+            target: torch.Tensor,
+            routings: List[Routing],
+            auxiliary: Dict[str, torch.Tensor],
+    ) -> Dict[str, Any]:
+        """The result of a forward whose auxiliary losses are known, by name."""
         task_loss = self.criterion(output, target)
-        auxiliary = auxiliary_losses(routings, target)
         return {
             'loss': sum(auxiliary.values(), task_loss),
             'output': output,

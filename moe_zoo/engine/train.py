@@ -8,6 +8,7 @@ import contextlib
 import math
 import time
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Union
 
@@ -32,6 +33,7 @@ from .build import (
 )
 from .checkpoint import AtomicCheckpointSaver, check_fits, find_weights, read_checkpoint
 from .config import OPTIONS, load_config, options_help, parse_command_line
+from .consistency import RouteConsistencyTask, check_routes
 from .data import class_list, class_names, create_loaders, open_datasets
 from .evaluate import evaluate_loader, report_corrupt
 from .log import BalanceWatch, Clock, EpochLog, Reporter, describe_balance, describe_live, describe_losses, track
@@ -70,14 +72,7 @@ class Trainer:
         self.routed = any(isinstance(module, RoutedLayer) for module in model.modules())
         self.autocast, self.scaler = mixed_precision(args, self.device)
         self.optimizer = build_optimizer(args, model)
-        mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-        self.task = MoEClassificationTask(
-            model,
-            criterion_kwargs=criterion_kwargs(args, mixes),
-            device=self.device,
-            dtype=getattr(torch, args.model_dtype or 'float32'),
-            verbose=False,
-        )
+        self.task = self._create_task(model)
         if args.model_ema:
             cpu = 'cpu' if args.model_ema_force_cpu else None
             self.task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=cpu)
@@ -94,6 +89,17 @@ class Trainer:
         self.random: Optional[List[Dict[str, Any]]] = None  # states to continue an epoch with, by rank
         self.first_bad = torch.full((), NEVER, device=self.device)
         self.saver: Optional[AtomicCheckpointSaver] = None
+
+    def _create_task(self, model: torch.nn.Module) -> MoEClassificationTask:
+        args, dtype = self.args, getattr(torch, self.args.model_dtype or 'float32')
+        mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+        create = MoEClassificationTask
+        if args.route_consistency:
+            image = torch.zeros(1, *self.data_config['input_size'], device=self.device, dtype=dtype)
+            check_routes(model, args.model, image)
+            create = partial(RouteConsistencyTask, loss=args.route_consistency, weights=args.route_consistency_weight)
+        return create(
+            model, criterion_kwargs=criterion_kwargs(args, mixes), device=self.device, dtype=dtype, verbose=False)
 
     def resume(self, path: Path) -> None:
         """Continue where a checkpoint was written. Call before `start`.
@@ -544,6 +550,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
                         help='continue from the last checkpoint of the run, or from this one')
     result.add_argument('--strict-data', action='store_true', help='refuse corrupt images instead of skipping them')
+    result.add_argument('--route-consistency', metavar='jsd|prc',
+                        help='train on two views of every image and pull the routes of their patches together')
     result.add_argument('--twin', action='store_true',
                         help='also train the dense twin on the same batches and print the paired difference')
     result.add_argument('--seeds', nargs='+', metavar='N', help='one run for each seed; prints mean and deviation')
@@ -556,6 +564,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; returns the exit code."""
     from .compare import run_all
     flags, overrides = parse_command_line(argv, parser())
+    if flags.route_consistency is not None:
+        overrides['route_consistency'] = flags.route_consistency
     if not flags.config and 'model' not in overrides:
         raise InputError('Nothing to train: give --config FILE, or at least model=NAME.')
     try:
