@@ -134,6 +134,29 @@ def test_a_failing_run_is_named_and_the_rest_is_kept_and_not_repeated(tmp_path, 
     assert len(log.read_text().splitlines()) == 3  # nothing was left to do
 
 
+def run_both(options, seed, data):
+    """One call for all arms."""
+    with open(options[0]['log'], 'a', encoding='utf-8') as log:
+        log.write(f'{seed} ')
+    shared = torch.rand(()).item()
+    return [{'accuracy': shared + each['gain']} for each in options]
+
+
+def test_arms_that_share_a_training_are_run_in_one_call(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, 'COMPUTES', ())
+    experiment = replace(experiment_of_four(tmp_path), run=run_both, together=True)
+    fork = runner.multiprocessing.get_context('fork')
+    monkeypatch.setattr(runner.multiprocessing, 'get_context', lambda kind: fork)
+    results = runner.reproduce(experiment, tmp_path, seeds=2, jobs=1)
+    assert (tmp_path / 'log').read_text() == '0 1 '
+    assert [arm['name'] for arm in results['arms']] == ['a', 'b b'] and len(results['runs']) == 4
+    # the gain of 2 is all that tells them apart
+    assert (results['claims'][0]['difference'], results['claims'][0]['deviation']) == (pytest.approx(2), 0)
+    (tmp_path / 'four' / 'runs' / 'a-seed1.json').unlink()  # one that is missing takes the others of its seed along
+    assert runner.reproduce(experiment, tmp_path, seeds=2, jobs=1)['claims'] == results['claims']
+    assert (tmp_path / 'log').read_text() == '0 1 1 '
+
+
 def test_runs_made_for_something_else_are_not_taken(tmp_path, monkeypatch):
     experiment, other = experiment_of_four(tmp_path), experiment_of_four(tmp_path, gain=3)
     code = runner.fingerprint(experiment, load_four(None))
@@ -173,9 +196,9 @@ def test_a_pilot_never_sees_the_test_images():
 
 
 def test_a_run_must_return_finite_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, '_WORK', [lambda options, seed, data: {'accuracy': float('nan')}, None])
+    monkeypatch.setattr(runner, '_WORK', [lambda options, seed, data: {'accuracy': float('nan')}, False, None])
     with pytest.raises(ArithmeticError, match='accuracy is not a finite number'):
-        runner._run(Arm('a', {}), 0)
+        runner._run([Arm('a', {})], 0)
 
 
 @pytest.mark.parametrize('metrics', [{'acuracy': 50.}, {'accuracy': [50.]}])

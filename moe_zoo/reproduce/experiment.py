@@ -68,6 +68,8 @@ class Experiment:
         seeds: How many, from 0.
         cards: Models of moe_zoo whose small version it trains; what was measured goes onto their cards.
         charts: Results (see `moe_zoo.reproduce.runner.summarise`) -> further blocks of the section.
+        together: The arms of a seed share what is trained: `run` is given the options of all of them in one list, and
+            returns their metrics in one list.
     """
     name: str
     title: str
@@ -75,11 +77,12 @@ class Experiment:
     question: str
     arms: tuple[Arm, ...]
     claims: tuple[Claim, ...]
-    run: Callable[[dict[str, Any], int, Data], dict[str, Any]]
+    run: Callable[[Any, int, Data], Any]
     load: Callable[[Optional[str]], Data]
     seeds: int = 5
     cards: tuple[str, ...] = ()
     charts: Optional[Callable[[dict[str, Any]], Sequence[Any]]] = None
+    together: bool = False
 
     def __post_init__(self):
         names = [arm.name for arm in self.arms]

@@ -84,10 +84,9 @@ def reproduce(
         experiment = replace(experiment, load=partial(_without_test, experiment.load))
     data = experiment.load(data_dir)
     code, reporter = fingerprint(experiment, data), Reporter()
-    todo = [(arm, seed, made_for(code, arm, seed)) for seed in seeds for arm in experiment.arms]
     plan = _planned(experiment, seeds, data, folder)
     made_by = _made_by()
-    done = [run for arm, seed, key in todo if (run := _kept(folder, arm, seed, key)) is not None]
+    done, todo = _kept_and_left(experiment, folder, code, seeds)
 
     def write() -> dict[str, Any]:
         results = summarise(experiment, plan, made_by, done)
@@ -96,18 +95,18 @@ def reproduce(
         return results
 
     results = write()
-    known = {(run['arm'], run['seed']) for run in done}
-    todo = [(arm, seed, key) for arm, seed, key in todo if (arm.name, seed) not in known]
     reporter.say(f'{experiment.name}: {len(experiment.arms)} arms x {count} seeds on {plan["data"]}'
                  + (f'; {len(done)} runs kept from before' if done else ''))
     clock = Clock(len(todo), 0)
     with contextlib.closing(_parallel(experiment, data_dir, todo, jobs)) as finished:
-        for number, (run, key) in enumerate(track(reporter, finished, len(todo), experiment.name), 1):
-            _check_metrics(experiment, run)
-            _write_json(_run_file(folder, run['arm'], run['seed']), {'made_for': key, **run})
-            done.append(run)
+        for number, unit in enumerate(track(reporter, finished, len(todo), experiment.name), 1):
+            for arm, run in unit:
+                _check_metrics(experiment, run)
+                key = made_for(code, arm, run['seed'])
+                _write_json(_run_file(folder, run['arm'], run['seed']), {'made_for': key, **run})
+                done.append(run)
+                reporter.say(f'{number}/{len(todo)} {describe(run)}; {clock.left(number)} left')
             results = write()
-            reporter.say(f'{number}/{len(todo)} {describe(run)}; {clock.left(number)} left')
     return results
 
 
@@ -227,6 +226,25 @@ def _run_file(folder: Path, arm: str, seed: int) -> Path:
     return folder / 'runs' / f'{re.sub(r"[^a-zA-Z0-9_.=-]+", "_", arm)}-seed{seed}.json'
 
 
+def _kept_and_left(
+        experiment: Experiment,
+        folder: Path,
+        code: str,
+        seeds: list[int],
+) -> tuple[list[Run], list[tuple[list[Arm], int]]]:
+    """Finished runs of before, and the arms and seeds that are left; arms that are trained together stay so."""
+    units = [list(experiment.arms)] if experiment.together else [[arm] for arm in experiment.arms]
+    kept, left = [], []
+    for seed in seeds:
+        for arms in units:
+            runs = [_kept(folder, arm, seed, made_for(code, arm, seed)) for arm in arms]
+            if None in runs:
+                left.append((arms, seed))
+            else:
+                kept += runs
+    return kept, left
+
+
 def _kept(folder: Path, arm: Arm, seed: int, key: str) -> Optional[Run]:
     """A finished run of before, if it was made for the same."""
     try:
@@ -249,58 +267,65 @@ def describe(run: Run) -> str:
 
 # --- Worker processes -------------------------------------------------------------------------------------------------
 
-_WORK: list = []  # in a worker: the function that runs an arm, and the data
+_WORK: list = []  # in a worker: the function that runs arms, whether it runs them together, and the data
 
 
 def _parallel(
         experiment: Experiment,
         data_dir: Optional[str],
-        todo: list[tuple[Arm, int, str]],
+        todo: list[tuple[list[Arm], int]],
         jobs: Optional[int],
-) -> Iterator[tuple[Run, str]]:
-    """Finished runs with the keys they were made for, as they come; on leaving, no worker is left."""
+) -> Iterator[list[tuple[Arm, Run]]]:
+    """Arms with their finished runs, as they come; on leaving, no worker is left."""
     if not todo:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     jobs = min(jobs or cores, len(todo))
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
-        jobs, multiprocessing.get_context('spawn'), _start_worker, (experiment.run, experiment.load, data_dir))
+        jobs, multiprocessing.get_context('spawn'), _start_worker,
+        (experiment.run, experiment.together, experiment.load, data_dir))
     try:
-        futures = {pool.submit(_run, arm, seed): (arm, seed, key) for arm, seed, key in todo}
+        futures = {pool.submit(_run, arms, seed): (arms, seed) for arms, seed in todo}
         for future in as_completed(futures):
-            arm, seed, key = futures[future]
+            arms, seed = futures[future]
             try:
-                run = future.result()
+                runs = future.result()
             except BrokenProcessPool as error:
                 raise RuntimeError(
                     f'{experiment.name}: a worker process was killed; if memory ran out, use fewer --jobs.') from error
             except Exception as error:
-                where = f'{experiment.name}: arm {arm.name!r}, seed {seed}'
+                where = f'{experiment.name}: arm {", ".join(repr(arm.name) for arm in arms)}, seed {seed}'
                 if isinstance(error, InputError):
                     raise InputError(f'{where}: {error}') from error
                 raise RuntimeError(f'{where} failed: {type(error).__name__}: {error}') from error
-            yield run, key
+            yield list(zip(arms, runs))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in set(multiprocessing.active_children()) - before:
             process.terminate()
 
 
-def _start_worker(run: Callable, load: Callable, data_dir: Optional[str]) -> None:
+def _start_worker(run: Callable, together: bool, load: Callable, data_dir: Optional[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     torch.set_num_threads(1)
-    _WORK[:] = run, load(data_dir)
+    _WORK[:] = run, together, load(data_dir)
 
 
-def _run(arm: Arm, seed: int) -> Run:
+def _run(arms: list[Arm], seed: int) -> list[Run]:
+    """One arm, or those that are trained together, among which the time is shared out."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     started = time.perf_counter()
-    run, data = _WORK
-    metrics = run(arm.options, seed, data)
-    broken = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
-    if broken:
-        raise ArithmeticError(f'{", ".join(broken)} is not a finite number')
-    return {'arm': arm.name, 'seed': seed, 'seconds': time.perf_counter() - started, 'metrics': metrics}
+    run, together, data = _WORK
+    options = [arm.options for arm in arms]
+    metrics = run(options, seed, data) if together else [run(options[0], seed, data)]
+    seconds = (time.perf_counter() - started) / len(arms)
+    for found in metrics:
+        broken = [name for name, value in found.items() if isinstance(value, float) and not math.isfinite(value)]
+        if broken:
+            raise ArithmeticError(f'{", ".join(broken)} is not a finite number')
+    return [
+        {'arm': arm.name, 'seed': seed, 'seconds': seconds, 'metrics': found}
+        for arm, found in zip(arms, metrics, strict=True)]
