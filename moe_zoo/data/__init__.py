@@ -1,6 +1,6 @@
 """Data that needs no download (scikit-learn's handwritten digits, scenes and patch images made of them), and two views.
 """
-from .correspondence import Grid, find_grid, match_items, match_patches
+from .correspondence import Grid, match_items, match_patches
 from .digits import DigitsDataset, load_digits_split
 from .scenes import AREA_LIMITS, SIZES, size_class, write_scenes
 from .synthetic_mnist import build_synthetic_mnist, load_digit_sources, shade_border, write_synthetic_mnist
@@ -30,7 +30,6 @@ __all__ = [
     'build_synthetic_mnist',
     'check_areas',
     'collate_two_views',
-    'find_grid',
     'load_digit_sources',
     'load_digits_split',
     'match_items',

@@ -5,12 +5,9 @@ into the other view and belongs to the nearest patch there. Several patches may 
 
 Letters: B images, h x w patches of a grid, N tokens of an image, prefix tokens included.
 """
-import math
-from typing import NamedTuple, Sequence, Tuple
+from typing import NamedTuple, Tuple
 
 import torch
-
-from ..errors import InputError
 
 
 class Grid(NamedTuple):
@@ -18,35 +15,6 @@ class Grid(NamedTuple):
     rows: int
     columns: int
     num_prefix_tokens: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_prefix_tokens + self.rows * self.columns
-
-
-def find_grid(shape: Sequence[int], image_size: Tuple[int, int], num_prefix_tokens: int = 0) -> Grid:
-    """The grid of a routing record.
-
-    Args:
-        shape: `Routing.shape`: (B, h, w) positions of a map, or (B, N) tokens, whose patches are taken to be as high as
-            wide.
-        image_size: Height and width of the images.
-        num_prefix_tokens: Tokens before the patches, where there are tokens (timm's `model.num_prefix_tokens`).
-
-    Raises:
-        InputError: The record has no patches, or its tokens fill no grid.
-    """
-    if len(shape) == 3:
-        return Grid(shape[1], shape[2])
-    if len(shape) != 2:
-        raise InputError(f'A routing record of shape {tuple(shape)} has no patches: (B, h, w) or (B, N) was expected.')
-    patches = shape[1] - num_prefix_tokens
-    rows = max(1, round(math.sqrt(max(patches, 1) * image_size[0] / image_size[1])))
-    if patches < 1 or patches % rows:
-        raise InputError(
-            f'{shape[1]} tokens, {num_prefix_tokens} of them before the patches, do not fill a grid over an image of'
-            f' {image_size[0]} x {image_size[1]} pixels.')
-    return Grid(rows, patches // rows, num_prefix_tokens)
 
 
 def match_patches(

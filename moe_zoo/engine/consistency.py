@@ -10,11 +10,11 @@ import argparse
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
-from timm.utils import unwrap_model
 from torch import nn
 
+from ..analysis.consistency import find_grid
 from ..analysis.usage import evaluation_mode
-from ..data import TwoViewTransform, ViewTargets, check_areas, find_grid, match_items
+from ..data import TwoViewTransform, ViewTargets, check_areas, match_items
 from ..errors import InputError, nearest
 from ..losses import BALANCE_LOSSES, CONSISTENCY_LOSSES, auxiliary_losses
 from ..routing import Routing, trace_routing
@@ -66,8 +66,7 @@ class RouteConsistencyTask(MoEClassificationTask):
         output, routings = self.run(input)
         if not self.training:
             return self.add_up(output, target.targets, routings, {})
-        prefix = getattr(unwrap_model(self.trainable_module), 'num_prefix_tokens', 0)
-        value = route_consistency(routings, target, input.shape[-2:], self.loss, self.weights, prefix)
+        value = route_consistency(routings, target, input.shape[-2:], self.loss, self.weights)
         if self.loss == 'prc':
             routings = [without_balance(routing) for routing in routings]
         auxiliary = auxiliary_losses(routings, target.targets)
@@ -89,7 +88,6 @@ def route_consistency(
         image_size: Tuple[int, int],
         loss: str = 'jsd',
         weights: Sequence[float] = (),
-        num_prefix_tokens: int = 0,
         match_prefix: bool = True,
 ) -> torch.Tensor:
     """The consistency loss, summed over the records that have patches.
@@ -100,7 +98,6 @@ def route_consistency(
         image_size: Height and width of the views.
         loss: A key of `CONSISTENCY_LOSSES`.
         weights: Of that loss; () for its defaults.
-        num_prefix_tokens: Of the model, where tokens are routed.
         match_prefix: See `moe_zoo.data.match_patches`.
 
     Raises:
@@ -112,7 +109,7 @@ def route_consistency(
         if not has_patches(routing):
             continue
         if routing.shape not in pairs:
-            grid = find_grid(routing.shape, image_size, num_prefix_tokens)
+            grid = find_grid(routing.shape, image_size)
             pairs[routing.shape] = match_items(target.maps, target.areas, image_size, grid, match_prefix)
         terms.append(CONSISTENCY_LOSSES[loss](routing, pairs[routing.shape], *weights))
     if not terms:
@@ -143,7 +140,7 @@ def check_routes(model: nn.Module, name: str, images: torch.Tensor) -> None:
         model(images)
     records = [routing for each in trace.values() for routing in each]
     for routing in filter(has_patches, records):
-        find_grid(routing.shape, images.shape[-2:], getattr(model, 'num_prefix_tokens', 0))
+        find_grid(routing.shape, images.shape[-2:])
     if not any(map(has_patches, records)):
         reason = 'decides once an image' if records else 'routes nothing'
         raise InputError(
