@@ -1,6 +1,16 @@
 """Weights from elsewhere: state dictionaries in, state dictionaries out. Knows layers, never a model family."""
 from .lazy import LazyTensor, write_safetensors
+from .upcycle import is_routed, token_features, upcycle
 from .vmoe import import_vmoe, plan_vmoe
 from .vmoe_shards import read_vmoe
 
-__all__ = ['LazyTensor', 'import_vmoe', 'plan_vmoe', 'read_vmoe', 'write_safetensors']
+__all__ = [
+    'LazyTensor',
+    'import_vmoe',
+    'is_routed',
+    'plan_vmoe',
+    'read_vmoe',
+    'token_features',
+    'upcycle',
+    'write_safetensors',
+]
