@@ -3,13 +3,16 @@
 Every chart is 440 units wide, with text that is still readable when a phone shows it at three quarters of that.
 Letters: E experts.
 """
+import base64
 import html
 import math
 from typing import Callable, Sequence
 
 from moe_zoo.errors import InputError
 
-__all__ = ['curves', 'expert_colour', 'heat_map', 'intervals', 'scatter', 'share_bars', 'ticks']
+__all__ = [
+    'curves', 'estimates', 'expert_colour', 'heat_map', 'histogram', 'intervals', 'pictures', 'scatter', 'share_bars',
+    'strips', 'ticks']
 
 WIDTH = 440
 LEFT, BOTTOM = 58, 280  # of the plane of scatter and curves
@@ -190,13 +193,8 @@ def share_bars(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
                 f'fill="{expert_colour(expert)}"><title>{html.escape(label)}</title></rect>')
             x += width
         y += 54
-    x = 0.
-    for expert in range(most):
-        word = f'expert {expert}' if expert == 0 else str(expert)
-        parts.append(f'<rect x="{x}" y="{y}" width="12" height="12" rx="2" fill="{expert_colour(expert)}"/>')
-        parts.append(_text(x + 17, y + 11, word, 'start', soft=True))
-        x += 31 + 7.5 * len(word)
-    return _svg(y + 18, parts)
+    names = ('expert 0', *map(str, range(1, most)))
+    return _svg(_legend(parts, [(name, expert_colour(e)) for e, name in enumerate(names)], y), parts)
 
 
 def heat_map(
@@ -227,6 +225,159 @@ def heat_map(
     if row_label:
         parts.append(f'<g transform="rotate(-90 12 {(42 + bottom) / 2})">{_text(12, (42 + bottom) / 2, row_label)}</g>')
     return _svg(bottom + 4, parts)
+
+
+def histogram(counts: Sequence[int], x_label: str, low: float = 0., high: float = 1.) -> str:
+    """Bars over equal parts of [low, high], as shares of all in percent."""
+    shares = [100 * count / max(sum(counts), 1) for count in counts]
+    across, up, parts = _axes([low, high], [0., *shares], x_label, 'share, %', '{:g}', '{:.0f}', log=False)
+    width = (high - low) / len(counts)
+    for number, share in enumerate(shares):
+        x = low + number * width
+        label = f'{x:.2f} to {x + width:.2f}: {share:.1f} %'
+        parts.append(
+            f'<rect x="{across(x) + .5:.1f}" y="{up(share):.1f}" width="{across(x + width) - across(x) - 1:.1f}" '
+            f'height="{BOTTOM - up(share):.1f}" fill="var(--accent)"><title>{label}</title></rect>')
+    return _svg(BOTTOM + 52, parts)
+
+
+def estimates(
+        rows: Sequence[tuple[str, float, float]],
+        x_label: str,
+        reference: tuple[str, float] | None = None,
+) -> str:
+    """One row a name: an estimate as a dot and two standard errors to either side as a line.
+
+    Args:
+        rows: (name, value, standard error).
+        x_label: Written along the axis, unit included.
+        reference: (name, value) of an upright line to compare with.
+    """
+    ends = [value + sign * 2 * error for _, value, error in rows for sign in (-1, 1)]
+    ends += [reference[1]] if reference else []
+    marks = ticks(min(ends), max(ends))
+    left, height = min(30 + 7.5 * max(len(name) for name, _, _ in rows), WIDTH / 2), 26
+    top = 22 if reference else 0
+    bottom = top + height * len(rows) + 6
+
+    def across(value: float) -> float:
+        return left + (value - marks[0]) / (marks[-1] - marks[0]) * (WIDTH - left - 24)
+
+    parts = []
+    for mark in marks:
+        parts.append(_line(across(mark), top, across(mark), bottom))
+        parts.append(_text(across(mark), bottom + 16, f'{round(mark, 10):g}', soft=True))
+    parts.append(_text((left + WIDTH - 24) / 2, bottom + 38, x_label))
+    if reference:
+        x = across(reference[1])
+        parts.append(f'<line x1="{x:.1f}" y1="{top - 4}" x2="{x:.1f}" y2="{bottom}" stroke="currentColor" '
+                     'stroke-width="1.5" stroke-dasharray="4 3"/>')
+        parts.append(_text(min(max(x, left), WIDTH - 60), 12, f'{reference[0]} {reference[1]:.1f}', soft=True))
+    for number, (name, value, error) in enumerate(rows):
+        y = top + height * (number + .5) + 3
+        parts.append(_text(left - 10, y + 4, name, 'end'))
+        x0, x1 = across(value - 2 * error), across(value + 2 * error)
+        parts.append(f'<line x1="{x0:.1f}" y1="{y}" x2="{x1:.1f}" y2="{y}" stroke="var(--accent)" stroke-width="2"/>')
+        parts.append(f'<circle cx="{across(value):.1f}" cy="{y}" r="5" fill="var(--accent)">'
+                     f'<title>{html.escape(name)}: {value:.1f}, standard error {error:.1f}</title></circle>')
+    return _svg(bottom + 46, parts)
+
+
+def strips(
+        rows: Sequence[tuple[str, Sequence[Sequence[float]]]],
+        names: Sequence[str],
+        columns: Sequence[str],
+        column_label: str,
+) -> str:
+    """One strip a row: in every column a dot for each name, all strips on a scale of their own from 0.
+
+    Args:
+        rows: (title, a list of values, one a column, for each name).
+        names: What the colours stand for.
+        columns: Names of the columns.
+        column_label: What they are.
+    """
+    parts, y, left, height = [], 0., 40, 84
+    width = (WIDTH - left) / len(columns)
+    for title, series in rows:
+        most = max((v for values in series for v in values), default=0) or 1
+        parts.append(_text(0, y + 13, title, 'start'))
+        base = y + 24 + height
+        for level in (0, 1):
+            parts.append(_line(left, base - level * height, WIDTH, base - level * height))
+            parts.append(_text(left - 6, base - level * height + 4, f'{level * most:.2g}', 'end', soft=True))
+        for number, (name, values) in enumerate(zip(names, series)):
+            shift = (number + 1) / (len(names) + 1)
+            for column, value in enumerate(values):
+                parts.append(
+                    f'<circle cx="{left + (column + shift) * width:.1f}" cy="{base - height * value / most:.1f}" r="4" '
+                    f'fill="{expert_colour(number)}"><title>{html.escape(f"{title}, {columns[column]}, {name}")}: '
+                    f'{value:.3f}</title></circle>')
+        y = base + 14
+    for column, name in enumerate(columns):
+        parts.append(_text(left + (column + .5) * width, y + 4, name, soft=True))
+    parts.append(_text(left + (WIDTH - left) / 2, y + 24, column_label))
+    end = _legend(parts, [(name, expert_colour(n)) for n, name in enumerate(names)], y + 40)
+    return _svg(end, parts)
+
+
+def pictures(
+        panels: Sequence[tuple[str, bytes, Sequence[Sequence[str | None]] | None]],
+        columns: int,
+        legend: Sequence[tuple[str, str]] = (),
+        ratio: float = 1.,
+) -> str:
+    """Pictures side by side, each under its name; over each, if wanted, a grid of colours.
+
+    Args:
+        panels: (name, bytes of a PNG or JPEG, rows of colours or None). A cell that is None is veiled.
+        columns: Pictures in a row.
+        legend: (name, colour), written below.
+        ratio: Height of a picture over its width.
+    """
+    gap = 8
+    width = (WIDTH - gap * (columns - 1)) / columns
+    height, parts = width * ratio, []
+    for number, (name, picture, grid) in enumerate(panels):
+        x, y = number % columns * (width + gap), number // columns * (height + 28)
+        kind = 'jpeg' if picture[:2] == b'\xff\xd8' else 'png'
+        parts.append(_text(x, y + 13, name, 'start', soft=True))
+        parts.append(
+            f'<image x="{x:.1f}" y="{y + 20:.1f}" width="{width:.1f}" height="{height:.1f}" '
+            f'preserveAspectRatio="none" style="image-rendering:{"auto" if kind == "jpeg" else "pixelated"}" '
+            f'href="data:image/{kind};base64,{base64.b64encode(picture).decode()}"/>')
+        parts += _grid(grid, x, y + 20, width, height) if grid else []
+    end = -(-len(panels) // columns) * (height + 28)
+    return _svg(_legend(parts, legend, end + 4) if legend else end, parts)
+
+
+def _grid(grid: Sequence[Sequence[str | None]], x: float, y: float, width: float, height: float) -> list[str]:
+    """Cells of colours, neighbours of one colour in a row as one rectangle."""
+    parts, down, across = [], height / len(grid), width / len(grid[0])
+    for row, cells in enumerate(grid):
+        start = 0
+        for column in range(1, len(cells) + 1):
+            if column == len(cells) or cells[column] != cells[start]:
+                colour, opacity = (cells[start], .5) if cells[start] else ('var(--card)', .8)
+                parts.append(
+                    f'<rect x="{x + start * across:.1f}" y="{y + row * down:.1f}" '
+                    f'width="{(column - start) * across:.1f}" height="{down:.1f}" fill="{colour}" '
+                    f'fill-opacity="{opacity}"/>')
+                start = column
+    return parts
+
+
+def _legend(parts: list[str], entries: Sequence[tuple[str, str]], y: float) -> float:
+    """Add colours with their names, in as many lines as they need, and return where they end."""
+    x = 0.
+    for name, colour in entries:
+        width = 31 + 7.5 * len(name)
+        if x + width > WIDTH and x > 0:
+            x, y = 0., y + 20
+        parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="12" height="12" rx="2" fill="{colour}"/>')
+        parts.append(_text(x + 17, y + 11, name, 'start', soft=True))
+        x += width
+    return y + 18
 
 
 def ticks(low: float, high: float, about: int = 4) -> list[float]:

@@ -23,7 +23,7 @@ Pass = Callable[[str], Batches]  # title of a pass over the same images to its b
 BINS = 20  # of the histogram, on [0, 1]; what lies above 1 is counted in the last
 NEAR = 0.1  # a gate is near 0 below it, near 1 above one minus it
 TWIN_USE, TWIN_WEIGHTS = 0.9, 0.2
-TOP_CLASSES, TOP_IMAGES = 3, 6
+TOP_CLASSES, TOP_IMAGES = 3, 4
 MOST_LISTED, LISTED = 32, 16  # of more experts than the first, tables by class are of the second number of them
 MOST_FORCED = 64  # experts of a layer
 
@@ -231,21 +231,32 @@ def variance_split(gates: torch.Tensor, targets: torch.Tensor) -> Dict[str, Any]
     Returns:
         total: Variance, summed over the experts.
         between: Share of it between classes; None where nothing varies.
+        between_se: Its standard error, from leaving out every tenth image in turn; None below 20 images.
         chance: What is expected of `between` where the class does not matter: (classes - 1) / (N - 1).
         by_expert: (E) the same of every expert, None where its gate does not vary.
     """
-    values, classes = gates.double(), targets.unique()
-    overall = (values - values.mean(dim=0)).square().sum(dim=0)  # (E,)
-    mean = class_table(gates, targets, int(targets.max()) + 1)[0]
-    between = (mean[targets] - values.mean(dim=0)).square().sum(dim=0)
-    tiny = 1e-12 * len(values) * values.square().mean().clamp_min(1e-30)
-    shares = [float(b / t) if t > tiny else None for b, t in zip(between, overall)]
+    overall, between = _squares(gates, targets)
+    tiny = 1e-12 * len(gates) * gates.double().square().mean().clamp_min(1e-30)
+    varies, error = bool(overall.sum() > tiny), None
+    if varies and len(gates) >= 20:  # the jackknife over ten groups
+        fold = torch.arange(len(gates)) % 10
+        parts = [_squares(gates[fold != i], targets[fold != i]) for i in range(10)]
+        shares = torch.stack([b.sum() / o.sum().clamp_min(1e-300) for o, b in parts])
+        error = float((9 * shares.var(unbiased=False)).sqrt())
     return {
-        'total': float(overall.sum() / len(values)),
-        'between': float(between.sum() / overall.sum()) if overall.sum() > tiny else None,
-        'chance': (len(classes) - 1) / (len(values) - 1) if len(values) > 1 else None,
-        'by_expert': shares,
+        'total': float(overall.sum() / len(gates)),
+        'between': float(between.sum() / overall.sum()) if varies else None,
+        'between_se': error,
+        'chance': (len(targets.unique()) - 1) / (len(gates) - 1) if len(gates) > 1 else None,
+        'by_expert': [float(b / o) if o > tiny else None for b, o in zip(between, overall)],
     }
+
+
+def _squares(gates: torch.Tensor, targets: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """(E,) sums of squares of (N, E) gates around their mean: of the images, and of the means of their classes."""
+    values = gates.double()
+    mean = class_table(gates, targets, int(targets.max()) + 1)[0]
+    return tuple((v - values.mean(dim=0)).square().sum(dim=0) for v in (values, mean[targets]))
 
 
 def gate_summary(layer: LayerExperts) -> Dict[str, Any]:

@@ -15,6 +15,9 @@ from rich.console import Console
 from rich.progress import Progress
 from timm.models import safe_model_name
 
+from .. import __version__
+from ..analysis.expert_page import expert_page
+from ..analysis.expert_words import findings, report
 from ..analysis.experts import analyze, locate, spread
 from ..analysis.object_sizes import token_grid
 from ..errors import InputError, atomic_write, counted, exit_on_input_error, nearest
@@ -75,12 +78,13 @@ def analyze_classifier(
         whole = 'the data set' if images.total is None else f'{images.total:,}'
         result['left_out'].append(
             f'{len(images.targets):,} of {whole} images were looked at, evenly over the data; --max-images takes more.')
-    return {
+    result = {
         'model': classifier.args.model, 'trained': classifier.trained, 'classes': classifier.classes,
         'chosen_classes': chosen, **result, 'files': images.files, 'corrupt': images.corrupt,
         'drawn_layers': spread([layer['layer'] for layer in result['layers']], most_layers),
         'shown': numbers if places else [], 'places': places,
     }
+    return {'findings': findings(result), **result}
 
 
 def pick_images(targets: torch.Tensor, classes: Sequence[int], count: int) -> List[int]:
@@ -171,9 +175,22 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     text = json.dumps(result)
     with atomic_write(out / 'experts.json') as part:
         part.write_text(text, encoding='utf-8')
-    print(text if flags.json else f'{counted(result["images"], "image")}, top-1 {result["free"]["accuracy"]:.1f} %')
-    print(f'written: {out}', file=sys.stderr)
+    expert_page(result, images.pixels, _facts(flags, classifier, images)).write(out / 'index.html')
+    print(text if flags.json else '\n'.join(report(result)))
+    print(f'written: {out / "index.html"} and what it rests on', file=sys.stderr)
     return 0
+
+
+def _facts(flags: argparse.Namespace, classifier: Classifier, images: Images) -> List[Tuple[str, str]]:
+    """For the foot of the page."""
+    weights = 'random: untrained' if not classifier.trained else flags.checkpoint or 'pretrained'
+    data = classifier.args.data_dir or classifier.args.dataset
+    return [
+        ('Weights', f'`{weights}`{", averaged" if flags.use_ema else ""}'),
+        ('Images', f'{counted(len(images.targets), "image")} of `{data}`, split `{classifier.args.val_split}`'),
+        ('Input', ' x '.join(map(str, images.pixels.shape[1:]))),
+        ('Software', f'moe_zoo {__version__}, torch {torch.__version__}'),
+    ]
 
 
 def _name(flags: argparse.Namespace) -> str:

@@ -1,0 +1,187 @@
+"""What `moe_zoo.analysis.experts.analyze` found, in sentences. Every one follows from the numbers. Standard library.
+
+Letters: E experts, K chosen experts.
+"""
+from typing import Any, Dict, List, Mapping, Optional, Sequence
+
+from ..errors import counted
+
+CLEAR = 4  # standard errors by which a share must differ: tables of classes and experts have many cells
+FORCED_CLEAR = 2  # standard errors by which an accuracy must differ
+
+
+def findings(result: Mapping[str, Any]) -> Dict[str, str]:
+    """One sentence or two on each part: overview, balance, alike, classes, gates, depth, forced and k.
+
+    Args:
+        result: From `moe_zoo.engine.analyze_experts.analyze_classifier`.
+
+    Returns:
+        Only parts that were measured.
+    """
+    parts = {
+        'overview': _overview, 'balance': _balance, 'alike': _alike, 'classes': _classes, 'gates': _gates,
+        'depth': _depth, 'forced': _forced, 'k': _sweep,
+    }
+    found = {key: say(result) for key, say in parts.items()}
+    return {key: text for key, text in found.items() if text}
+
+
+def percent(share: float, digits: int = 0) -> str:
+    return f'{100 * share:.{digits}f} %'
+
+
+def listing(items: Sequence[Any], most: int = 8) -> str:
+    """`1, 4 and 7`; of many the first ones and how many more."""
+    words = [str(item) for item in items]
+    if len(words) > most:
+        return f'{", ".join(words[:most])} and {len(words) - most} more'
+    return ' and '.join(filter(None, [', '.join(words[:-1]), words[-1]])) if words else 'none'
+
+
+def _overview(result: Mapping[str, Any]) -> str:
+    free, layers = result['free'], result['layers']
+    experts = sum(layer['experts'] for layer in layers)
+    start = '' if result['trained'] else (
+        '**Untrained:** the weights are random, so that nothing here was learned; it shows what the architecture alone '
+        'does. ')
+    classes = len(set(result['targets']))
+    return (
+        f'{start}`{result["model"]}` gets **{free["accuracy"]:.1f} ± {free["se"]:.1f} %** of {result["images"]:,} '
+        f'images of {counted(classes, "class")} right. It has {counted(experts, "expert")} in '
+        f'{counted(len(layers), "routed layer")}.')
+
+
+def _balance(result: Mapping[str, Any]) -> str:
+    layers = result['layers']
+    dead = [(layer['layer'], layer['dead']) for layer in layers if layer['dead']]
+    total = sum(layer['experts'] for layer in layers)
+    idle = sum(len(experts) for _, experts in dead)
+    if idle:
+        named = '; '.join(f'{listing(experts)} of `{layer}`' for layer, experts in dead[:4])
+        rest = '' if len(dead) <= 4 else f'; and some of {counted(len(dead) - 4, "further layer")}'
+        first = f'**{idle} of {total} experts are dead**: {named}{rest}.'
+    else:
+        first = f'**All {total} experts are in use.**'
+    worst = min(layers, key=lambda layer: layer['entropy'])
+    share = max(worst['importance'])
+    return (
+        f'{first} The least balanced layer is `{worst["layer"]}`, where expert {worst["importance"].index(share)} '
+        f'carries {percent(share, 1)} of the weight; a fair share would be {percent(1 / worst["experts"], 1)}.')
+
+
+def _alike(result: Mapping[str, Any]) -> str:
+    layers = [layer for layer in result['layers'] if layer['most_alike']]
+    if not layers:
+        return ''
+    twins = [(layer['layer'], group) for layer in layers for group in layer['twins']]
+    if twins:
+        named = '; '.join(f'{listing(group)} of `{layer}`' for layer, group in twins[:4])
+        rest = '' if len(twins) <= 4 else f'; and {counted(len(twins) - 4, "further group")}'
+        return f'**Twins** (used alike, nearly equal weights): {named}{rest}.'
+    closest = min(layers, key=lambda layer: layer['most_alike']['distance'])
+    pair = closest['most_alike']
+    use = 'the use of one of them never varies' if pair['correlation'] is None else \
+        f'their use over the images correlates by {pair["correlation"]:.2f}'
+    return (
+        f'**No twins.** The most alike are experts {listing(pair["experts"])} of `{closest["layer"]}`: their weights '
+        f'differ by {percent(pair["distance"])} of their length, and {use}.')
+
+
+def strongest_tie(result: Mapping[str, Any]) -> Optional[Dict[str, Any]]:
+    """The expert and class whose share is most times the usual one, among those clear of chance; None without any."""
+    best = None
+    for layer in result['layers']:
+        for expert, rows in zip(layer['listed'], layer['top_classes']):
+            for row in rows:
+                usual = row['share'] / row['lift'] if row['lift'] else 0.
+                clear = row['se'] is not None and row['share'] - usual > CLEAR * row['se'] and row['share'] > usual
+                if clear and (best is None or row['lift'] > best['lift']):
+                    best = {**row, 'expert': expert, 'layer': layer['layer'], 'usual': usual}
+    return best
+
+
+def _classes(result: Mapping[str, Any]) -> str:
+    tie = strongest_tie(result)
+    if tie is None:
+        return f'**No expert is tied to a class**: no share is more than {CLEAR} standard errors above the usual one.'
+    name = result['classes'][tie['class']]
+    return (
+        f'The closest tie: expert {tie["expert"]} of `{tie["layer"]}` carries **{percent(tie["share"])}** '
+        f'(± {percent(tie["se"], 1)}) of the weight in images of **{name}**, {tie["lift"]:.1f} times its usual '
+        f'{percent(tie["usual"])}.')
+
+
+def is_bimodal(gates: Mapping[str, Any]) -> bool:
+    """Half of the values or more at the ends, and a tenth at each."""
+    ends = gates['near_zero'], gates['near_one']
+    return sum(ends) >= 0.5 and min(ends) >= 0.1
+
+
+def _gates(result: Mapping[str, Any]) -> str:
+    layers = result['layers']
+    layer = max(layers, key=lambda each: min(each['gates']['near_zero'], each['gates']['near_one']))
+    gates, bimodal = layer['gates'], sum(is_bimodal(each['gates']) for each in layers)
+    middle = 1 - gates['near_zero'] - gates['near_one']
+    verdict = f'switches (off or on) in {bimodal} of {counted(len(layers), "layer")}' if bimodal else \
+        'dimmers, not switches'
+    return (
+        f'The gates are **{verdict}**. Nearest to switches is `{layer["layer"]}`: {percent(gates["near_zero"])} of the '
+        f'values are below 0.1, {percent(gates["near_one"])} above 0.9 and {percent(middle)} between.')
+
+
+def _depth(result: Mapping[str, Any]) -> str:
+    layers = [layer for layer in result['layers'] if layer['gates']['variance']['between'] is not None]
+    if not layers:
+        return 'No gate varies between images: every image is routed alike.'
+    chance = layers[0]['gates']['variance']['chance']
+    first, last = layers[0], layers[-1]
+    most = max(layers, key=lambda layer: layer['gates']['variance']['between'])
+
+    def between(layer):
+        return percent(layer['gates']['variance']['between'])
+
+    if len(layers) == 1:
+        return (f'In `{first["layer"]}` **{between(first)}** of the variance of the gates lies between classes '
+                f'(chance: {percent(chance)}).')
+    change = last['gates']['variance']['between'] - first['gates']['variance']['between']
+    errors = [layer['gates']['variance']['between_se'] for layer in (first, last)]
+    clear = None not in errors and abs(change) > 2 * sum(error ** 2 for error in errors) ** 0.5
+    trend = f'become {"more" if change > 0 else "less"} class-specific' if clear else 'are about equally class-specific'
+    text = (f'Gates {trend} with depth: **{between(first)}** of their variance lies between classes in '
+            f'`{first["layer"]}`, **{between(last)}** in `{last["layer"]}` (chance: {percent(chance)}).')
+    return text if most in (first, last) else f'{text} The most is {between(most)}, in `{most["layer"]}`.'
+
+
+def _forced(result: Mapping[str, Any]) -> str:
+    forced = result['forced']
+    if not forced or not (forced['everywhere'] or forced['layers']):
+        return ''
+    rows = forced['everywhere'] or [row for each in forced['layers'].values() for row in each]
+    where = 'everywhere' if forced['everywhere'] else 'in one layer'
+    clear = sum(abs(row['difference']) > FORCED_CLEAR * row['difference_se'] for row in rows)
+    low, high = min(row['accuracy'] for row in rows), max(row['accuracy'] for row in rows)
+    return (
+        f'With a single expert doing all the work {where}, accuracy is **{low:.1f} to {high:.1f} %** instead of '
+        f'{result["free"]["accuracy"]:.1f} %; {clear} of {len(rows)} differences are beyond two standard errors'
+        f'{", so that the choice of the expert cannot be told from chance here." if not clear else "."}')
+
+
+def _sweep(result: Mapping[str, Any]) -> str:
+    rows = result['k']
+    if not rows:
+        return ''
+    best = max(rows, key=lambda row: row['accuracy'])
+    low = min(rows, key=lambda row: row['accuracy'])
+    clear = [row for row in rows if abs(row['difference']) > FORCED_CLEAR * row['difference_se']]
+    native = next((f'K = {row["k"]}' for row in rows if row['native']), 'the K of every layer')
+    if not clear:
+        return (f'Other numbers of experts an item change nothing that could be told from chance: '
+                f'{low["accuracy"]:.1f} to {best["accuracy"]:.1f} % (trained with {native}).')
+    named = listing([f'K = {row["k"]} ({row["difference"]:+.1f} points)' for row in clear])
+    return f'Against {native}, with which it was trained, accuracy changes clearly with {named}.'
+
+
+def report(result: Mapping[str, Any]) -> List[str]:
+    """The findings as lines for a terminal, without marks."""
+    return [text.replace('**', '').replace('`', '') for text in findings(result).values()]
