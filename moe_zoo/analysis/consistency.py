@@ -212,6 +212,72 @@ def _pooled(found: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
     return {**means, 'pairs': pairs}
 
 
+@torch.no_grad()
+def locate_pairs(
+        model: nn.Module,
+        images: torch.Tensor,
+        layer: Optional[str] = None,
+        area: Tuple[float, float] = AREA,
+        hflip: float = 0.5,
+        seed: int = 0,
+) -> Dict[str, Any]:
+    """Which expert has which corresponding patch of a few images and of their crops, in one layer; to be drawn.
+
+    Args:
+        model: Any module that routes tokens or positions; its training mode is restored.
+        images: (B, C, H, W).
+        layer: Name of the layer; None takes the last one with patches.
+        area, hflip, seed: Of the crops, as in `measure_consistency`.
+
+    Returns:
+        For JSON. layer, experts, area, hflip, seed; images: for each, `image` and `crop`, rows of the best expert of
+        every patch (the one of largest weight; None where nothing corresponds, or no expert took the patch), and
+        `changed`, rows of booleans, for the patches of the crop: whether the set of experts differs.
+
+    Raises:
+        InputError: The model has no such layer, or routes no patches.
+    """
+    view, maps, areas = random_view(images, area, hflip=hflip, generator=torch.Generator().manual_seed(seed))
+    with evaluation_mode(model):
+        before, after = _records(model, images), _records(model, view)
+    names = [name for name, routing in before.items() if len(routing.shape) > 1]
+    if not names or layer not in (None, *names):
+        raise InputError(
+            f'layer={layer!r} is not one of those that route patches: {", ".join(names) or "this model has none"}.')
+    layer = layer or names[-1]
+    B, size, first = len(images), images.shape[-2:], before[layer]
+    grid = find_grid(first.shape, size)
+    same = torch.eye(3, device=maps.device).expand(B, 3, 3)
+    pairs = match_items(
+        torch.stack([same, maps], dim=1), torch.stack([torch.ones_like(areas), areas], dim=1), size, grid, False)
+    pairs = pairs.flatten(1).sort(dim=0).values.cpu()
+    pairs = pairs[:, pairs[0] >= 0]
+    sets = torch.cat([chosen_sets(first), chosen_sets(after[layer])]).cpu()
+    best = torch.cat([_best(first), _best(after[layer])]).cpu()
+    shown, changed = torch.zeros(len(best), dtype=torch.bool), torch.zeros(len(best), dtype=torch.bool)
+    shown[pairs.flatten()] = True
+    changed[pairs[1][(sets[pairs[0]] != sets[pairs[1]]).any(dim=1)]] = True
+
+    def rows(values: torch.Tensor) -> List[Any]:
+        """(2 B N) to the patches of every view."""
+        return values.reshape(2, B, -1)[:, :, grid.num_prefix_tokens:].reshape(2, B, grid.rows, -1).tolist()
+
+    best = rows(torch.where(shown, best, -1))
+    plain = [[[[None if e < 0 else e for e in row] for row in patches] for patches in views] for views in best]
+    return {
+        'layer': layer, 'experts': first.num_experts, 'area': list(area), 'hflip': hflip, 'seed': seed,
+        'images': [
+            {'image': image, 'crop': crop, 'changed': change}
+            for image, crop, change in zip(*plain, rows(changed)[1])],
+    }
+
+
+def _best(routing: Routing) -> torch.Tensor:
+    """(T,) the expert of largest weight; -1 where experts choose and none did."""
+    weights = (routing if routing.by_expert else routing._replace(kept=None)).combine_matrix()
+    return torch.where(weights.sum(dim=1) > 0, weights.argmax(dim=1), -1)
+
+
 def describe_consistency(named: Sequence[Tuple[str, Dict[str, Any]]]) -> str:
     """The result in one sentence.
 
@@ -242,12 +308,12 @@ def consistency_section(
     """
     result = named[-1][1]
     prose = (
-        f'Each of {result["images"]:,} images is routed twice: as it is, and as a crop of {_range(result["area"])} of its'
-        f' area, enlarged and flipped with a probability of {result["hflip"]:g}. A patch of the crop and the patch of'
-        ' the image that lies under its centre show the same thing; they **change** where the sets of experts they get'
-        ' differ. **By chance** is the share that would change if the choices were dealt to the patches at random: a'
-        ' share near it says that the place in the picture, or nothing, decides, and not what is shown. 0 is also what'
-        ' a router reaches that sends everything to one expert: then chance is 0, too.')
+        f'Each of {result["images"]:,} images is routed twice: as it is, and as a crop of {_range(result["area"])} of'
+        f' its area, enlarged and flipped with a probability of {result["hflip"]:g}. A patch of the crop and the patch'
+        ' of the image that lies under its centre show the same thing; they **change** where the sets of experts they'
+        ' get differ. **By chance** is the share that would change if the choices were dealt to the patches at random;'
+        ' near it, the place in the picture decides, or nothing does, and not what is shown. A router that sends'
+        ' everything to one expert reaches 0, too: then chance is 0 as well.')
     rows = [
         [f'{name}: `{layer["layer"]}`' if len(named) > 1 else f'`{layer["layer"]}`', layer['experts'],
          '–' if layer['selected'] is None else layer['selected'], f'{layer["rows"]} x {layer["columns"]}',
@@ -265,7 +331,8 @@ def consistency_section(
         blocks.append(Figure(
             picture, 'Images and their crops, every corresponding patch in the colour of its best expert.', caption))
     if result['left_out']:
-        blocks.append(f'Left out, because they decide once an image: {", ".join(f"`{n}`" for n in result["left_out"])}.')
+        listed = ', '.join(f'`{name}`' for name in result['left_out'])
+        blocks.append(f'Left out, because they decide once an image: {listed}.')
     return Section('Do routes stay with what they show?', 'done', describe_consistency(named), blocks)
 
 
