@@ -103,6 +103,16 @@ def test_curves_join_the_points_of_a_line_in_its_colour(log, third):
     assert {'narrow', 'wide', 'MACs', 'accuracy'} <= set(words(svg))
 
 
+def test_curves_show_deviations():
+    svg = curves([('a', [(1, 10, 2), (2, 30, 5)]), ('b', [(1, 20)])], 'x', 'y', log=False)
+    bars = [line for line in drawn(svg, 'line') if 'stroke-opacity' in line.attrib]
+    heights = [float(bar.get('y1')) - float(bar.get('y2')) for bar in bars]
+    points = [float(c.get('cy')) for c in drawn(svg, 'circle')]
+    scale = (points[0] - points[1]) / 20  # of the points 10 and 30
+    assert heights == pytest.approx([4 * scale, 10 * scale], abs=.2)
+    assert min(float(bar.get('y2')) for bar in bars) > 0  # 35 is inside
+
+
 def test_names_of_many_curves_stay_inside():
     svg = curves([(f'a line with the name {i}', [(1, i)]) for i in range(5)], 'x', 'y', log=False)
     places = [(float(r.get('x')), float(r.get('y'))) for r in drawn(svg, 'rect')]

@@ -52,7 +52,7 @@ def scatter(
 
 
 def curves(
-        lines: Sequence[tuple[str, Sequence[tuple[float, float]]]],
+        lines: Sequence[tuple[str, Sequence[tuple[float, ...]]]],
         x_label: str,
         y_label: str,
         y_format: str = '{:.1f}',
@@ -62,21 +62,25 @@ def curves(
     """Points joined by lines, one colour a line, which are named below.
 
     Args:
-        lines: (name, [(x, y), ...]) in order of x.
+        lines: (name, [(x, y), ...]) in order of x; a third number is a deviation, drawn as a bar from y - d to y + d.
         x_label, y_label: Written along the axes, units included.
         y_format, x_format: Of the numbers at the axes.
         log: Whether x, which is then above 0, is on a logarithmic scale.
     """
     points = [point for _, line in lines for point in line]
-    if not points or (log and any(x <= 0 for x, _ in points)):
+    if not points or (log and any(x <= 0 for x, *_ in points)):
         raise InputError(f'lines={lines!r}: a chart needs at least one point, and on a logarithmic scale x above 0.')
-    across, up, parts = _axes(*zip(*points), x_label, y_label, x_format, y_format, log)
+    ends = [(x, end) for x, y, *deviation in points for d in deviation or [0] for end in (y - d, y + d)]
+    across, up, parts = _axes(*zip(*ends), x_label, y_label, x_format, y_format, log)
     x, y = LEFT, BOTTOM + 66
     for number, (name, line) in enumerate(lines):
         colour = expert_colour(number)
-        path = ' '.join(f'{across(a):.1f},{up(b):.1f}' for a, b in line)
+        path = ' '.join(f'{across(a):.1f},{up(b):.1f}' for a, b, *_ in line)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for a, b in line:
+        for a, b, *deviation in line:
+            parts += [
+                f'<line x1="{across(a):.1f}" y1="{up(b - d):.1f}" x2="{across(a):.1f}" y2="{up(b + d):.1f}" '
+                f'stroke="{colour}" stroke-opacity=".6"/>' for d in deviation]
             parts.append(
                 f'<circle cx="{across(a):.1f}" cy="{up(b):.1f}" r="4" fill="{colour}">'
                 f'<title>{html.escape(name)}: {x_format.format(a)}, {y_format.format(b)}</title></circle>')
@@ -362,7 +366,7 @@ def _grid(grid: Sequence[Sequence[str | None]], x: float, y: float, width: float
                 parts.append(
                     f'<rect x="{x + start * across:.1f}" y="{y + row * down:.1f}" '
                     f'width="{(column - start) * across:.1f}" height="{down:.1f}" fill="{colour}" '
-                    f'fill-opacity="{opacity}"/>')
+                    f'fill-opacity="{opacity}" shape-rendering="crispEdges"/>')
                 start = column
     return parts
 
