@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ..errors import InputError, nearest
 from ..routing import (
     ExpertChoiceRouter,
+    HierarchicalRouter,
     NoisyTopKRouter,
     Routing,
     SigmoidTopKRouter,
@@ -28,12 +29,13 @@ from ..routing import (
     keep_within_capacity,
     record,
 )
-from ..routing.dispatch import combine_sorted, sort_pairs
+from ..routing.dispatch import combine_sorted, sort_pairs, wants_static_shapes
 from .expert_mlps import ExpertMlps, check_at_least_one, known_losses
 
 ROUTERS = {
     'vmoe': SoftmaxTopKRouter,
     'shazeer': NoisyTopKRouter,
+    'hierarchical': HierarchicalRouter,
     'sigmoid': SigmoidTopKRouter,
     'expert_choice': ExpertChoiceRouter,
 }
@@ -72,11 +74,13 @@ class MoEMlp(ExpertMlps):
         use_conv: Tokens are the positions of a (B, D, H, W) map.
         num_experts: E.
         num_selected: K.
-        router: 'vmoe' (softmax before top-k), 'shazeer' (noisy top-k before softmax), 'sigmoid' (normalised sigmoid
-            gates, choice corrected by a bias that balances the load), 'expert_choice' (see above).
+        router: 'vmoe' (softmax before top-k), 'shazeer' (noisy top-k before softmax), 'hierarchical' (the same on two
+            levels, with `router_args=dict(num_groups=4, groups_selected=2)`), 'sigmoid' (normalised sigmoid gates,
+            choice corrected by a bias that balances the load), 'expert_choice' (see above).
         router_args: Further keywords of that router, for example `dict(renormalise=True)`.
         noise_std: Noise on the logits in training: numerator of the standard deviation `noise_std / E` for 'vmoe' and
-            'expert_choice'; for 'shazeer', whose noise is learned, 0 switches it off; without meaning for 'sigmoid'.
+            'expert_choice'; for 'shazeer' and 'hierarchical', whose noise is learned, 0 switches it off; without
+            meaning for 'sigmoid'.
         losses: Weight of each auxiliary loss by name; None for the router's own, {} for none.
         capacity_factor: Slots an expert has in training, relative to S K / E; None drops nothing, as any factor of
             E / K or more.
@@ -188,7 +192,7 @@ class MoEMlp(ExpertMlps):
             kept = routing.kept if kept is None else routing.kept & kept
         routing = routing._replace(kept=kept, shape=tuple(x.shape[:-1]), group_size=group_size)
         record(self, routing)
-        if not _wants_static_shapes(tokens):
+        if not wants_static_shapes(tokens):
             return dispatch_sorted(tokens, routing, self.run_experts)
         if routing.kept is None:
             return dispatch_reference(tokens, routing, self.run_experts)
@@ -222,7 +226,7 @@ class MoEMlp(ExpertMlps):
         """C for a group of that many tokens; 0 where nothing is dropped."""
         if self.capacity is not None:
             return self.capacity
-        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        factor: Optional[float] = self.capacity_factor if self.training else self.eval_capacity_factor
         if factor is None or factor * self.num_selected >= self.num_experts:
             return 0  # an expert has a slot for every token
         return compute_capacity(
@@ -306,7 +310,7 @@ def create_router(
         sizes.pop()  # every token is offered to every expert
     if name in ('vmoe', 'expert_choice'):
         args.setdefault('noise_std', noise_std)
-    elif name == 'shazeer':
+    elif name in ('shazeer', 'hierarchical'):
         args.setdefault('noise', noise_std != 0)
     if losses is not None:
         args['losses'] = known_losses(losses)
@@ -316,11 +320,6 @@ def create_router(
             raise InputError(
                 f'router_args has {keyword!r}.{nearest(keyword, known)} Known to {name!r}: {", ".join(known)}.')
     return ROUTERS[name](*sizes, device=device, dtype=dtype, **args)
-
-
-def _wants_static_shapes(x: torch.Tensor) -> bool:
-    """True where no value can be read: meta tensors, compilation and export, tracing."""
-    return x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _check_positive(**values: Optional[float]) -> None:

@@ -6,12 +6,12 @@ Coefficients of variation are computed as variance / mean^2, never through a sta
 finite at perfect balance. Losses are taken per group and averaged over groups in proportion to their items, which is
 the plain mean of V-MoE where groups are equal.
 """
-import math
 from typing import Callable, Iterator, Optional, Tuple
 
 import torch
 from torch.nn import functional as F
 
+from ..routing.routers import choice_probability, normal_cdf
 from ..routing.types import Routing
 
 
@@ -78,25 +78,40 @@ def kl_loss(routing: Routing) -> torch.Tensor:
     return _mean_over_groups(routing, kl, routing.gates)
 
 
-def _normal_cdf(x: torch.Tensor) -> torch.Tensor:
-    return 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
-
-
 def load_loss(routing: Routing) -> torch.Tensor:
-    """Squared CV of the smooth load with Shazeer's two thresholds (Shazeer 2017, appendix A, eq. 8 to 10).
+    """Squared CV of the smooth load, the sum of `choice_probability` over items (Shazeer 2017, appendix A, eq. 8-10).
 
-    P(x, i) = Phi((clean logit_i - threshold_i) / std_i), where the threshold is the k-th largest noisy logit without
-    expert i: the (k+1)-th where i was chosen, the k-th where it was not. Zero where nothing is random: without noise,
-    in evaluation, or with K = E.
+    Where experts are chosen on two levels it is that of `hierarchical_load`. Zero where nothing is random: without
+    noise, in evaluation, or with K = E.
     """
     selected = routing.indices.shape[-1] if routing.indices is not None else routing.num_experts
     if routing.noisy_logits is None or selected >= routing.num_experts:
         return routing.logits.sum() * 0.0
-    top = torch.topk(routing.noisy_logits, selected + 1, dim=-1).values
-    if_in, if_out = top[:, -1:], top[:, -2:-1]
-    threshold = torch.where(routing.noisy_logits > if_in, if_in, if_out)
-    probability = _normal_cdf((routing.logits - threshold) / routing.noise_std)
+    if routing.group_chances is not None:
+        first = routing.group_chances
+        groups = torch.div(routing.indices, routing.num_experts // first.shape[1], rounding_mode='floor')
+        went = torch.zeros_like(first).scatter(1, groups, 1.0)
+        return _mean_over_groups(
+            routing, lambda *fields: squared_cv(hierarchical_load(*fields)), routing.chances, first, went)
+    probability = choice_probability(routing.logits, routing.noisy_logits, routing.noise_std, selected)
     return _mean_over_groups(routing, lambda p: squared_cv(p.sum(dim=1)), probability)
+
+
+def hierarchical_load(chances: torch.Tensor, group_chances: torch.Tensor, went: torch.Tensor) -> torch.Tensor:
+    """Load_primary(X)_i Load_i(X_i)_j / |X_i|, X_i the items that chose group i (Shazeer 2017, appendix B).
+
+    In this form, rather than as Load_i alone, it has a gradient for the gate of the groups.
+
+    Args:
+        chances: (..., T, E) choice probability of every expert in its group, zero for an item that did not choose that.
+        group_chances: (..., T, A) of every group.
+        went: (..., T, A) one where the item chose the group, else zero.
+
+    Returns:
+        (..., E) load of every expert.
+    """
+    share = group_chances.sum(dim=-2) / went.sum(dim=-2).clamp_min(1.0)  # (..., A)
+    return (chances.sum(dim=-2).unflatten(-1, (share.shape[-1], -1)) * share.unsqueeze(-1)).flatten(-2)
 
 
 def vmoe_load_loss(routing: Routing) -> torch.Tensor:
@@ -105,10 +120,10 @@ def vmoe_load_loss(routing: Routing) -> torch.Tensor:
     P(x, i) = 1 - Phi((threshold - clean logit_i) / std) (Riquelme et al. 2021, appendix A; the threshold keeps its
     gradient, as in the original code). Zero where there is no noise, or where experts choose: their loads are equal.
     """
-    if routing.noisy_logits is None or routing.indices is None or routing.by_expert:
+    if routing.noise_std is None or routing.indices is None or routing.by_expert:
         return routing.logits.sum() * 0.0
     threshold = torch.topk(routing.noisy_logits, routing.indices.shape[-1], dim=-1).values[:, -1:]
-    probability = 1.0 - _normal_cdf((threshold - routing.logits) / routing.noise_std)
+    probability = 1.0 - normal_cdf((threshold - routing.logits) / routing.noise_std)
     return _mean_over_groups(routing, lambda p: squared_cv(p.mean(dim=1)), probability)
 
 

@@ -11,6 +11,7 @@ from .context import (
 )
 from .dispatch import dispatch_padded, dispatch_reference, dispatch_sorted
 from .expert_routers import ExpertChoiceRouter, SoftRouter
+from .hierarchical import HierarchicalRouter
 from .notices import end_step, end_step_after_optimizer, set_epoch
 from .routers import (
     AnnealedSoftmaxRouter,
@@ -27,6 +28,7 @@ from .types import Routing
 __all__ = [
     'AnnealedSoftmaxRouter',
     'ExpertChoiceRouter',
+    'HierarchicalRouter',
     'NoisyTopKRouter',
     'Routing',
     'RoutingContext',

@@ -135,3 +135,8 @@ def combine_all(outputs: List[torch.Tensor], matrix: torch.Tensor) -> torch.Tens
     for expert in range(1, len(outputs)):
         total = total + outputs[expert] * matrix[:, expert:expert + 1]
     return total
+
+
+def wants_static_shapes(x: torch.Tensor) -> bool:
+    """True where no value can be read: meta tensors, compilation and export, tracing."""
+    return x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing()

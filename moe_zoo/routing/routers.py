@@ -8,6 +8,7 @@ Letters: T routed items, D features, E experts, K chosen experts.
 | `SoftmaxRouter` | tempered softmax, all experts mixed | Dynamic Convolution, Chen et al. 2020 |
 | `AnnealedSoftmaxRouter` | the same with a temperature that falls by the epoch | the same |
 | `NoisyTopKRouter` | learned noise, top-k, **then** softmax over the k kept | Shazeer et al. 2017 |
+| `HierarchicalRouter` (hierarchical.py) | the same on two levels, groups of experts and experts | the same |
 | `SoftmaxTopKRouter` | softmax over all experts, **then** top-k, not renormalised | V-MoE, Riquelme et al. 2021 |
 | `SigmoidTopKRouter` | sigmoid, top-k by gate plus bias, chosen gates normalised | Wang et al. 2024 |
 
@@ -63,6 +64,37 @@ def top_k(values: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
     """
     values, indices = torch.sort(values, dim=-1, descending=True, stable=True)
     return values[..., :k], indices[..., :k]
+
+
+def softmax_of_chosen(logits: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Softmax over the chosen logits of the last axis alone; of one, p / p.detach() with p the softmax over all."""
+    if indices.shape[-1] > 1:
+        return torch.softmax(logits.gather(-1, indices), dim=-1)
+    # In logarithms, because a bias may choose an expert whose p is 0 in float32.
+    chosen = torch.log_softmax(logits, dim=-1).gather(-1, indices)
+    return torch.exp(chosen - chosen.detach())
+
+
+def normal_cdf(x: torch.Tensor) -> torch.Tensor:
+    return 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
+
+
+def choice_probability(logits: torch.Tensor, noisy: torch.Tensor, std: torch.Tensor, k: int) -> torch.Tensor:
+    """Probability that an expert is among the k chosen if only its own noise is drawn again (Shazeer 2017, eq. 8, 9).
+
+    P(x, i) = Phi((clean logit_i - threshold_i) / std_i), where the threshold is the k-th largest noisy logit without
+    expert i: the (k+1)-th where i was chosen, the k-th where it was not.
+
+    Args:
+        logits, noisy, std: (..., E) clean logits, those that decided, and the standard deviation of their noise.
+        k: Chosen experts; all ones where these are all.
+    """
+    if k >= logits.shape[-1]:
+        return torch.ones_like(logits)
+    top = torch.topk(noisy, k + 1, dim=-1).values
+    if_in, if_out = top[..., -1:], top[..., -2:-1]
+    threshold = torch.where(noisy > if_in, if_in, if_out)
+    return normal_cdf((logits - threshold) / std)
 
 
 class _Router(nn.Module):
@@ -332,12 +364,7 @@ class NoisyTopKRouter(_TopKRouter):
         if constraint is not None:
             deciding, scores = constraint.decide(deciding)
         indices = top_k(scores, self.num_selected)[1]
-        if self.num_selected == 1:
-            # In logarithms, because a bias may choose an expert whose p is 0 in float32.
-            chosen = torch.log_softmax(deciding, dim=-1).gather(1, indices)
-            weights = torch.exp(chosen - chosen.detach())
-        else:
-            weights = torch.softmax(deciding.gather(1, indices), dim=-1)
+        weights = softmax_of_chosen(deciding, indices)
         gates = torch.zeros_like(logits).scatter(1, indices, weights)
         if constraint is not None:
             if self.training:

@@ -21,7 +21,7 @@ class Routing(NamedTuple):
         indices: (T, K) chosen experts, best first; None where every expert is mixed.
         kept: (T, K) bool, False where capacity dropped the pair; None where nothing can be dropped.
         noisy_logits: (T, E) the logits that decided, where noise was added; else None.
-        noise_std: () or (T, E) standard deviation of that noise; else None.
+        noise_std: () or (T, E) standard deviation of that noise; None without, and where noise is of two levels.
         shape: Shape of the items before flattening: (B,) one decision an image, (B, N) tokens, (B, H, W) positions.
         group_size: Items a group, in order, the last group may be shorter; None is one group.
         losses: (name, weight) pairs of the auxiliary losses that the layer asks for; see `moe_zoo.losses.LOSSES`.
@@ -31,6 +31,9 @@ class Routing(NamedTuple):
             items (Soft MoE); their log-sum-exp over P is `logits`. Else None.
         affinity: (E, E) how much two experts tell the same, from 0 to 1, where the layer knows it (SituationalFusion).
             Here because a loss is a function of the record alone, and a tensor field travels as all others do.
+        chances: (T, E) where experts are chosen on two levels with noise: probability that an expert is chosen in its
+            group if only its own noise is drawn again, zero in groups that the item did not choose. Else None.
+        group_chances: (T, A) the same for the A groups.
     """
     logits: torch.Tensor
     gates: torch.Tensor
@@ -45,6 +48,8 @@ class Routing(NamedTuple):
     by_expert: bool = False
     slot_logits: Optional[torch.Tensor] = None
     affinity: Optional[torch.Tensor] = None
+    chances: Optional[torch.Tensor] = None
+    group_chances: Optional[torch.Tensor] = None
 
     @property
     def num_experts(self) -> int:
