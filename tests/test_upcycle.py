@@ -8,9 +8,11 @@ import re
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
+from moe_zoo import cli
 from moe_zoo.checkpoints import is_routed, token_features, upcycle
 from moe_zoo.checkpoints.kmeans import router_of_clusters
 from moe_zoo.engine import MoEClassificationTask
@@ -373,3 +375,62 @@ def test_models_that_take_no_dense_weights_say_so():
         upcycle(dense.state_dict(), dense)
     with pytest.raises(InputError, match="no module 'blocks.1.mpl' in the model. Did you mean 'blocks.1.mlp'"):
         token_features(dense, ['blocks.1.mpl'], torch.randn(1, 3, 32, 32))
+
+
+# The command line. A MobileNet is as small as a registered name gets.
+
+@pytest.fixture
+def dense_file(tmp_path):
+    """A checkpoint of timm's saver, of a dense MobileNetV2 of half width."""
+    dense = lively(timm.create_model('mobilenetv2_050', num_classes=5))
+    path = tmp_path / 'dense.pth.tar'
+    torch.save({'state_dict': dense.state_dict(), 'epoch': 3}, path)
+    return path, dense
+
+
+def convert(*arguments) -> None:
+    cli.main(['convert-checkpoint', 'upcycle', *map(str, arguments)])
+
+
+def test_a_file_becomes_a_file_of_the_routed_model(dense_file, tmp_path, capsys):
+    path, dense = dense_file
+    out = tmp_path / 'routed.safetensors'
+    convert(path, out, '--model', 'dyconv_mobilenetv2_050', '--model-kwargs', 'num_classes=5', 'num_experts=2')
+    said = capsys.readouterr().out
+    assert f"timm.create_model('dyconv_mobilenetv2_050', checkpoint_path='{out}', num_classes=5, num_experts=2)" in said
+    assert 'upcycled, not trained' in said
+    with safe_open(out, 'pt') as file:
+        assert file.metadata()['source'] == 'dense.pth.tar' and file.metadata()['note'] == 'upcycled, not trained'
+    model = timm.create_model('dyconv_mobilenetv2_050', checkpoint_path=str(out), num_classes=5, num_experts=2)
+    assert difference(dense, model) < 1e-5
+    convert(path, out, '--model', 'dyconv_mobilenetv2_050', '--ignore', 'classifier', '--noise', '0')  # 1000 classes
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--model', 'dyconv_mobilenetv2_100', '--model-kwargs', 'num_classes=5'],
+     'of another architecture than the model: conv_stem.weight is of shape (16, 3, 3, 3) in them'),
+    (['--model', 'dyconv_mobilenetv2_5'], "--model 'dyconv_mobilenetv2_5' is unknown. Did you mean"),
+    (['--model', 'dyconv_mobilenetv2_050', '--model-kwargs', 'num_expert=5'], "Did you mean 'num_experts'?"),
+    (['--model', 'dyconv_mobilenetv2_050', '--model-kwargs', 'five'], "Cannot read 'five': options are given as key="),
+    (['--model', 'mobilenetv2_050', '--model-kwargs', 'num_classes=5'], 'EfficientNet has no routed layers'),
+])
+def test_what_cannot_be_upcycled_is_told_and_nothing_written(dense_file, tmp_path, capsys, arguments, message):
+    out = tmp_path / 'routed.safetensors'
+    with pytest.raises(SystemExit) as stopped:
+        convert(dense_file[0], out, *arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith('error: ') and error.count('\n') == 1
+    assert message in error
+    assert list(tmp_path.iterdir()) == [dense_file[0]]
+
+
+def test_files_that_are_no_weights_are_told(dense_file, tmp_path, capsys):
+    (tmp_path / 'torn.pth').write_bytes(dense_file[0].read_bytes()[:1000])
+    for dense, out, message in (
+            (tmp_path / 'none.pth', 'a.safetensors', 'There is no checkpoint file'),
+            (tmp_path / 'torn.pth', 'a.safetensors', 'it is truncated after 1,000 bytes'),
+            (dense_file[0], 'a.pth', 'use a name that ends in .safetensors')):
+        with pytest.raises(SystemExit) as stopped:
+            convert(dense, tmp_path / out, '--model', 'dyconv_mobilenetv2_050')
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['dense.pth.tar', 'torn.pth']

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Turn a released checkpoint into a safetensors file: the same as `moe-zoo convert-checkpoint`."""
+"""Turn a released or dense checkpoint into a safetensors file: the same as `moe-zoo convert-checkpoint`."""
 import sys
 from pathlib import Path
 

@@ -1,6 +1,7 @@
-"""`tools/convert_checkpoint.py`: released checkpoints into safetensors files that timm loads.
+"""`tools/convert_checkpoint.py`: released or dense checkpoints into safetensors files that timm loads.
 
-The arrays are read, renamed and written one by one: a file of tens of gigabytes needs the memory of its largest array.
+The arrays of a released V-MoE are read, renamed and written one by one: a file of tens of gigabytes needs the memory of
+its largest array.
 """
 import argparse
 import math
@@ -9,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors.torch import save_file
 
 import moe_zoo  # noqa: F401 - registers the models
 
-from ..errors import InputError, exit_on_input_error, nearest
+from ..engine.checkpoint import find_weights, read_checkpoint
+from ..engine.config import parse_overrides
+from ..errors import InputError, atomic_write, exit_on_input_error, nearest, nearest_keyword
 from ..models.vmoe import resize_table
-from . import LazyTensor, plan_vmoe, read_vmoe, write_safetensors
+from . import LazyTensor, plan_vmoe, read_vmoe, upcycle, write_safetensors
+from .upcycle import METHODS, ROUTERS
 
 EXAMPLES = """
 examples:
@@ -24,13 +29,27 @@ examples:
 PREFIX stands for PREFIX.index and PREFIX.data-00000-of-00008 and so on, as in gs://vmoe_checkpoints. The two ensembles
 there (eee_*) cannot be converted. Exit code 2: the input cannot be used, and nothing was written.
 """
+UPCYCLE_EXAMPLES = """
+examples:
+  %(prog)s resnet50.pth condconv_resnet50.safetensors --model condconv_resnet50
+  %(prog)s vit_s14.safetensors moe_vit.safetensors --model vmoe_vit_b --model-kwargs embed_dim=384 num_heads=6 \\
+      patch_size=14 img_size=518 act_layer=gelu
+
+DENSE is a checkpoint of timm, of this project's training, or a plain state dictionary. Exit code 2: the input cannot be
+used, and nothing was written.
+"""
 
 
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> int:
     """Convert what the command line names; returns the exit code."""
     args = _parser().parse_args(argv)
-    print(convert_vmoe(args.prefix, args.out, args.model, args.img_size))
+    if args.format == 'vmoe':
+        print(convert_vmoe(args.prefix, args.out, args.model, args.img_size))
+    else:
+        print(convert_dense(
+            args.dense, args.out, args.model, parse_overrides(args.model_kwargs),
+            router=args.router, method=args.method, noise=args.noise, ignore=args.ignore))
     return 0
 
 
@@ -49,9 +68,7 @@ def convert_vmoe(prefix: str, out: str | Path, model: str | None = None, img_siz
     Raises:
         InputError: The checkpoint is broken or for another model; nothing is written then.
     """
-    out = Path(out)
-    if out.suffix != '.safetensors':
-        raise InputError(f"OUT '{out}': use a name that ends in .safetensors, by which timm knows the format.")
+    out = _output(out)
     known = timm.list_models(['vmoe_vit_*', 'softmoe_vit_*'])
     if model is not None and model not in known:
         raise InputError(f'--model {model!r} is no V-MoE.{nearest(model, known)} Known: {", ".join(known)}.')
@@ -67,6 +84,45 @@ def convert_vmoe(prefix: str, out: str | Path, model: str | None = None, img_siz
         model = next((name for name in known if not _misfit(plan, name, kwargs)), None)
     write_safetensors(out, plan, {'source': Path(prefix).name})
     return f"'{out}': {len(plan)} tensors, {_parameters(plan):,} parameters. {_usage(model, kwargs, out)}"
+
+
+def convert_dense(dense: str | Path, out: str | Path, name: str, kwargs: dict[str, Any], **options) -> str:
+    """Upcycle a dense checkpoint into a safetensors file of a routed model.
+
+    Args:
+        dense: Checkpoint of the dense network.
+        out: File to write, `*.safetensors`.
+        name: Registered name of the routed model.
+        kwargs: Keywords of the model.
+        options: Of `moe_zoo.checkpoints.upcycle`.
+
+    Returns:
+        What was written, and the call that loads it.
+
+    Raises:
+        InputError: The checkpoint cannot be read or is of another architecture, or the model cannot be built; nothing
+            is written then.
+    """
+    out = _output(out)
+    if not timm.is_model(name):
+        raise InputError(f'--model {name!r} is unknown.{nearest(name, timm.list_models())}')
+    weights = find_weights(read_checkpoint(dense), dense)
+    try:
+        model = timm.create_model(name, **kwargs)
+    except TypeError as error:
+        hint = nearest_keyword(error, lambda **more: timm.create_model(name, device='meta', **more))
+        raise InputError(f'The model {name!r} cannot be built with these --model-kwargs: {error}{hint}') from error
+    state = {key: value.contiguous() for key, value in upcycle(weights, model, **options).items()}
+    with atomic_write(out) as part:
+        save_file(state, part, {'format': 'pt', 'source': Path(dense).name, 'note': 'upcycled, not trained'})
+    size = sum(p.numel() for p in model.parameters())
+    return f"'{out}': {len(state)} tensors, {size:,} parameters, upcycled, not trained. {_usage(name, kwargs, out)}"
+
+
+def _output(out: str | Path) -> Path:
+    if Path(out).suffix != '.safetensors':
+        raise InputError(f"OUT '{out}': use a name that ends in .safetensors, by which timm knows the format.")
+    return Path(out)
 
 
 def _parameters(plan: dict[str, LazyTensor]) -> int:
@@ -112,8 +168,8 @@ def _misfit(plan: dict[str, LazyTensor], name: str, kwargs: dict[str, Any]) -> s
 def _usage(model: str | None, kwargs: dict[str, Any], out: Path) -> str:
     if model is None:
         return 'No registered model has these shapes: moe_zoo.models.vmoe.from_config builds it from its configuration.'
-    words = ', '.join(f'{key}={value}' for key, value in kwargs.items())
-    return f"Load it by timm.create_model('{model}', checkpoint_path='{out}', {words})."
+    words = ''.join(f', {key}={value!r}' for key, value in kwargs.items())
+    return f"Load it by timm.create_model('{model}', checkpoint_path='{out}'{words})."
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,6 +182,20 @@ def _parser() -> argparse.ArgumentParser:
     vmoe.add_argument('out', metavar='OUT', help='safetensors file to write')
     vmoe.add_argument('--model', metavar='NAME', help='refuse what this model does not take')
     vmoe.add_argument('--img-size', metavar='N', type=int, help='resize the table of positions for N x N images')
+    dense = formats.add_parser(
+        'upcycle', help="a dense network's weights, as the start of a routed model", epilog=UPCYCLE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    dense.add_argument('dense', metavar='DENSE', help='checkpoint of the dense network')
+    dense.add_argument('out', metavar='OUT', help='safetensors file to write')
+    dense.add_argument('--model', metavar='NAME', required=True, help='the routed model')
+    dense.add_argument('--model-kwargs', metavar='KEY=VALUE', nargs='+', default=(),
+                       help='its keywords, such as num_classes=10')
+    dense.add_argument('--router', choices=[name for name in ROUTERS if name != 'kmeans'],
+                       help='start of the routers (default: whatever keeps the function)')
+    dense.add_argument('--method', choices=list(METHODS), default='copy', help='of token experts (%(default)s)')
+    dense.add_argument('--noise', metavar='SHARE', type=float,
+                       help="of a weight's standard deviation (default: 0.1 where the function stays)")
+    dense.add_argument('--ignore', metavar='MODULE', nargs='+', default=(), help='parts that start anew, such as fc')
     return parser
 
 
