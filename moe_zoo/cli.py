@@ -18,7 +18,7 @@ TOOLS = {
     'eval-imagenet': ('moe_zoo.engine.evaluate', 'accuracy, cost and expert use of a trained model', None),
     'analyze-experts': ('moe_zoo.engine.analyze_experts', 'what the experts of a trained model do, as a page', None),
     'count-flops': ('moe_zoo.analysis.count_cli', 'parameters and MACs, at most and as executed', None),
-    'convert-checkpoint': ('moe_zoo.checkpoints.convert_cli', 'turn a released or dense checkpoint into safetensors', None),
+    'convert-checkpoint': ('moe_zoo.checkpoints.convert_cli', 'released or dense checkpoints into safetensors', None),
     'benchmark': ('moe_zoo.analysis.benchmark_cli', 'time of a model or layer as a ratio to its dense twin', None),
     'train-coco': ('moe_zoo.detection.train', 'train or evaluate a detector from a detectron2 config', 'detection'),
     'analyze-object-sizes': (
