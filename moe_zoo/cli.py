@@ -16,6 +16,7 @@ from moe_zoo.errors import InputError, exit_on_input_error, nearest
 TOOLS = {
     'train-imagenet': ('moe_zoo.engine.train', 'train a classification model from a YAML recipe', None),
     'eval-imagenet': ('moe_zoo.engine.evaluate', 'accuracy, cost and expert use of a trained model', None),
+    'predict': ('moe_zoo.engine.predict', 'the likeliest classes of images, and the experts that saw them', None),
     'analyze-experts': ('moe_zoo.engine.analyze_experts', 'what the experts of a trained model do, as a page', None),
     'count-flops': ('moe_zoo.analysis.count_cli', 'parameters and MACs, at most and as executed', None),
     'convert-checkpoint': ('moe_zoo.checkpoints.convert_cli', 'released or dense checkpoints into safetensors', None),

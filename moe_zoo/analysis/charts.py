@@ -306,7 +306,7 @@ def strips(
     for title, series in rows:
         most = max((v for values in series for v in values), default=0) or 1
         parts.append(_text(0, y + 13, title, 'start'))
-        base = y + 24 + height
+        base = y + 30 + height
         for level in (0, 1):
             parts.append(_line(left, base - level * height, WIDTH, base - level * height))
             parts.append(_text(left - 6, base - level * height + 4, f'{level * most:.2g}', 'end', soft=True))

@@ -4,7 +4,6 @@ Every figure has a sentence for somebody who did not train the model. What is dr
 said. Letters: E experts, K chosen experts.
 """
 import io
-import textwrap
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
@@ -69,7 +68,8 @@ def _overview(result: Mapping[str, Any], said: Mapping[str, str]) -> List[Block]
     if result['forced'] and result['forced']['everywhere']:
         best = max(row['accuracy'] for row in result['forced']['everywhere'])
         stats.append((f'{best - free["accuracy"]:+.1f} points', 'with the best single expert doing everything'))
-    return [Stats(stats), *(said[key] for key in said if key != 'overview'), MEANINGS['accuracy'].replace('`', '')]
+    return [Stats(stats), *(said[key] for key in said if key != 'overview'),
+            'Behind ± is one standard error: numbers that are less than about two of them apart may differ by chance.']
 
 
 def _use(result: Mapping[str, Any], said: Mapping[str, str]) -> List[Block]:
@@ -89,7 +89,7 @@ def _use(result: Mapping[str, Any], said: Mapping[str, str]) -> List[Block]:
         Table(['layer', 'experts', 'at work', 'decides by', 'in use', 'evenness', 'dropped', 'most alike'], rows,
               'Evenness: entropy of the shares, 1 where all are used alike. Dropped: found no room at their expert, or '
               'were taken by none. Most alike: the two experts whose weights differ least, and by how much.'),
-        f'{MEANINGS["dead"]} {MEANINGS["twins"]}',
+        f'**Dead:** {MEANINGS["dead"]} **Twins:** {MEANINGS["twins"]}',
         'How the layers decide: ' + '; '.join(
             f'`{kind}`: {KINDS[kind]}' for kind in dict.fromkeys(layer['kind'] for layer in layers)) + '.',
     ]
@@ -104,11 +104,11 @@ def _classes(result: Mapping[str, Any], pixels: torch.Tensor) -> List[Block]:
         shares = layer['classes']['share']
         values = [[100 * shares[y][c] for c in columns] for y in rows]
         blocks.append(Figure(
-            heat_map([_short(names[y], 14) for y in rows], [str(layer['listed'][c]) for c in columns], values,
+            heat_map([_cut(names[y], 14) for y in rows], [str(layer['listed'][c]) for c in columns], values,
                      column_label=f'expert of {_short(layer["layer"])}'),
             f'Share of every expert of {layer["layer"]} by class in percent; the numbers are drawn in.',
-            f'`{layer["layer"]}`: percent of the weight that an expert has in the images of a class. A router that does '
-            'not care about the class would make all rows equal.'))
+            f'`{layer["layer"]}`: percent of the weight that an expert has in the images of a class. Were the class of '
+            'no matter to the router, all rows would be equal.'))
     blocks.append('**The images that weigh most.** For each expert the images in which it has its largest share of the '
                   'weight, and below it the classes for which it works most.')
     for layer in _drawn(result, 3):
@@ -122,7 +122,7 @@ def _sheet(result: Mapping[str, Any], pixels: torch.Tensor, layer: Mapping[str, 
     panels = []
     for row in layer['top_images'][column]:
         target = result['targets'][row['image']]
-        panels.append((f'{_short(names[target], 9)} {percent(row["share"])}', picture(pixels[row['image']], THUMBNAIL),
+        panels.append((f'{_cut(names[target], 8)} {percent(row["share"])}', picture(pixels[row['image']], THUMBNAIL),
                        None))
     tops = [f'{names[row["class"]]} {percent(row["share"])} ± {percent(row["se"] or 0, 1)}'
             for row in layer['top_classes'][column]]
@@ -144,7 +144,7 @@ def _gates(result: Mapping[str, Any], said: Mapping[str, str]) -> List[Block]:
                                           for y in result['chosen_classes']]) for layer in same]
         labels = [str(n) for n in range(len(columns[same[0]['layer']]))]
         blocks.append(Figure(
-            strips(rows, [_short(name, 14) for name in names], labels, 'expert'),
+            strips(rows, [_cut(name, 14) for name in names], labels, 'expert'),
             f'Mean gate of each expert for {listing(names)}, layer by layer from the input to the output.',
             'Mean gate of every expert for some classes, from the first layer (top) to the last. Where the dots of a '
             'column lie on each other, the class does not matter to this gate.'))
@@ -162,22 +162,21 @@ def _gates(result: Mapping[str, Any], said: Mapping[str, str]) -> List[Block]:
 
 
 def _between(result: Mapping[str, Any]) -> List[Block]:
-    layers = [layer for layer in result['layers'] if layer['gates']['variance']['between'] is not None]
-    rows = [[layer['layer'], percent(layer['gates']['variance']['between'], 1),
-             None if layer['gates']['variance']['between_se'] is None
-             else f'± {percent(layer["gates"]["variance"]["between_se"], 1)}',
-             percent(layer['gates']['variance']['chance'], 1)] for layer in layers]
-    table = Table(['layer', 'between classes', 'standard error', 'chance'], rows,
-                  MEANINGS['between'].replace('`', ''))
-    if len(layers) < 2:
-        return [table] if rows else []
-    lines = [(key, [(n, 100 * layer['gates']['variance'][source]) for n, layer in enumerate(layers, 1)])
-             for key, source in (('between classes', 'between'), ('chance', 'chance'))]
-    chart = Figure(
-        curves(lines, 'routed layer, from the input on', 'share of the variance, %', '{:.0f}', log=False),
-        '; '.join(f'{row[0]}: {row[1]}' for row in rows),
-        'How much of what changes in the gates from image to image is explained by the class of the image.')
-    return [chart, table] if len(layers) <= 40 else [chart]
+    """How class-specific the gates are: with their errors where the layers are few, as a curve where they are many."""
+    splits = {layer['layer']: layer['gates']['variance'] for layer in result['layers']}
+    splits = {name: split for name, split in splits.items() if split['between'] is not None}
+    if not splits:
+        return []
+    chance = 100 * next(iter(splits.values()))['chance']
+    label, alt = 'variance between classes, %', [f'{n}: {percent(v["between"], 1)}' for n, v in splits.items()]
+    if len(splits) <= ROWS:
+        rows = [(_short(n, 20), 100 * v['between'], 100 * (v['between_se'] or 0)) for n, v in splits.items()]
+        chart = estimates(rows, label, ('chance', chance))
+    else:
+        lines = [(name, [(n, 100 * v[key]) for n, v in enumerate(splits.values(), 1)])
+                 for name, key in (('between classes', 'between'), ('chance', 'chance'))]
+        chart = curves(lines, 'routed layer, from the input on', label, '{:.0f}', log=False)
+    return [Figure(chart, '; '.join(alt), MEANINGS['between'].replace('`', ''))]
 
 
 def _where(result: Mapping[str, Any]) -> str:
@@ -200,18 +199,18 @@ def _places(result: Mapping[str, Any], pixels: torch.Tensor) -> List[Block]:
         'Every patch in the colour of the expert that weighs most there. Where patches of one colour follow things in '
         'the image, the router looks at content; where they follow the frame, it looks at position. Veiled patches '
         'went to no expert.']
+    common = _most_common([image['top'] for place in places for image in place['images']])
     for number, image in enumerate(result['shown']):
         tops = [_tops(place, number) for place in places]
-        common = _most_common(tops)
         photo = picture(pixels[image], WHOLE)
-        panels = [(_verdict(result, image), photo, None)]
+        panels = [(_cut(result['classes'][result['targets'][image]], 18), photo, None)]
         for place, top in zip(places, tops):
             grid = [[None if e is None else _colour(e, common) for e in row] for row in top]
             panels.append((_short(place['layer'], 22), photo, grid))
         legend = [(f'expert {e}' if i == 0 else str(e), expert_colour(i)) for i, e in enumerate(common)]
         legend += [('others', 'var(--soft)')] if any(e not in common for e in _flat(tops) if e is not None) else []
         blocks.append(Figure(
-            pictures(panels, 2, legend, pixels.shape[2] / pixels.shape[3]),
+            pictures(panels, 3 if len(panels) == 3 else 2, legend, pixels.shape[2] / pixels.shape[3]),
             f'Patches of {result["files"][image]} by expert.', _patch_caption(result, image, places, number)))
     return [*blocks, *_logit_maps(result, pixels)]
 
@@ -224,14 +223,15 @@ def _logit_maps(result: Mapping[str, Any], pixels: torch.Tensor) -> List[Block]:
         weight = [(i, e) for i, e in enumerate(place['experts'])][:DRAWN]
         low, high = float(maps.min()), float(maps.max())
         photo = picture(pixels[image], WHOLE)
-        panels = [(_short(result['classes'][result['targets'][image]], 12), photo, None)]
+        panels = [(_cut(result['classes'][result['targets'][image]], 12), photo, None)]
         panels += [(f'expert {e}', _shades((maps[i] - low) / max(high - low, 1e-12)), None) for i, e in weight]
         blocks.append(Figure(
             pictures(panels, 3, ratio=pixels.shape[2] / pixels.shape[3]),
             f'Router logits of {place["layer"]} over {result["files"][image]}, a map for each expert.',
-            f'What the router of `{place["layer"]}` thinks of every place: the darker, the better it likes the expert '
-            f'there (logits from {low:.2f} to {high:.2f}, one scale for all maps).'))
-    return ['**Maps of gate logits.**', *blocks]
+            f'The darker, the better the router likes the expert there (logits from {low:.2f} to {high:.2f}, one scale '
+            'for all maps of an image).'))
+    return [f'**Maps of gate logits.** The score that the last router, `{place["layer"]}`, gives every expert at every '
+            'place, before any choice.', *blocks]
 
 
 def _otherwise(result: Mapping[str, Any], said: Mapping[str, str]) -> List[Block]:
@@ -326,11 +326,6 @@ def _competing(layer: Mapping[str, Any]) -> str:
     return f' The gates of an item compete: {layer["experts"]} of them share 1, so that most must be small.'
 
 
-def _verdict(result: Mapping[str, Any], image: int) -> str:
-    target, found = (result['classes'][result[key][image]] for key in ('targets', 'predicted'))
-    return _short(target, 14) if target == found else f'{_short(target, 11)}, taken for {_short(found, 11)}'
-
-
 def _tops(place: Mapping[str, Any], number: int) -> List[List[Optional[int]]]:
     return place['images'][number]['top']
 
@@ -340,8 +335,10 @@ def _flat(tops: Sequence) -> List[Optional[int]]:
 
 
 def _most_common(tops: Sequence) -> List[int]:
-    """The experts that get a colour: all up to eight, else the most frequent ones."""
+    """The experts that get a colour: all of the first eight where there are no others, else the most frequent ones."""
     cells = [e for e in _flat(tops) if e is not None]
+    if max(cells, default=0) < DRAWN:
+        return list(range(max(cells, default=0) + 1))
     return sorted(sorted(set(cells), key=lambda e: -cells.count(e))[:DRAWN])
 
 
@@ -354,10 +351,12 @@ def _patch_caption(result: Mapping[str, Any], image: int, places: Sequence[Mappi
     cells = [e for e in _flat([_tops(place, number)]) if e is not None]
     most = max(set(cells), key=cells.count) if cells else None
     front = [e for e in place['images'][number]['front'] if e is not None]
-    text = f'`{result["files"][image]}`'
+    target, found = (result['classes'][result[key][image]] for key in ('targets', 'predicted'))
+    text = f'`{result["files"][image]}`, ' + ('which the model gets right' if target == found else
+                                              f'which the model takes for **{found}**')
     if most is not None:
         every = place['rows'] * place['columns']
-        text += f': in `{place["layer"]}` expert {most} leads in {cells.count(most)} of {every} patches'
+        text += f'. In `{place["layer"]}` expert {most} leads in {cells.count(most)} of {every} patches'
     return f'{text}; the class token goes to expert {front[0]} first.' if len(front) == 1 else f'{text}.'
 
 
@@ -383,5 +382,10 @@ def _shades(values: torch.Tensor) -> bytes:
 
 
 def _short(name: str, length: int = 30) -> str:
-    return textwrap.shorten(name, length, placeholder='…') if ' ' in name and len(name) > length else (
-        name if len(name) <= length else f'…{name[-length + 1:]}')
+    """The end of a long module name, which is what tells layers apart."""
+    return name if len(name) <= length else f'…{name[-length + 1:]}'
+
+
+def _cut(name: str, length: int) -> str:
+    """The beginning of a long class name."""
+    return name if len(name) <= length else f'{name[:length - 1]}…'

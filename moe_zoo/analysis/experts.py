@@ -166,7 +166,7 @@ def watch(model: nn.Module, batches: Batches, num_classes: int) -> Watched:
             with trace_routing(model) as trace:
                 predicted.append(model(images).argmax(dim=1).cpu())
             targets += batch_targets.tolist()
-            for name, routing in _numbered(trace, layers):
+            for name, routing in numbered(trace, layers):
                 if not routing.shape or routing.shape[0] != len(images):
                     skipped[name] = 'it sees some of the images only'
                     continue
@@ -180,7 +180,7 @@ def watch(model: nn.Module, batches: Batches, num_classes: int) -> Watched:
     return Watched(found, torch.tensor(targets), torch.cat(predicted), skipped)
 
 
-def _numbered(trace: Dict[str, List[Routing]], layers: Dict[str, RoutedLayer]) -> Iterable[Tuple[str, Routing]]:
+def numbered(trace: Dict[str, List[Routing]], layers: Dict[str, RoutedLayer]) -> Iterable[Tuple[str, Routing]]:
     """Records of routed layers, the second one of a layer under the name `layer#1`."""
     for name, records in trace.items():
         if name in layers:
@@ -507,7 +507,7 @@ def locate(model: nn.Module, images: torch.Tensor, grid: Callable) -> List[Dict[
     layers, found = routed_layers(model), []
     with evaluation_mode(model), trace_routing(model) as trace:
         model(images)
-    for name, routing in _numbered(trace, layers):
+    for name, routing in numbered(trace, layers):
         if len(routing.shape) < 2 or routing.shape[0] != len(images):
             continue
         place = (0, *routing.shape[1:]) if len(routing.shape) == 3 else grid(routing.shape[1], tuple(images.shape[2:]))

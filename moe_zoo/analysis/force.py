@@ -15,14 +15,14 @@ from ..routing import ExpertChoiceRouter, NoisyTopKRouter, Routing, SigmoidTopKR
 CHOOSING = (NoisyTopKRouter, SigmoidTopKRouter, SoftmaxTopKRouter)  # routers that know K
 
 
-def routed_layers(model: nn.Module) -> Dict[str, RoutedLayer]:
+def routed_layers(model: nn.Module, required: bool = True) -> Dict[str, RoutedLayer]:
     """Name to layer of every routed layer of a model.
 
     Raises:
-        InputError: There is none.
+        InputError: There is none, and `required`.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, RoutedLayer)}
-    if not layers:
+    if required and not layers:
         raise InputError(f'model: {type(model).__name__} has no routed layer.')
     return layers
 

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from timm.models import safe_model_name
 
 from .. import __version__
+from ..analysis.expert_figures import write_figures
 from ..analysis.expert_page import expert_page
 from ..analysis.expert_words import findings, report
 from ..analysis.experts import analyze, locate, spread
@@ -176,6 +177,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     with atomic_write(out / 'experts.json') as part:
         part.write_text(text, encoding='utf-8')
     expert_page(result, images.pixels, _facts(flags, classifier, images)).write(out / 'index.html')
+    if not flags.no_figures:
+        try:
+            write_figures(result, images.pixels, out)
+        except InputError as error:
+            print(f'warning: {error}', file=sys.stderr)
     print(text if flags.json else '\n'.join(report(result)))
     print(f'written: {out / "index.html"} and what it rests on', file=sys.stderr)
     return 0
