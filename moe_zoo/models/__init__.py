@@ -5,7 +5,9 @@ from . import (  # noqa: F401 - importing registers
     deepmoe,
     deepmoe_cifar,
     dyconv,
+    fusion,
     moe_resnet,
+    moefied,
     pmoe,
     vmoe,
 )
