@@ -16,3 +16,4 @@ def _answers_from_cards() -> bool:
 
 if not _answers_from_cards():
     from moe_zoo import models  # noqa: F401 - imported for its effect
+    from moe_zoo.models.moefied import moefy  # noqa: F401

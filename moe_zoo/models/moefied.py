@@ -1,0 +1,256 @@
+"""Any timm model made routed: modules chosen by name give way to routed layers that start as what they were.
+
+`moefy` changes a model at hand; `moefied` is the same as a registered name, for scripts that only know names.
+
+Letters: E experts.
+"""
+import copy
+import dataclasses
+import fnmatch
+import functools
+import inspect
+import logging
+from typing import Any, Callable, Dict, List, Sequence, Type, Union
+
+import timm
+import torch
+from timm.layers import Conv2dSame, Mlp
+from timm.models import generate_default_cfgs, register_model
+from torch import nn
+
+from ..checkpoints import upcycle
+from ..errors import InputError, nearest
+from ..layers import DynamicConv2d, MoEConv2d, MoEMlp, RoutedConv2d, RoutedLayer, RoutedModel
+from .pretrained import build
+
+_logger = logging.getLogger(__name__)
+
+LAYERS: Dict[str, Type[RoutedLayer]] = {
+    'condconv': RoutedConv2d,
+    'dyconv': DynamicConv2d,
+    'moe_conv': MoEConv2d,
+    'moe_mlp': MoEMlp,
+}
+# What a routed layer takes from the module that it replaces, and no keyword may set.
+TAKEN = (
+    'in_features', 'hidden_features', 'out_features', 'act_layer', 'norm_layer', 'drop', 'use_conv', 'in_channels',
+    'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'bias', 'device', 'dtype',
+)
+# Sources of weights in a configuration of timm's.
+SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id')
+
+
+def moefy(
+        model: nn.Module,
+        targets: Union[str, Sequence[str]],
+        layer: str = 'moe_mlp',
+        num_experts: int = 8,
+        **layer_args: Any,
+) -> nn.Module:
+    """Replace modules of a model by routed layers, which start with the function that they had (`upcycle`).
+
+    >>> model = timm.create_model('resnet18', pretrained=True)
+    >>> model = moe_zoo.moefy(model, 'layer4.*.conv2', layer='condconv', num_experts=4)
+
+    What was replaced is logged. Token experts are those of `MoEMlp` with gates that sum to one, because V-MoE's own
+    would scale what the model has learned.
+
+    Args:
+        model: Any timm model, or module with timm's layers; changed in place, and made a `RoutedModel`.
+        targets: Names of modules, or patterns of them such as 'blocks.*.mlp' ('*' also spans dots).
+        layer: What they become: 'condconv', 'dyconv' or 'moe_conv' instead of convolutions, 'moe_mlp' instead of
+            timm's `Mlp`.
+        num_experts: E.
+        layer_args: Further keywords of that layer.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InputError: A pattern matches no module that can be replaced, `layer` or a keyword of it is unknown.
+    """
+    if layer not in LAYERS:
+        raise InputError(f'layer={layer!r} is unknown.{nearest(layer, LAYERS)} Known: {", ".join(LAYERS)}.')
+    known = layer_keywords(layer)
+    for keyword in layer_args:
+        if keyword not in known:
+            raise InputError(f'{layer!r} has no keyword {keyword!r}.{nearest(keyword, known)}')
+    names = find_targets(model, [targets] if isinstance(targets, str) else list(targets), layer)
+    before = [name for name, module in model.named_modules() if isinstance(module, RoutedLayer)]
+    dense = model.state_dict()
+    make = _mlp if layer == 'moe_mlp' else _conv
+    for name in names:
+        replaced = model.get_submodule(name)
+        routed = make(replaced, LAYERS[layer], num_experts=num_experts, **layer_args).train(replaced.training)
+        model.set_submodule(name, routed)
+    if not isinstance(model, RoutedModel):
+        model.__class__ = _routed_class(type(model))
+    if not any(value.is_meta for value in dense.values()):
+        model.load_state_dict(upcycle(dense, model, ignore=before))
+    _logger.info(f'{len(names)} modules became {LAYERS[layer].__name__} of {num_experts} experts: {", ".join(names)}')
+    return model
+
+
+def layer_keywords(layer: str) -> List[str]:
+    """Keywords of `moefy` for a kind of layer."""
+    keywords = [
+        keyword for cls in LAYERS[layer].__mro__ if '__init__' in vars(cls)
+        for keyword, parameter in inspect.signature(cls.__init__).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)]
+    return [k for k in dict.fromkeys(keywords) if k not in ('self', 'num_experts', *TAKEN)]
+
+
+def find_targets(model: nn.Module, patterns: Sequence[str], layer: str) -> List[str]:
+    """Names of the modules that match, can be replaced and are not part of another one of them.
+
+    Raises:
+        InputError: A pattern matches nothing, or nothing that can be replaced.
+    """
+    fits = _is_mlp if layer == 'moe_mlp' else _is_conv
+    candidates = [name for name, module in model.named_modules() if fits(module) and name]
+    found: List[str] = []
+    for pattern in patterns:
+        matched = [name for name, _ in model.named_modules() if name and fnmatch.fnmatchcase(name, pattern)]
+        usable = [name for name in matched if name in candidates]
+        if not usable:
+            hint = nearest(pattern, candidates) or (f' There are {", ".join(candidates[:4])}.' if candidates else '')
+            kinds = sorted({type(model.get_submodule(name)).__name__ for name in matched})
+            what = f'only {", ".join(kinds[:4])}' if matched else 'no module'
+            wanted = "timm's Mlp" if layer == 'moe_mlp' else 'a plain convolution'
+            raise InputError(f'targets={pattern!r} matches {what}, and layer={layer!r} replaces {wanted}.{hint}')
+        found += usable
+    return [name for name in candidates if name in found and not any(name.startswith(f'{o}.') for o in found)]
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    return type(module) is Mlp
+
+
+def _is_conv(module: nn.Module) -> bool:
+    return type(module) in (nn.Conv2d, Conv2dSame) and getattr(module, 'padding_mode', 'zeros') == 'zeros'
+
+
+def _conv(conv: nn.Conv2d, cls: Callable[..., nn.Module], **kwargs) -> nn.Module:
+    padding = 'same' if isinstance(conv, Conv2dSame) else conv.padding
+    return cls(
+        conv.in_channels, conv.out_channels, conv.kernel_size, stride=conv.stride, padding=padding,
+        dilation=conv.dilation, groups=conv.groups, bias=conv.bias is not None,
+        device=conv.weight.device, dtype=conv.weight.dtype, **kwargs)
+
+
+def _mlp(mlp: Mlp, cls: Type[MoEMlp], **kwargs) -> nn.Module:
+    if kwargs.get('router', 'vmoe') == 'vmoe':
+        kwargs['router_args'] = dict({'renormalise': True}, **(kwargs.get('router_args') or {}))
+    normed = not isinstance(mlp.norm, nn.Identity)
+    return cls(
+        mlp.fc1.weight.shape[1], mlp.fc1.weight.shape[0], mlp.fc2.weight.shape[0],
+        act_layer=lambda: copy.deepcopy(mlp.act),
+        norm_layer=(lambda features, **dd: copy.deepcopy(mlp.norm)) if normed else None,
+        bias=(mlp.fc1.bias is not None, mlp.fc2.bias is not None), drop=(mlp.drop1.p, mlp.drop2.p),
+        use_conv=isinstance(mlp.fc1, nn.Conv2d), device=mlp.fc1.weight.device, dtype=mlp.fc1.weight.dtype, **kwargs)
+
+
+@functools.lru_cache(maxsize=None)
+def _routed_class(cls: Type[nn.Module]) -> Type[nn.Module]:
+    """A class of the same models that also return their routing records when asked to."""
+    return type(f'Moefied{cls.__name__}', (_Moefied, cls), {})
+
+
+class _Moefied(RoutedModel):
+    """`RoutedModel` for a forward that is timm's."""
+
+    def forward(self, x: torch.Tensor):
+        if torch.jit.is_scripting():
+            return self.forward_head(self.forward_features(x))  # TorchScript knows no super()
+        else:
+            output = super().forward(x)
+            if isinstance(output, tuple) and torch.is_grad_enabled():
+                _refuse_lost_gradients(output[1])
+            return output
+
+
+def _refuse_lost_gradients(routings: Sequence[Any]) -> None:
+    """Raises: InputError: Records that ask for a loss come without a graph: re-entrant checkpointing cut it off."""
+    if any(routing.losses and not routing.logits.requires_grad for routing in routings):
+        raise InputError(
+            'Re-entrant gradient checkpointing loses the gradient of auxiliary losses: use timm.layers'
+            '.set_reentrant_ckpt(False), or freeze the routers by losses={}.')
+
+
+def _cfg(**kwargs) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7), 'crop_pct': 0.95,
+        'interpolation': 'bicubic', 'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225),
+        'first_conv': 'conv1', 'classifier': 'fc', **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({'moefied.untrained': _cfg()})
+
+
+def _build(base: str, targets: Any, layer: str, layer_args: Dict[str, Any], pretrained: bool, **kwargs) -> nn.Module:
+    try:
+        model = timm.create_model(base, pretrained=pretrained, **kwargs)
+    except OSError as error:
+        raise InputError(
+            f'pretrained=True: the weights of base={base!r} cannot be fetched ({type(error).__name__}); pass its'
+            ' model.safetensors as pretrained_cfg_overlay=dict(file=...).') from error
+    vars(model).pop('_model_args', None)  # the base's; those of the whole are recorded by the factory
+    return moefy(model, targets, layer, **layer_args)
+
+
+@register_model
+def moefied(
+        pretrained: bool = False,
+        base: str = 'resnet18',
+        targets: Union[str, Sequence[str]] = 'layer4.*.conv2',
+        layer: str = 'condconv',
+        num_experts: int = 8,
+        **kwargs,
+) -> nn.Module:
+    """Any timm model, routed by `moefy`.
+
+    >>> timm.create_model('moefied', base='convnext_tiny.fb_in1k', targets='stages.2.*.mlp', layer='moe_mlp',
+    ...                   num_experts=8, num_selected=2, pretrained=True)
+
+    Args:
+        pretrained: Begin with the base's weights, upcycled; or, for a model saved by timm, with its own.
+        base: Name of the model, with its tag.
+        targets, layer, num_experts: As in `moefy`.
+        kwargs: Keywords of the layer, and of the base.
+
+    Raises:
+        InputError: See `moefy`; the base is unknown.
+    """
+    if layer not in LAYERS:
+        raise InputError(f'layer={layer!r} is unknown.{nearest(layer, LAYERS)} Known: {", ".join(LAYERS)}.')
+    keywords = layer_keywords(layer)
+    layer_args = {key: kwargs.pop(key) for key in keywords if key in kwargs}
+    given, overlay = kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None) or {}
+    own = given if isinstance(given, dict) or dataclasses.is_dataclass(given) else None
+    of_base = pretrained and own is None and not any(overlay.get(source) for source in SOURCES)
+    return build(
+        functools.partial(
+            _build, base=base, targets=targets, layer=layer, pretrained=of_base,
+            layer_args=dict(layer_args, num_experts=num_experts)),
+        'moefied',
+        pretrained=pretrained and not of_base,
+        pretrained_cfg=own or _cfg_of(base),
+        pretrained_cfg_overlay=overlay,
+        feature_cfg=dict(feature_cls='getter'),
+        **kwargs,
+    )
+
+
+def _cfg_of(base: str) -> Any:
+    """The base's configuration without its source of weights, which are not those of the routed model."""
+    plain, _, tag = base.partition('.')
+    if not timm.is_model(plain):
+        raise InputError(f'base={base!r} is no model of timm.{nearest(plain, timm.list_models())}')
+    try:
+        found = timm.get_pretrained_cfg(base)
+    except RuntimeError:
+        tags = timm.list_pretrained(f'{plain}.*')
+        raise InputError(f'base={base!r}: {plain} has no weights of this tag.{nearest(base, tags)}') from None
+    empty = {source: None for source in SOURCES if hasattr(found, source)}
+    return dataclasses.replace(found, architecture='moefied', tag=None, **empty)

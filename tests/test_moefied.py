@@ -1,0 +1,185 @@
+"""`moefy` and the name `moefied`: the function is kept, routing is heard, arguments rebuild it, refusals are clear."""
+import copy
+import json
+
+import pytest
+import timm
+import torch
+from timm.layers import set_reentrant_ckpt
+from timm.models import save_for_hf
+
+import moe_zoo
+from moe_zoo.errors import InputError
+from moe_zoo.layers import DynamicConv2d, MoEConv2d, MoEMlp, RoutedConv2d
+from moe_zoo.losses import auxiliary_losses
+from moe_zoo.routing import trace_routing
+
+SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+# base, its keywords, size of an image, targets, layer, keywords of the layer
+CASES = {
+    'resnet': ('resnet18', {}, 64, 'layer4.*.conv2', 'condconv', {}, RoutedConv2d, 2),
+    'resnet-chosen': ('resnet18', {}, 64, ['layer4.0.conv1', 'layer4.1.conv?'], 'moe_conv', {'num_selected': 1},
+                      MoEConv2d, 3),
+    'efficientnet': ('tf_efficientnet_lite0', {}, 64, 'blocks.5.*.conv_dw', 'dyconv', {}, DynamicConv2d, 4),
+    'convnext': ('convnext_atto', {}, 64, 'stages.3.*.mlp', 'moe_mlp', {}, MoEMlp, 2),
+    'swin': ('swinv2_cr_tiny_224', {'img_size': 224, 'depths': (1, 1, 1, 1)}, 224, 'stages.3.*.mlp', 'moe_mlp', {},
+             MoEMlp, 1),
+    'vit': ('vit_tiny_patch16_224', SMALL, 32, 'blocks.*.mlp', 'moe_mlp', {'num_selected': 1}, MoEMlp, 2),
+}
+
+
+def dense(base: str, **kwargs) -> torch.nn.Module:
+    """A model whose every weight tells, with norms that have seen something."""
+    torch.manual_seed(0)
+    model = timm.create_model(base, num_classes=5, **kwargs)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_the_function_is_kept(case):
+    base, kwargs, size, targets, layer, args, cls, count = CASES[case]
+    model, x = dense(base, **kwargs), torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        before = model(x)
+        assert before.std() > 1e-3
+        routed = moe_zoo.moefy(model, targets, layer, num_experts=4, **args)
+        with trace_routing(routed) as trace:
+            after = routed(x)
+    assert routed is model
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+    assert len(trace) == count and all(isinstance(routed.get_submodule(name), cls) for name in trace)
+
+
+def test_it_trains_with_its_auxiliary_losses():
+    model = moe_zoo.moefy(dense('vit_tiny_patch16_224', **SMALL), 'blocks.0.mlp', num_experts=4).train()
+    model.set_aux_loss(True)
+    logits, routings = model(torch.randn(4, 3, 32, 32))
+    assert len(routings) == 1 and routings[0].indices.shape == (4 * 17, 2)
+    losses = auxiliary_losses(routings)
+    assert set(losses) == {'importance', 'vmoe_load'}
+    (logits.square().sum() + sum(losses.values())).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    chosen = routings[0].indices[routings[0].kept].unique()
+    moved = model.blocks[0].mlp.fc1.weight.grad.abs().sum(dim=(1, 2)).gt(0)
+    assert moved.nonzero().flatten().tolist() == chosen.tolist()
+
+
+def test_it_is_one_model_with_its_copies():
+    """EMA copies a model; a copy must be as routed as the original, and independent of it."""
+    model = moe_zoo.moefy(dense('resnet18'), 'layer4.*.conv2', 'condconv', num_experts=2)
+    twin, x = copy.deepcopy(model), torch.randn(1, 3, 64, 64)
+    assert type(twin) is type(model)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x), model(x))
+        twin.layer4[0].conv2.weight.zero_()
+        assert not torch.allclose(twin(x), model(x))
+
+
+def test_other_layers_of_a_model_that_is_routed_already():
+    model = moe_zoo.moefy(dense('resnet18'), 'layer4.0.conv2', 'condconv', num_experts=2)
+    cls, x = type(model), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        model.layer4[0].conv2.weight.mul_(1.5)  # it has been trained
+        before = model(x)
+        moe_zoo.moefy(model, 'layer4.1.conv2', 'moe_conv', num_experts=4)
+        torch.testing.assert_close(model(x), before, atol=1e-4, rtol=1e-4)
+    assert type(model) is cls and isinstance(model.layer4[0].conv2, RoutedConv2d)
+    with pytest.raises(InputError, match='matches only RoutedConv2d'):
+        moe_zoo.moefy(model, 'layer4.0.conv2', 'moe_conv')
+
+
+def test_registered_name_takes_keywords_of_layer_and_base():
+    model = timm.create_model(
+        'moefied', base='vit_tiny_patch16_224', targets='blocks.1.mlp', layer='moe_mlp', num_experts=4, num_selected=1,
+        num_classes=7, in_chans=1, **SMALL)
+    assert isinstance(model.blocks[1].mlp, MoEMlp) and model.blocks[1].mlp.num_selected == 1
+    assert model(torch.randn(1, 1, 32, 32)).shape == (1, 7)
+    assert model.pretrained_cfg['architecture'] == 'moefied'
+    assert model.pretrained_cfg['mean'] == timm.get_pretrained_cfg('vit_tiny_patch16_224').mean
+    assert not model.pretrained_cfg.get('hf_hub_id') and not model.pretrained_cfg.get('url')
+    with pytest.raises(TypeError, match='no_such_keyword'):
+        timm.create_model('moefied', no_such_keyword=1)
+
+
+def test_features_of_a_convnext_for_an_fpn():
+    kwargs = dict(base='convnext_atto', targets='stages.2.*.mlp', layer='moe_mlp', num_experts=2)
+    model = timm.create_model('moefied', features_only=True, out_indices=(1, 2, 3), **kwargs)
+    assert model.feature_info.channels() == [80, 160, 320] and model.feature_info.reduction() == [8, 16, 32]
+    assert [tuple(f.shape[1:]) for f in model(torch.randn(1, 3, 64, 64))] == [(80, 8, 8), (160, 4, 4), (320, 2, 2)]
+
+
+def test_dense_weights_of_the_base_are_upcycled_and_its_own_are_taken(tmp_path):
+    base, x = dense('resnet18'), torch.randn(1, 3, 64, 64)
+    kwargs = dict(base='resnet18', targets='layer4.*.conv2', layer='condconv', num_experts=2, num_classes=5)
+    weights = {**base.state_dict()}
+    overlay = dict(state_dict=weights, num_classes=5)
+    model = timm.create_model('moefied', pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), base(x), atol=1e-4, rtol=1e-4)
+    own = {name: value + 0.01 if 'routing_fn' in name else value for name, value in model.state_dict().items()}
+    overlay = dict(state_dict=own, num_classes=5)
+    again = timm.create_model('moefied', pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    assert all(torch.equal(value, own[name]) for name, value in again.state_dict().items())
+
+
+def test_saved_to_a_folder_and_reloaded_from_its_arguments(tmp_path):
+    model = timm.create_model(
+        'moefied', base='resnet18', targets='layer4.*.conv2', layer='condconv', num_experts=2, num_classes=5).eval()
+    save_for_hf(model, tmp_path)
+    args = json.loads((tmp_path / 'config.json').read_text())['model_args']
+    assert 'pretrained' not in args and args['base'] == 'resnet18'
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize('reentrant', [False, True])
+def test_gradient_checkpointing(reentrant):
+    """Plain checkpointing keeps the gradients of the auxiliary losses; the re-entrant kind would drop them."""
+    model = moe_zoo.moefy(dense('vit_tiny_patch16_224', **SMALL), 'blocks.1.mlp', num_experts=4, noise_std=0.).train()
+    model.set_aux_loss(True)
+    x = torch.randn(4, 3, 32, 32)
+
+    def router_gradient():
+        model.zero_grad()
+        _, routings = model(x)
+        sum(auxiliary_losses(routings).values()).backward()
+        return model.blocks[1].mlp.router.weight.grad.clone()
+
+    wanted = router_gradient()
+    model.set_grad_checkpointing(True)
+    set_reentrant_ckpt(reentrant)
+    try:
+        if reentrant:
+            with pytest.raises(InputError, match='^Re-entrant gradient checkpointing loses the gradient of auxiliary'):
+                router_gradient()
+        else:
+            assert wanted.abs().max() > 0
+            torch.testing.assert_close(router_gradient(), wanted)
+    finally:
+        set_reentrant_ckpt(False)
+
+
+def test_refusals():
+    model = dense('resnet18')
+    before = model.state_dict().keys()
+    for targets, layer, message in [
+        ('layer4.*.conv9', 'condconv', r"^targets='layer4.\*.conv9' matches no module, and layer='condconv' replaces a "
+                                       r"plain convolution. Did you mean 'layer4.1.conv"),
+        ('layer4.*.bn1', 'condconv', "matches only BatchNorm2d, and layer='condconv' replaces a plain convolution"),
+        ('layer4.*', 'moe_mlp', r"^targets='layer4.\*' matches only BasicBlock, .* replaces timm's Mlp\.$"),
+        ('layer4.*.conv2', 'condcnv', "^layer='condcnv' is unknown. Did you mean 'condconv'"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            moe_zoo.moefy(model, targets, layer)
+    with pytest.raises(InputError, match="^'dyconv' has no keyword 'temprature'. Did you mean 'temperature'"):
+        moe_zoo.moefy(model, 'layer4.*.conv2', 'dyconv', temprature=1)
+    assert model.state_dict().keys() == before
+    with pytest.raises(InputError, match="^base='resnet81' is no model of timm. Did you mean 'resnet18'"):
+        timm.create_model('moefied', base='resnet81')
+    with pytest.raises(InputError, match="^base='resnet18.nothing': resnet18 has no weights of this tag. Did you"):
+        timm.create_model('moefied', base='resnet18.nothing')
