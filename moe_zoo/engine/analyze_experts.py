@@ -16,12 +16,14 @@ from rich.progress import Progress
 from timm.models import safe_model_name
 
 from .. import __version__
+from ..analysis.consistency import describe_consistency
 from ..analysis.expert_figures import write_figures
 from ..analysis.expert_page import expert_page
 from ..analysis.expert_words import findings, report
 from ..analysis.experts import analyze, locate, spread
-from ..analysis.object_sizes import token_grid
+from ..analysis.page import Section
 from ..errors import InputError, atomic_write, counted, exit_on_input_error, nearest
+from .analyze_routes import compare_routes, open_pair, routes_section
 from .config import parse_command_line
 from .inference import Classifier, Images, load_images, open_classifier
 
@@ -74,7 +76,7 @@ def analyze_classifier(
         numbers = pick_images(images.targets, chosen if classes else images.targets.unique().tolist(), shown)
         places = []
         if numbers:
-            places = locate(classifier.model, classifier.normalise(images.pixels[numbers]), token_grid)
+            places = locate(classifier.model, classifier.normalise(images.pixels[numbers]))
     if images.total is None or len(images.targets) + len(images.corrupt) < images.total:
         whole = 'the data set' if images.total is None else f'{images.total:,}'
         result['left_out'].append(
@@ -141,6 +143,9 @@ def parser() -> argparse.ArgumentParser:
     add('--layers', metavar='N', type=int, default=6,
         help='layers that are drawn, and forced one by one; evenly over the depth (default: 6)')
     add('--no-force', action='store_true', help='leave out the passes with forced experts and with other K')
+    add('--consistency', action='store_true',
+        help='also measure how often patches get other experts when the image is cropped, flipped or noised')
+    add('--before', metavar='FILE', help='a checkpoint to set beside it in --consistency, or "untrained"')
     add('--no-figures', action='store_true', help='write no PNG files')
     add('--json', action='store_true', help='print the JSON instead of the findings')
     add('options', nargs='*', metavar='key=value', help='options that win over the recipe')
@@ -170,21 +175,41 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     images = load_images(classifier, dataset, flags.max_images)
     for file in images.corrupt:
         print(f"warning: skipped corrupt image '{file}'", file=sys.stderr)
+    routes = None
+    if flags.consistency or flags.before:  # first: a model without patches is refused before the long passes
+        named = open_pair(classifier, flags.checkpoint, flags.before, flags.config, overrides)
+        numbers = pick_images(images.targets, classes or images.targets.unique().tolist(), flags.images)
+        routes = compare_routes(named, images, numbers)
     result = analyze_classifier(
         classifier, images, classes, flags.images, flags.layers, not flags.no_force)
+    if routes is not None:
+        result['consistency'] = routes
     out = flags.out or Path('runs/analyze') / _name(flags)
     text = json.dumps(result)
     with atomic_write(out / 'experts.json') as part:
         part.write_text(text, encoding='utf-8')
-    expert_page(result, images.pixels, _facts(flags, classifier, images)).write(out / 'index.html')
+    page = expert_page(result, images.pixels, _facts(flags, classifier, images))
+    if routes is not None:
+        page.sections.append(_routes_section(routes, images, None if flags.no_figures else out))
+    page.write(out / 'index.html')
     if not flags.no_figures:
         try:
             write_figures(result, images.pixels, out)
         except InputError as error:
             print(f'warning: {error}', file=sys.stderr)
     print(text if flags.json else '\n'.join(report(result)))
+    if routes is not None and not flags.json:
+        print(describe_consistency([(each['name'], each) for each in routes['measured']]))
     print(f'written: {out / "index.html"} and what it rests on', file=sys.stderr)
     return 0
+
+
+def _routes_section(routes: Dict[str, Any], images: Images, folder: Optional[Path]) -> Section:
+    try:
+        return routes_section(routes, images.pixels, folder)
+    except InputError as error:  # no matplotlib
+        print(f'warning: {error}', file=sys.stderr)
+        return routes_section({**routes, 'pairs': []}, images.pixels)
 
 
 def _facts(flags: argparse.Namespace, classifier: Classifier, images: Images) -> List[Tuple[str, str]]:
