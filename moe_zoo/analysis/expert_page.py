@@ -23,7 +23,7 @@ WHOLE = 224  # pixels of a picture over which patches are drawn
 
 LEAD = (
     'A mixture of experts is a network in which a router decides, image by image or patch by patch, how much each of '
-    'several sub-networks, the experts, has to say. This page shows what the router of one trained model decides, on '
+    'several sub-networks, the experts, has to say. This page shows what the router of one model decides, on '
     'images that you chose. Every figure and every sentence comes from this run.')
 
 
@@ -63,8 +63,9 @@ def _overview(result: Mapping[str, Any], said: Mapping[str, str]) -> List[Block]
     stats = [
         (f'{free["accuracy"]:.1f} %', f'of {result["images"]:,} images right'),
         (f'{alive} of {total}', 'experts in use'),
-        (percent(between[-1] or 0), 'of what the last router does is explained by the class'),
     ]
+    if between[-1] is not None:
+        stats.append((percent(between[-1]), 'of what the last router does is explained by the class'))
     if result['forced'] and result['forced']['everywhere']:
         best = max(row['accuracy'] for row in result['forced']['everywhere'])
         stats.append((f'{best - free["accuracy"]:+.1f} points', 'with the best single expert doing everything'))
@@ -84,7 +85,8 @@ def _use(result: Mapping[str, Any], said: Mapping[str, str]) -> List[Block]:
             'One bar a layer, divided by how much of the weight each expert carries. ' + _fair(few)))
     rows = [
         [layer['layer'], layer['experts'], _chosen(layer), layer['unit'], layer['living'],
-         f'{layer["entropy"]:.3f}', f'{100 * layer["dropped"]:.1f} %', _pair(layer)] for layer in layers]
+         f'{layer["entropy"]:.3f}', f'{100 * layer["dropped"]:.1f} %', _pair(layer)]
+        for layer in (layers if len(layers) <= 2 * ROWS else _drawn(result))]
     blocks += [
         Table(['layer', 'experts', 'at work', 'decides by', 'in use', 'evenness', 'dropped', 'most alike'], rows,
               'Evenness: entropy of the shares, 1 where all are used alike. Dropped: found no room at their expert, or '
@@ -111,10 +113,19 @@ def _classes(result: Mapping[str, Any], pixels: torch.Tensor) -> List[Block]:
             'no matter to the router, all rows would be equal.'))
     blocks.append('**The images that weigh most.** For each expert the images in which it has its largest share of the '
                   'weight, and below it the classes for which it works most.')
+    alike = []
     for layer in _drawn(result, 3):
-        for column in _experts_of(layer, DRAWN):
-            blocks.append(_sheet(result, pixels, layer, column))
+        sheets = [_sheet(result, pixels, layer, c) for c in _experts_of(layer, DRAWN) if _stands_out(layer, c)]
+        blocks += sheets
+        alike += [] if sheets else [f'`{layer["layer"]}`']
+    if alike:
+        blocks.append(f'In {listing(alike)} every expert has nearly the same share in every image: none stands out.')
     return blocks
+
+
+def _stands_out(layer: Mapping[str, Any], column: int) -> bool:
+    """Whether the share of an expert in some image is clearly more than usual."""
+    return layer['top_images'][column][0]['share'] > 1.02 * layer['importance'][layer['listed'][column]]
 
 
 def _sheet(result: Mapping[str, Any], pixels: torch.Tensor, layer: Mapping[str, Any], column: int) -> Figure:
@@ -212,7 +223,30 @@ def _places(result: Mapping[str, Any], pixels: torch.Tensor) -> List[Block]:
         blocks.append(Figure(
             pictures(panels, 3 if len(panels) == 3 else 2, legend, pixels.shape[2] / pixels.shape[3]),
             f'Patches of {result["files"][image]} by expert.', _patch_caption(result, image, places, number)))
-    return [*blocks, *_logit_maps(result, pixels)]
+    return [*blocks, *_crops(result, pixels), *_logit_maps(result, pixels)]
+
+
+def _crops(result: Mapping[str, Any], pixels: torch.Tensor) -> List[Block]:
+    """For each expert of the last layer that sees places, the patches that it weighs most, with their surroundings."""
+    layer = [each for each in _drawn(result) if each['grid']][-1]
+    (rows, columns), (height, width) = layer['grid'], pixels.shape[2:]
+    tall, wide = max(1, height // rows), max(1, width // columns)
+    blocks: List[Block] = []
+    for column in _experts_of(layer, DRAWN):
+        panels = []
+        for spot in layer['top_places'][column]:
+            top, left = (min(max(at * size - size, 0), whole - 3 * size) for at, size, whole in (
+                (spot['row'], tall, height), (spot['column'], wide, width)))
+            crop = pixels[spot['image']][:, max(top, 0):max(top, 0) + 3 * tall, max(left, 0):max(left, 0) + 3 * wide]
+            name = result['classes'][result['targets'][spot['image']]]
+            panels.append((_cut(name, 7), picture(crop, THUMBNAIL), None))
+        if panels:
+            expert = layer['listed'][column]
+            blocks.append(Figure(
+                pictures(panels, 6, ratio=tall / wide), f'Patches where expert {expert} weighs most.',
+                f'Expert {expert} of `{layer["layer"]}`.'))
+    return ['**The patches that an expert likes most**, at most one an image, each in the middle of its surroundings '
+            '(at the border of an image, beside them).', *blocks]
 
 
 def _logit_maps(result: Mapping[str, Any], pixels: torch.Tensor) -> List[Block]:

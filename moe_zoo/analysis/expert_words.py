@@ -1,12 +1,14 @@
-"""What `moe_zoo.analysis.experts.analyze` found, in sentences. Every one follows from the numbers. Standard library.
+"""What `moe_zoo.analysis.experts.analyze` found, in sentences. Every one follows from the numbers.
 
 Letters: E experts, K chosen experts.
 """
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from ..errors import counted
+from .experts import TWIN_WEIGHTS
 
 CLEAR = 4  # standard errors by which a share must differ: tables of classes and experts have many cells
+LIFT = 1.1  # and the share over the usual one
 FORCED_CLEAR = 2  # standard errors by which an accuracy must differ
 
 
@@ -83,8 +85,9 @@ def _alike(result: Mapping[str, Any]) -> str:
     pair = closest['most_alike']
     use = 'the use of one of them never varies' if pair['correlation'] is None else \
         f'their use over the images correlates by {pair["correlation"]:.2f}'
+    head = '**No twins.**' if pair['distance'] > TWIN_WEIGHTS else '**Nearly equal experts, not used alike.**'
     return (
-        f'**No twins.** The most alike are experts {listing(pair["experts"])} of `{closest["layer"]}`: their weights '
+        f'{head} The most alike are experts {listing(pair["experts"])} of `{closest["layer"]}`: their weights '
         f'differ by {percent(pair["distance"])} of their length, and {use}.')
 
 
@@ -95,8 +98,8 @@ def strongest_tie(result: Mapping[str, Any]) -> Optional[Dict[str, Any]]:
         for expert, rows in zip(layer['listed'], layer['top_classes']):
             for row in rows:
                 usual = row['share'] / row['lift'] if row['lift'] else 0.
-                clear = row['se'] is not None and row['share'] - usual > CLEAR * row['se'] and row['share'] > usual
-                if clear and (best is None or row['lift'] > best['lift']):
+                known = row['se'] is not None and row['lift'] >= LIFT
+                if known and row['share'] - usual > CLEAR * row['se'] and (best is None or row['lift'] > best['lift']):
                     best = {**row, 'expert': expert, 'layer': layer['layer'], 'usual': usual}
     return best
 
@@ -104,7 +107,8 @@ def strongest_tie(result: Mapping[str, Any]) -> Optional[Dict[str, Any]]:
 def _classes(result: Mapping[str, Any]) -> str:
     tie = strongest_tie(result)
     if tie is None:
-        return f'**No expert is tied to a class**: no share is more than {CLEAR} standard errors above the usual one.'
+        return (f'**No expert is tied to a class**: no share in the images of a class is {LIFT} times the usual one '
+                f'and more than {CLEAR} standard errors above it.')
     name = result['classes'][tie['class']]
     return (
         f'The closest tie: expert {tie["expert"]} of `{tie["layer"]}` carries **{percent(tie["share"])}** '
@@ -133,7 +137,7 @@ def _gates(result: Mapping[str, Any]) -> str:
 def _depth(result: Mapping[str, Any]) -> str:
     layers = [layer for layer in result['layers'] if layer['gates']['variance']['between'] is not None]
     if not layers:
-        return 'No gate varies between images: every image is routed alike.'
+        return 'No gate varies between images: every expert has the same weight in every image.'
     chance = layers[0]['gates']['variance']['chance']
     first, last = layers[0], layers[-1]
     most = max(layers, key=lambda layer: layer['gates']['variance']['between'])

@@ -15,6 +15,7 @@ from ..errors import InputError, counted
 from ..layers import ChannelGate, RoutedLayer
 from ..routing import Routing, trace_routing
 from .force import choosing_layers, force_expert, routed_layers, select_experts
+from .object_sizes import token_grid
 from .usage import LayerUsage, UsageSums, evaluation_mode, image_shares
 
 Batches = Iterable[Tuple[torch.Tensor, torch.Tensor]]
@@ -23,7 +24,7 @@ Pass = Callable[[str], Batches]  # title of a pass over the same images to its b
 BINS = 20  # of the histogram, on [0, 1]; what lies above 1 is counted in the last
 NEAR = 0.1  # a gate is near 0 below it, near 1 above one minus it
 TWIN_USE, TWIN_WEIGHTS = 0.9, 0.2
-TOP_CLASSES, TOP_IMAGES = 3, 4
+TOP_CLASSES, TOP_IMAGES, TOP_PLACES = 3, 4, 6
 MOST_LISTED, LISTED = 32, 16  # of more experts than the first, tables by class are of the second number of them
 MOST_FORCED = 64  # experts of a layer
 
@@ -85,9 +86,12 @@ class LayerExperts:
         unit: What is routed: image, token or position.
         usage: Shares, balance, drops.
         shares: (N, E) share of combine weight that an expert has in an image.
-        gates: (N, E) mean gate of an expert over the items of an image.
+        gates: (N, E) mean gate of an expert over the items of an image; of those that it took, where experts choose.
         counts: (BINS,) gate values of all items.
         zeros: Gate values that are exactly 0.
+        best: (N, E) the largest weight that an expert has at a place of an image; None where there are no places.
+        places: (N, E) that place, row by row from 0.
+        grid: (rows, columns) of places.
     """
     name: str
     layer: RoutedLayer
@@ -98,6 +102,9 @@ class LayerExperts:
     gates: torch.Tensor
     counts: torch.Tensor
     zeros: int
+    best: Optional[torch.Tensor] = None
+    places: Optional[torch.Tensor] = None
+    grid: Optional[Tuple[int, int]] = None
 
 
 @dataclass
@@ -121,18 +128,36 @@ class _Sums:
         self.usage, self.counts, self.zeros = UsageSums(), torch.zeros(BINS, dtype=torch.int64), 0
         self.shares: List[torch.Tensor] = []
         self.gates: List[torch.Tensor] = []
+        self.best: List[torch.Tensor] = []
+        self.grid: Optional[Tuple[int, int, int]] = None
 
-    def add(self, routing: Routing, targets: List[int]) -> None:
+    def add(self, routing: Routing, targets: List[int], size: Tuple[int, int]) -> None:
         gates = routing.gates.float().cpu()
         self.usage.add(routing, targets)
         self.shares.append(image_shares(routing).float().cpu())
-        self.gates.append(gates.reshape(routing.shape[0], -1, gates.shape[-1]).mean(dim=1))
+        # Where experts choose, a gate that nobody used may be part of a sum over the image that is always 1.
+        used = routing.combine_matrix().float().cpu() if routing.by_expert else gates
+        self.gates.append(used.reshape(routing.shape[0], -1, used.shape[-1]).mean(dim=1))
         self.counts += torch.histc(gates.clamp(0, 1), BINS, 0, 1).long()
         self.zeros += int((gates == 0).sum())
+        self.grid = grid_of(routing, size)
+        if self.grid is not None:
+            weights = routing.combine_matrix().float().cpu().reshape(routing.shape[0], -1, gates.shape[-1])
+            self.best.append(torch.stack(weights[:, self.grid[0]:].max(dim=1)))  # (2, B, E) weights and places
 
     def finish(self, name: str, num_classes: int) -> LayerExperts:
-        return LayerExperts(name, self.layer, self.kind, self.unit, self.usage.finish(name, num_classes),
-                            torch.cat(self.shares), torch.cat(self.gates), self.counts, self.zeros)
+        best, places = torch.cat(self.best, dim=1) if self.best else (None, None)
+        return LayerExperts(
+            name, self.layer, self.kind, self.unit, self.usage.finish(name, num_classes), torch.cat(self.shares),
+            torch.cat(self.gates), self.counts, self.zeros, best, None if places is None else places.long(),
+            self.grid and self.grid[1:])
+
+
+def grid_of(routing: Routing, size: Tuple[int, int]) -> Optional[Tuple[int, int, int]]:
+    """(tokens in front, rows, columns) of the places that a record is about in images of (height, width), or None."""
+    if len(routing.shape) == 3:
+        return 0, routing.shape[1], routing.shape[2]
+    return token_grid(routing.shape[1], size) if len(routing.shape) == 2 else None
 
 
 def kind_of(layer: nn.Module, routing: Routing) -> str:
@@ -171,7 +196,7 @@ def watch(model: nn.Module, batches: Batches, num_classes: int) -> Watched:
                     skipped[name] = 'it sees some of the images only'
                     continue
                 sums.setdefault(name, _Sums(layers[name.partition('#')[0]], routing)).add(
-                    routing, batch_targets.tolist())
+                    routing, batch_targets.tolist(), tuple(images.shape[2:]))
     if not predicted:
         raise InputError('There is no image to look at.')
     found = {name: total.finish(name, num_classes) for name, total in sums.items() if name not in skipped}
@@ -223,6 +248,16 @@ def top_images(shares: torch.Tensor) -> List[List[Dict[str, Any]]]:
     return [[{'image': int(i), 'share': float(shares[i, e])} for i in order[:, e]] for e in range(shares.shape[1])]
 
 
+def top_places(layer: LayerExperts) -> List[List[Dict[str, Any]]]:
+    """Of every expert the places where it weighs most, at most one an image: image, row, column and weight."""
+    order = layer.best.argsort(dim=0, descending=True, stable=True)[:TOP_PLACES]
+    columns = layer.grid[1]
+    return [
+        [{'image': i, 'row': int(layer.places[i, e]) // columns, 'column': int(layer.places[i, e]) % columns,
+          'weight': float(layer.best[i, e])} for i in order[:, e].tolist() if layer.best[i, e] > 0]
+        for e in range(layer.best.shape[1])]
+
+
 # ---- gates
 
 def variance_split(gates: torch.Tensor, targets: torch.Tensor) -> Dict[str, Any]:
@@ -236,7 +271,7 @@ def variance_split(gates: torch.Tensor, targets: torch.Tensor) -> Dict[str, Any]
         by_expert: (E) the same of every expert, None where its gate does not vary.
     """
     overall, between = _squares(gates, targets)
-    tiny = 1e-12 * len(gates) * gates.double().square().mean().clamp_min(1e-30)
+    tiny = 1e-11 * len(gates) * gates.double().square().mean().clamp_min(1e-30)
     varies, error = bool(overall.sum() > tiny), None
     if varies and len(gates) >= 20:  # the jackknife over ten groups
         fold = torch.arange(len(gates)) % 10
@@ -299,7 +334,7 @@ def use_correlations(shares: torch.Tensor) -> torch.Tensor:
     """(N, E) shares to the (E, E) correlation of two experts' shares over the images; NaN where one is constant."""
     centred = shares.double() - shares.double().mean(dim=0)
     length = centred.square().sum(dim=0).sqrt()
-    length = torch.where(length > 1e-9 * len(shares) ** 0.5, length, torch.nan)
+    length = torch.where(length > 1e-6 * len(shares) ** 0.5, length, torch.nan)  # less is rounding
     return (centred.T @ centred) / (length[:, None] * length)
 
 
@@ -420,12 +455,14 @@ def describe_layer(layer: LayerExperts, targets: torch.Tensor, num_classes: int)
     del usage['layer'], usage['class_mass']
     mean, error = class_table(layer.shares[:, listed], targets, num_classes)
     gates, gate_error = class_table(layer.gates[:, listed], targets, num_classes)
+    places = None if layer.grid is None else top_places(layer)
     return {
         'layer': layer.name, 'kind': layer.kind, 'unit': layer.unit, 'experts': layer.usage.num_experts,
         'selected': layer.layer.num_selected, **usage, 'twins': twins, 'most_alike': pair, 'listed': listed,
         'classes': {'share': _numbers(mean), 'se': _numbers(error)},
         'top_classes': top_classes(layer.shares[:, listed], targets, num_classes),
-        'top_images': top_images(layer.shares[:, listed]),
+        'top_images': top_images(layer.shares[:, listed]), 'grid': layer.grid,
+        'top_places': None if places is None else [places[e] for e in listed],
         'gates': {**gate_summary(layer), 'by_class': _numbers(gates), 'by_class_se': _numbers(gate_error),
                   'variance': split},
     }
@@ -490,13 +527,12 @@ def _cut_tables(layers: Sequence[Dict[str, Any]]) -> List[str]:
 # ---- where in the image
 
 @torch.no_grad()
-def locate(model: nn.Module, images: torch.Tensor, grid: Callable) -> List[Dict[str, Any]]:
+def locate(model: nn.Module, images: torch.Tensor) -> List[Dict[str, Any]]:
     """Which expert had which place of a few images, in every layer that routes tokens or positions.
 
     Args:
         model: The classifier.
         images: (B, C, H, W).
-        grid: (number of tokens, (H, W)) to (tokens in front, rows, columns), or None where tokens form no grid.
 
     Returns:
         For every such layer: layer, kind, rows, columns, experts (the numbers of those listed) and images, a list of
@@ -508,10 +544,8 @@ def locate(model: nn.Module, images: torch.Tensor, grid: Callable) -> List[Dict[
     with evaluation_mode(model), trace_routing(model) as trace:
         model(images)
     for name, routing in numbered(trace, layers):
-        if len(routing.shape) < 2 or routing.shape[0] != len(images):
-            continue
-        place = (0, *routing.shape[1:]) if len(routing.shape) == 3 else grid(routing.shape[1], tuple(images.shape[2:]))
-        if place is not None:
+        place = grid_of(routing, tuple(images.shape[2:]))
+        if place is not None and routing.shape[0] == len(images):
             found.append(_places(name, kind_of(layers[name.partition('#')[0]], routing), routing, *place))
     return found
 

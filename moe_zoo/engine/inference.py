@@ -88,7 +88,8 @@ class Classifier:
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
         """(C, H, W) uint8: what the model will see of an image."""
-        return torch.as_tensor(self.transform(image.convert(image_mode(self.args))))
+        grey = self.data_config['input_size'][0] == 1 and not self.args.input_img_mode
+        return torch.as_tensor(self.transform(image.convert('L' if grey else image_mode(self.args))))
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) uint8 to the model's input, on its device."""
@@ -132,6 +133,7 @@ def open_classifier(
         overrides.setdefault('dataset', '')  # a folder that is given wins over the digits of a recipe
     args = load_config(recipe, overrides)
     device, known = open_device(args), _known_classes(content)
+    torch.manual_seed(args.seed)  # of what is drawn where there are no weights
     dataset = _open_data(args, known, strict_data) if with_data else None
     if dataset is not None:
         settle_num_classes(args, None, dataset)
