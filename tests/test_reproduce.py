@@ -332,7 +332,7 @@ def test_a_folder_of_validation_images_is_used_and_classes_must_agree(tmp_path):
 
 def test_shifted_images_are_moved_and_their_edge_is_repeated():
     images = torch.arange(9.).view(1, 1, 3, 3).repeat(64, 1, 1, 1)
-    moved = training._shifted(images, 1, torch.Generator().manual_seed(0))
+    moved = training.shifted(images, 1, torch.Generator().manual_seed(0))
     found = {tuple(image.flatten().int().tolist()) for image in moved}
     assert (0, 1, 2, 3, 4, 5, 6, 7, 8) in found  # not moved
     assert (0, 0, 1, 0, 0, 1, 3, 3, 4) in found  # down and right by one

@@ -24,6 +24,8 @@ FILES = {
     'deepmoe': 'deepmoe',
     'pmoe-samples': 'pmoe',
     'pmoe-spurious': 'pmoe',
+    'vmoe-priority': 'vmoe',
+    'vowels': 'vowels',
 }
 
 

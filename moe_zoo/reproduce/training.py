@@ -8,7 +8,7 @@ Letters: N images, B images of a batch, C channels, H x W pixels.
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from moe_zoo.routing import set_epoch
 
 __all__ = [
     'Data', 'Split', 'accuracy', 'batches', 'cost', 'fit', 'load_digits_data', 'load_folder', 'load_images', 'predict',
-    'scattered',
+    'scattered', 'shifted',
 ]
 
 HELD_OUT = 0.2  # of every class of the training images, for validation where no folder of it is given
@@ -199,6 +199,8 @@ def fit(
         ema: Optional[float] = None,
         criterion: Optional[nn.Module] = None,
         on_epoch: Optional[Callable[[int, nn.Module], None]] = None,
+        make_task: Callable[..., MoEClassificationTask] = MoEClassificationTask,
+        prepare: Optional[Callable[[torch.Tensor, torch.Tensor, torch.Generator], tuple[Any, Any]]] = None,
 ) -> Optional[nn.Module]:
     """Train a model on `data.train`, auxiliary losses included. It is left in evaluation mode.
 
@@ -213,11 +215,13 @@ def fit(
         ema: Decay of a moving average of the weights; None keeps none.
         criterion: Instead of cross entropy.
         on_epoch: Called with the number of finished epochs and the model, in training mode, after every epoch.
+        make_task: Called with model and criterion; wants what `prepare` returns.
+        prepare: Images and targets of a batch, and the generator of the batches, to what the task is given.
 
     Returns:
         The averaged model in evaluation mode, or None without `ema`.
     """
-    task = MoEClassificationTask(model, criterion or nn.CrossEntropyLoss(), verbose=False)
+    task = make_task(model, criterion or nn.CrossEntropyLoss(), verbose=False)
     if ema is not None:
         task.setup_ema(decay=ema)
     optimizer = create_optimizer_v2(model, opt=opt, lr=lr, weight_decay=weight_decay)
@@ -230,11 +234,11 @@ def fit(
     for epoch in range(epochs):
         task.train()
         set_epoch(model, epoch)
-        for images, targets in batches(data.train, batch_size, order, shift):
+        for batch in batches(data.train, batch_size, order, shift):
             if schedule is not None:
                 schedule.step_update(done)
             optimizer.zero_grad()
-            task(images, targets)['loss'].backward()
+            task(*(prepare(*batch, order) if prepare else batch))['loss'].backward()
             optimizer.step()
             done += 1
             task.update_ema(step=done)
@@ -249,11 +253,11 @@ def batches(split: Split, batch_size: int, order: torch.Generator, shift: int = 
     positions = torch.randperm(len(split.targets), generator=order)
     for start in range(0, max(1, len(positions) - batch_size + 1), batch_size):
         images, targets = split.take(positions[start:start + batch_size])
-        yield Split(_shifted(images, shift, order) if shift else images, targets)
+        yield Split(shifted(images, shift, order) if shift else images, targets)
 
 
-def _shifted(images: torch.Tensor, most: int, random: torch.Generator) -> torch.Tensor:
-    """(B, C, H, W), every image moved by up to `most` pixels along both axes."""
+def shifted(images: torch.Tensor, most: int, random: torch.Generator) -> torch.Tensor:
+    """(B, C, H, W), every image moved by up to `most` pixels along both axes, the edge being repeated."""
     B, C, H, W = images.shape
     padded = F.pad(images, (most,) * 4, mode='replicate')
     down, right = torch.randint(0, 2 * most + 1, (2, B, 1), generator=random)
@@ -268,9 +272,9 @@ def predict(model: nn.Module, images: torch.Tensor, batch_size: int = 256) -> to
     return torch.cat([model(batch) for batch in images.split(batch_size)])
 
 
-def accuracy(model: nn.Module, split: Split) -> float:
+def accuracy(model: nn.Module, split: Split, batch_size: int = 256) -> float:
     """Share of the images whose class the model names, in percent."""
-    right = predict(model, split.images).argmax(dim=1) == split.targets
+    right = predict(model, split.images, batch_size).argmax(dim=1) == split.targets
     return 100 * right.double().mean().item()
 
 
