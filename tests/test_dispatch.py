@@ -3,9 +3,12 @@
 Letters: T tokens, D width, E experts, K chosen experts, S tokens a group, C slots.
 """
 import itertools
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from moe_zoo.layers import moe_mlp
 from moe_zoo.layers.moe_mlp import MoEMlp
@@ -184,3 +187,83 @@ def test_an_empty_batch_gives_an_empty_output_and_zero_gradients():
     assert y.shape == (0, 3, 4)
     y.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in (layer.fc1.weight, layer.fc2.bias))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the memory that operations take while it is entered: `now`, and at most (`peak`)."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {storage.data_ptr() for storage in _storages((args, kwargs))}  # of which a view takes nothing
+        for storage in _storages(out):
+            pointer = storage.data_ptr()
+            if storage.nbytes() and pointer not in given and pointer not in self.sizes:
+                self.sizes[pointer] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, pointer)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    @property
+    def now(self):
+        return sum(self.sizes.values())
+
+
+def _storages(tree):
+    return [tensor.untyped_storage() for tensor in tree_leaves(tree) if isinstance(tensor, torch.Tensor)]
+
+
+def chosen_by_tokens(items, num_experts, num_selected):
+    indices = torch.rand(items, num_experts).argsort(dim=1)[:, :num_selected]
+    logits = torch.zeros(items, num_experts)
+    return Routing(logits, logits, torch.rand(items, num_selected, requires_grad=True), indices)
+
+
+def chosen_by_experts(items, num_experts, num_selected):
+    """Every expert has K / E of the tokens, as in Expert Choice at capacity factor 1."""
+    logits = torch.zeros(items, num_experts)
+    indices = torch.arange(num_experts).expand(items, -1)
+    kept = torch.rand(items, num_experts).argsort(dim=0) < items * num_selected // num_experts
+    return Routing(logits, logits, torch.rand(items, num_experts), indices, kept, by_expert=True)
+
+
+@pytest.mark.parametrize('num_selected', [1, 2, 4])
+@pytest.mark.parametrize('choose, static', [
+    (chosen_by_tokens, False), (chosen_by_experts, False), (chosen_by_experts, True)])
+def test_memory_is_that_of_2k_plus_1_copies_of_the_tokens(choose, static, num_selected):
+    """Rows that experts get, rows that they return, and the sum; indices and products of one chunk are within it."""
+    x = torch.randn(512, 256)
+    record = choose(512, 8, num_selected)
+    weight = torch.randn(256, 256)
+    with torch.no_grad(), LiveBytes() as memory:
+        if static:
+            y = dispatch_padded(x, record, lambda rows: rows @ weight, capacity=512 * num_selected // 8)
+        else:
+            y = dispatch_sorted(x, record, lambda chunks: [chunk @ weight for chunk in chunks])
+    assert memory.now == y.nbytes == x.nbytes  # nothing else is left
+    assert 2 * num_selected * x.nbytes < memory.peak <= (2 * num_selected + 1) * x.nbytes
+
+
+@pytest.mark.parametrize('num_selected', [1, 2, 4])
+def test_backward_keeps_2k_copies_of_the_tokens(num_selected):
+    """Rows that experts got, for the gradients of their weights; rows that they returned, for those of the gates."""
+    x = torch.randn(512, 256, requires_grad=True)
+    record = chosen_by_tokens(512, 8, num_selected)
+    weight = torch.randn(256, 256, requires_grad=True)
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = dispatch_sorted(x, record, lambda chunks: [chunk @ weight for chunk in chunks])
+    for tensor in (x, weight, record.indices):
+        saved.pop(tensor.untyped_storage().data_ptr(), None)
+    assert 2 * num_selected * x.nbytes <= sum(saved.values()) < (2 * num_selected + 0.5) * x.nbytes
+    y.sum().backward()
+    assert x.grad.abs().min() > 0

@@ -12,10 +12,10 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ..errors import InputError, nearest
 from ..routing import STEP_CONSTRAINTS, NoisyTopKRouter, Routing, check_num_selected, linear_float32, record
-from ..routing.dispatch import combine_sorted
 from .routed import RoutedLayer, masked_mean
 
 GATES = {
@@ -210,7 +210,7 @@ class ImageMoE(RoutedLayer):
         """
         channels_last = _lie_channels_last(outputs[0])  # maps travel as rows, in the order in which they lie in memory
         maps = [y.permute(0, 2, 3, 1) if channels_last else y for y in outputs]
-        y = combine_sorted([each.flatten(1) for each in maps], position, weights).to(outputs[0].dtype)
+        y = _gather_sums([each.flatten(1) for each in maps], position, weights).to(outputs[0].dtype)
         y = y.view(position.shape[0], *maps[0].shape[1:])
         return y.permute(0, 3, 1, 2) if channels_last else y
 
@@ -226,6 +226,23 @@ def must_be_static(x: torch.Tensor) -> bool:
 def weigh(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """(B, O, H, W) maps times (B,) float32 weights, in the type of the maps."""
     return y * weights.to(y.dtype).view(-1, 1, 1, 1)
+
+
+def _gather_sums(outputs: List[torch.Tensor], position: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sums of rows by weight.
+
+    Args:
+        outputs: Tensors (., F) that concatenate to P rows.
+        position: (B, K) row of each choice; P reads zero.
+        weights: (B, K) float32.
+
+    Returns:
+        (B, F) in float32, or in float64 where the outputs are.
+    """
+    rows = torch.cat(outputs + [outputs[0].new_zeros(1, outputs[0].shape[-1])])
+    rows = rows.to(torch.result_type(rows, weights))
+    # Gathers, weighs and sums in one pass, without a copy of the gathered rows.
+    return F.embedding_bag(position, rows, per_sample_weights=weights.to(rows.dtype), mode='sum')
 
 
 def _lie_channels_last(x: torch.Tensor) -> bool:

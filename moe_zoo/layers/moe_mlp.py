@@ -202,9 +202,9 @@ class MoEMlp(ExpertMlps):
         """`_mix` without a record: TorchScript knows no variable-length tuple."""
         logits, _, weights, indices, noisy, _ = self.router.choose(tokens)
         kept = self._keep(indices, logits if noisy is None else noisy, group_size, self.by_expert)
-        items, position, sizes = sort_pairs(indices, kept, self.num_experts)
+        items, weights, sizes = sort_pairs(indices, weights, kept, self.num_experts)
         outputs = self.run_experts(list(tokens.index_select(0, items).split(sizes)))
-        return combine_sorted(outputs, position, weights).to(tokens.dtype)
+        return combine_sorted(outputs, items, weights, tokens.shape[0]).to(tokens.dtype)
 
     def run_experts(self, chunks: List[torch.Tensor]) -> List[torch.Tensor]:
         """Chunk e, (T_e, D), through expert e. Returns (T_e, out_features) for the chunks that are not empty."""

@@ -11,8 +11,8 @@ Letters: T routed items, D width, E experts, K chosen experts, C slots.
 from typing import Callable, List, Optional, Tuple
 
 import torch
-from torch.nn import functional as F
 
+from .routers import top_k
 from .types import Routing
 
 
@@ -40,6 +40,9 @@ def dispatch_sorted(
 ) -> torch.Tensor:
     """Only the kept pairs, sorted by expert, one chunk an expert; the fast path on CPU.
 
+    Of rows as wide as the tokens it holds those that the experts get and those that they return, K a token each, and
+    the sum; what an expert returns is weighed chunk by chunk.
+
     Args:
         x: (T, D).
         run: E tensors (T_e, D), some of them empty, to the tensors (T_e, D_out) of the others.
@@ -47,9 +50,9 @@ def dispatch_sorted(
     Returns:
         (T, D_out), in the type of x.
     """
-    items, position, sizes = sort_pairs(routing.indices, routing.kept, routing.num_experts)
+    items, weights, sizes = sort_pairs(routing.indices, routing.weights, routing.kept, routing.num_experts)
     outputs = run(list(x.index_select(0, items).split(sizes)))
-    return combine_sorted(outputs, position, routing.weights).to(x.dtype)
+    return combine_sorted(outputs, items, weights, x.shape[0]).to(x.dtype)
 
 
 def dispatch_padded(
@@ -58,75 +61,84 @@ def dispatch_padded(
         run_stacked: Callable[[torch.Tensor], torch.Tensor],
         capacity: int,
 ) -> torch.Tensor:
-    """Kept pairs in a buffer of `capacity` slots an expert: static shapes for meta tensors, compile and export.
+    """`capacity` items an expert, kept or not: static shapes for meta tensors, compile and export.
+
+    An expert that keeps fewer gets others besides, with weight zero.
 
     Args:
         x: (T, D).
         run_stacked: (E, C, D) -> (E, C, D_out).
-        capacity: C, at least the largest number of kept pairs an expert has over all groups together.
+        capacity: C, at least the largest number of kept pairs an expert has over all groups together, at most T.
 
     Returns:
         (T, D_out), in the type of x.
     """
-    selected = routing.indices.shape[1]
-    mask = F.one_hot(routing.indices.reshape(-1), routing.num_experts)  # (T * K, E)
-    if routing.kept is not None:
-        mask = mask * routing.kept.reshape(-1, 1)
-    slot = (mask.cumsum(dim=0) * mask).sum(dim=-1) - 1  # -1 where dropped
-    # One slot more takes what was dropped, and gives zero back.
-    end = routing.num_experts * capacity
-    position = torch.where(slot >= 0, routing.indices.reshape(-1) * capacity + slot, end)  # (T * K)
-    buffer = x.new_zeros(end + 1, x.shape[-1]).index_copy(0, position, x.repeat_interleave(selected, dim=0))
-    outputs = run_stacked(buffer[:-1].view(routing.num_experts, capacity, -1)).flatten(0, 1)
-    outputs = torch.cat([outputs, outputs.new_zeros(1, outputs.shape[-1])])
-    gathered = outputs.index_select(0, position) * routing.weights.reshape(-1, 1)
-    return gathered.view(x.shape[0], selected, -1).sum(dim=1).to(x.dtype)
+    taken = _taken(routing.indices, routing.kept, routing.num_experts)
+    items = top_k(taken.to(torch.int8), capacity)[1]  # (E, C), the kept ones first
+    outputs = run_stacked(x.index_select(0, items.flatten()).view(routing.num_experts, capacity, -1))
+    outputs = outputs * routing.combine_matrix().t().gather(1, items).unsqueeze(-1)
+    total = torch.zeros(x.shape[0], outputs.shape[-1], device=outputs.device, dtype=outputs.dtype)
+    return total.index_add_(0, items.flatten(), outputs.flatten(0, 1)).to(x.dtype)
 
 
 def sort_pairs(
         indices: torch.Tensor,
+        weights: torch.Tensor,
         kept: Optional[torch.Tensor],
         num_experts: int,
 ) -> Tuple[torch.Tensor, torch.Tensor, List[int]]:
     """Order the kept (item, expert) pairs by expert, and by item inside an expert.
 
     Args:
-        indices: (T, K) chosen experts.
+        indices: (T, K) chosen experts, all different.
+        weights: (T, K) their weights.
         kept: (T, K) bool; None keeps all.
 
     Returns:
-        items: (P,) the item of every kept pair, in the new order.
-        position: (T, K) where each pair went; P for those that were dropped.
+        items: (P,) the item of every kept pair.
+        weights: (P,) its weight.
         sizes: Pairs an expert, E numbers that sum to P.
     """
-    experts = indices.reshape(-1)
-    if kept is not None:
-        # Dropped pairs are sorted behind the last expert and never moved.
-        experts = torch.where(kept.reshape(-1), experts, num_experts)
-    order = torch.argsort(experts, stable=True)
-    sizes: List[int] = torch.bincount(experts, minlength=num_experts + 1)[:num_experts].tolist()
-    num_kept = sum(sizes)
-    position = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
-    items = torch.div(order[:num_kept], indices.shape[1], rounding_mode='floor')
-    return items, position.clamp(max=num_kept).view_as(indices), sizes
+    taken = _taken(indices, kept, num_experts)
+    matrix = torch.zeros(taken.shape, device=weights.device, dtype=weights.dtype)
+    matrix = matrix.scatter(0, indices.t(), weights.t())
+    sizes: List[int] = taken.sum(dim=1).tolist()
+    return taken.nonzero()[:, 1], torch.masked_select(matrix, taken), sizes
 
 
-def combine_sorted(outputs: List[torch.Tensor], position: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Gather every item's outputs and sum them by weight.
+def combine_sorted(
+        outputs: List[torch.Tensor],
+        items: torch.Tensor,
+        weights: torch.Tensor,
+        num_items: int,
+) -> torch.Tensor:
+    """Weigh what experts return, and add it up by item.
 
     Args:
-        outputs: Tensors (., D_out) that concatenate to P rows.
-        position: (T, K) row of each pair; P reads zero.
-        weights: (T, K) float32.
+        outputs: Tensors (., D_out), of P rows together.
+        items: (P,) item of every row.
+        weights: (P,) float32.
+        num_items: T.
 
     Returns:
         (T, D_out) in float32, or in float64 where the outputs are.
     """
-    zero = torch.zeros(1, outputs[0].shape[-1], device=outputs[0].device, dtype=outputs[0].dtype)
-    rows = torch.cat(outputs + [zero])
-    rows = rows.to(torch.result_type(rows, weights))
-    # Gathers, weighs and sums in one pass, without a copy of the gathered rows.
-    return F.embedding_bag(position, rows, per_sample_weights=weights.to(rows.dtype), mode='sum')
+    sizes = [output.shape[0] for output in outputs]
+    dtype = torch.result_type(outputs[0], weights)
+    total = torch.zeros(num_items, outputs[0].shape[1], device=weights.device, dtype=dtype)
+    # An item is in a chunk once at most, so that the order of additions does not matter on any device. For backward,
+    # index_add_ would keep the products, scatter_add_ keeps the index alone.
+    for output, item, weight in zip(outputs, items.split(sizes), weights.split(sizes)):
+        total = total.scatter_add_(0, item.unsqueeze(1).expand_as(output), output * weight.unsqueeze(1))
+    return total
+
+
+def _taken(indices: torch.Tensor, kept: Optional[torch.Tensor], num_experts: int) -> torch.Tensor:
+    """(E, T) bool, which items an expert gets."""
+    taken = torch.zeros(num_experts, indices.shape[0], device=indices.device, dtype=torch.bool)
+    if kept is None:
+        kept = torch.ones_like(indices, dtype=torch.bool)
+    return taken.scatter(0, indices.t(), kept.t())
 
 
 def combine_all(outputs: List[torch.Tensor], matrix: torch.Tensor) -> torch.Tensor:
