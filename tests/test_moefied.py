@@ -109,6 +109,7 @@ def test_features_of_a_convnext_for_an_fpn():
     model = timm.create_model('moefied', features_only=True, out_indices=(1, 2, 3), **kwargs)
     assert model.feature_info.channels() == [80, 160, 320] and model.feature_info.reduction() == [8, 16, 32]
     assert [tuple(f.shape[1:]) for f in model(torch.randn(1, 3, 64, 64))] == [(80, 8, 8), (160, 4, 4), (320, 2, 2)]
+    assert len(timm.create_model('moefied', features_only=True, **kwargs).feature_info.channels()) == 4  # its stages
 
 
 def test_dense_weights_of_the_base_are_upcycled_and_its_own_are_taken(tmp_path):

@@ -237,9 +237,17 @@ def moefied(
         pretrained=pretrained and not of_base,
         pretrained_cfg=own or _cfg_of(base),
         pretrained_cfg_overlay=overlay,
-        feature_cfg=dict(feature_cls='getter'),
+        feature_cfg=dict(feature_cls='getter', **_out_indices(base, **kwargs)),
         **kwargs,
     )
+
+
+def _out_indices(base: str, features_only: bool = False, out_indices: Any = None, **kwargs) -> Dict[str, Any]:
+    """All stages of the base, or the last three of what has a level for every block, as timm does for ViTs."""
+    if not features_only or out_indices is not None:
+        return {}
+    levels = len(timm.create_model(base, device='meta').feature_info)
+    return {'out_indices': tuple(range(levels)) if levels <= 5 else 3}
 
 
 def _cfg_of(base: str) -> Any:
