@@ -288,9 +288,9 @@ def describe_consistency(named: Sequence[Tuple[str, Dict[str, Any]]]) -> str:
     for name, result in named:
         crop = result['overall']['crop']
         found = 'nothing to compare' if crop['changed'] is None else (
-            f'{_percent(crop["changed"])} (by chance {_percent(crop["chance"])})')
+            f'{_percent(crop["changed"])} of them (by chance {_percent(crop["chance"])})')
         texts.append(f'{name}: {found}' if len(named) > 1 else found)
-    return f'Of patches that show the same, other experts get after crop and flip: {"; ".join(texts)}.'
+    return f'Patches that show the same thing get other experts after crop and flip: {"; ".join(texts)}.'
 
 
 def consistency_section(
@@ -304,7 +304,7 @@ def consistency_section(
         named: (name, result of `measure_consistency`) pairs of one set of images: one model, or one before and after
             training.
         picture: A PNG of `moe_zoo.analysis.view_figures.views_figure`; None shows none.
-        caption: Of the picture.
+        caption: What the picture shows.
     """
     result = named[-1][1]
     prose = (
@@ -328,8 +328,8 @@ def consistency_section(
     if any(each['sigmas'] for _, each in named):
         blocks.append(_noise_chart(named))
     if picture is not None:
-        blocks.append(Figure(
-            picture, 'Images and their crops, every corresponding patch in the colour of its best expert.', caption))
+        blocks += [caption, Figure(  # words between, or it would stand beside the chart, half as wide
+            picture, 'Images and their crops, every corresponding patch in the colour of its best expert.')]
     if result['left_out']:
         listed = ', '.join(f'`{name}`' for name in result['left_out'])
         blocks.append(f'Left out, because they decide once an image: {listed}.')

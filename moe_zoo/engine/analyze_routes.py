@@ -43,7 +43,8 @@ def open_pair(
         return [(classifier.args.model, classifier)]
     if before == UNTRAINED:
         torch.manual_seed(classifier.args.seed)
-        recipe = recipe_of(config, read_checkpoint(checkpoint) if checkpoint else {}, checkpoint)
+        content = read_checkpoint(checkpoint) if checkpoint else {}
+        recipe = recipe_of(config, content, None if 'model' in overrides else checkpoint)
         settled = {**overrides, 'num_classes': classifier.model.num_classes, 'pretrained': False,
                    'pretrained_path': None, 'initial_checkpoint': ''}
         other, _ = open_classifier(None, recipe, settled, with_data=False)
@@ -54,7 +55,8 @@ def open_pair(
         raise InputError(
             f"--before '{before}' sees images of {' x '.join(map(str, sizes[0]))}, the model to compare it with of"
             f' {" x ".join(map(str, sizes[1]))}: give a checkpoint of the same input size.')
-    return [('before', other), ('after', classifier)]
+    names = (UNTRAINED, 'trained') if before == UNTRAINED else ('before', 'after')
+    return list(zip(names, (other, classifier)))
 
 
 def compare_routes(
