@@ -164,8 +164,8 @@ class SituationalFusion(RoutedLayer):
         self.head_dim = head_dim
         self.drop_rate = float(drop_rate)
         self.representation_drop = float(representation_drop)
-        self.gate: Optional[nn.Module] = None
-        self.router: nn.Module = EvenRouter(self.num_experts)
+        self.gate = None
+        self.router = EvenRouter(self.num_experts)
         if mode in ('action', 'feature'):
             self.gate = ImageGate(in_chans, **dd) if gate is None else gate
             in_features = self.gate.num_features + (goal_dim if goal_to_gate else 0)
@@ -232,7 +232,9 @@ class SituationalFusion(RoutedLayer):
             return self.drop(self.router.mix(situation)[1])
         else:
             routing = self.router(situation)
-            routing = routing._replace(weights=self.drop(routing.weights), affinity=self.affinity.float())
+            # A copy: what leaves a re-entrant checkpoint gets a gradient function, which the buffer must not.
+            affinity = self.affinity.to(torch.float32, copy=True)
+            routing = routing._replace(weights=self.drop(routing.weights), affinity=affinity)
             record(self, routing)
             return routing.weights
 

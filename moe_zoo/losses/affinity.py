@@ -16,10 +16,11 @@ from ..routing.types import Routing
 def affinity_loss(routing: Routing) -> torch.Tensor:
     """w^T A w over pairs of different representations, averaged over the images.
 
-    High where two representations that tell much the same (A_ij near 1) get weight together. What spreads the weights
-    over unrelated representations are the *differences* in A: where A is the same for all pairs this loss favours ONE
-    expert. With ones off the diagonal it is 1 - sum w_i^2: 1 - 1/K for even weights, 0.96 at K = 25, and 0 for weights
-    on one. `gate_entropy_loss` works against that.
+    High where two representations that tell much the same (A_ij near 1) get weight together, so that unrelated ones may
+    share weight for less. It spreads nothing by itself: weights on ONE expert cost 0 whatever A is, and where A is the
+    same for all pairs they are the only ones that do. With ones off the diagonal the loss is 1 - sum w_i^2: for even
+    weights 1 - 1/K, which is 0.96 at K = 25. What spreads the weights is the task, or `gate_entropy_loss` beside this
+    one; the differences in A then decide over whom.
 
     Args:
         routing: A record with `affinity` (K, K); its diagonal does not count.
