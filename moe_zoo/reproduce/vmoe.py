@@ -158,13 +158,13 @@ PRIORITY = Experiment(
         Arm(POSITION, {'order': 'position'}), Arm(FIRST, {'order': 'priority'}), Arm(RANDOM, {'order': 'random'})),
     claims=(
         _more_accurate(SMALL, POSITION, 'With a fifth of the capacity a trained network is more accurate where tokens '
-                       'of large gates are served first than in order of position.', 2.),
-        _more_accurate(.5, POSITION, 'So it is with half of the capacity.', 2.),
-        _more_accurate(.05, POSITION, 'So it is with a twentieth of the capacity.', 2.),
+                       'of large gates are served first than in order of position.', 2.4),
+        _more_accurate(.5, POSITION, 'So it is with half of the capacity.', 1.8),
+        _more_accurate(.05, POSITION, 'So it is with a twentieth of the capacity.', 1.8),
         _more_accurate(SMALL, RANDOM, 'With a fifth of the capacity, serving by gate is better than serving at random.',
-                       2.),
+                       2.8),
         Claim('Large gates are where there is something to see: patches with contrast keep their experts more often.',
-              'busy', FIRST, RANDOM, 5., source=UNREAD),
+              'busy', FIRST, RANDOM, 3.5, source=UNREAD),
     ),
     run=run_orders,
     load=load,
