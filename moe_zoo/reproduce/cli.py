@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     add('--list', action='store_true', help='print the experiments and what each of them asks')
     add('--seeds', metavar='N', type=int, help="seeds 0 to N - 1 (default: the experiment's own number)")
     add('--data-dir', metavar='DIR', help="images in place of scikit-learn's digits: folders of one class each in "
-        'train/ and test/ (or val/), or an npz with x_train, y_train, x_test, y_test')
+        'train/ and test/ (or val/), or an npz with x_train, y_train, x_test, y_test; vowels: a CSV of the table')
     add('--jobs', metavar='J', type=int, help='worker processes, of one thread each (default: one for every core)')
     add('--output', metavar='DIR', type=Path, default=Path('runs/reproduce'), help='folder of all this (default: '
         '%(default)s); choose another one for other images, whose results take the place of those that are there')
