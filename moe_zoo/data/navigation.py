@@ -14,6 +14,8 @@ Savarese, ICCV 2019, https://arxiv.org/abs/1908.09073. What stands for what:
   studies in the east, empty halls in the west. It is what an agent can know of a building it has never seen.
 - An episode starts 6 to 32 steps away and succeeds when the agent is within 3 steps of the goal, after 39 steps at
   most. Stopping further away ends it.
+- The agent sees the place that it is at, and remembers the direction of its last step only so far as not to turn back:
+  a turn by more than 90 degrees is on no shortest path. Where its way was barred it is free to turn.
 
 Views and representations of a place are in `moe_zoo.data.navigation_views`.
 Letters: H x W cells of a plan, N places, G = 4 goals, A = 9 actions, B episodes.
@@ -51,7 +53,7 @@ STEPS, RADIUS = 39, 3  # of an episode
 MIN_ROOM, MAX_ROOM = 4, 10  # cells along a side
 CORRIDOR_SPAN = 16  # cells along a side from which a part of the building is divided by a corridor
 DOOR_SHARE = 0.25  # of the openings between rooms and corridors; the others are open passages
-ORDER = 3.  # how much more frequent rooms of a type are at their end of the building: a factor exp(3) from end to end
+ORDER = 5.  # rooms of a type are exp(5) times as frequent, before normalisation, at their end as at the other
 
 
 class Plan(NamedTuple):
@@ -244,10 +246,10 @@ def _neighbours(cells: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
 
 
 def _uncut(walkable: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """(N, 8) bool: whether the two cells that a diagonal step passes between can be walked on."""
+    """(N, 8) bool: whether the two cells that a diagonal step passes between can be walked on; true for other steps."""
     row, column = cells.T[:, :, None]
     down, right = np.asarray(DIRECTIONS).T
-    return walkable[row + down, column] & walkable[row, column + right]
+    return (down * right == 0) | (walkable[row + down, column] & walkable[row, column + right])
 
 
 def _distances(
@@ -315,10 +317,11 @@ def rollout(
         places: torch.Tensor,
         goals: torch.Tensor,
         seed: Optional[int] = 0,
+        sharpness: float = 1.,
         steps: int = STEPS,
         radius: int = RADIUS,
 ) -> Episodes:
-    """Walk from all starts at once. The agent has no memory: what it does follows from the place and the goal.
+    """Walk from all starts at once. What the agent does follows from the place, the goal and its last direction.
 
     Args:
         graph: Where it walks.
@@ -326,21 +329,37 @@ def rollout(
         places, goals: (B,) starts.
         seed: Of the numbers by which actions are drawn, the same ones for every policy; None takes the most probable
             action, the first of several.
+        sharpness: Actions are drawn in proportion to this power of their probabilities.
         steps: The limit, steps that go nowhere included.
         radius: Steps from the goal at which an episode succeeds; it ends there, or where the agent stops.
     """
-    cumulative = policy.double().cumsum(dim=2)
     draws = None if seed is None else torch.rand(
         steps, len(places), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    onward = _onward()
+    last = torch.full_like(places, STOP)  # no direction yet
     visited, ended = [places], graph.distance[goals, places] <= radius
     for step in range(steps):
+        weights = policy[goals, places].double() ** sharpness
+        kept = weights * onward[last]
+        weights = torch.where(kept.sum(dim=1, keepdim=True) > 0, kept, weights)
         if draws is None:
-            actions = policy[goals, places].argmax(dim=1)
+            actions = weights.argmax(dim=1)
         else:
-            rows = cumulative[goals, places]
-            actions = (rows <= draws[step, :, None] * rows[:, -1:]).sum(dim=1)
+            cumulative = weights.cumsum(dim=1)
+            actions = (cumulative <= draws[step, :, None] * cumulative[:, -1:]).sum(dim=1)
         ended = ended | (actions == STOP)
-        places = torch.where(ended, places, graph.following[places, actions])
+        following = torch.where(ended, places, graph.following[places, actions])
+        last = torch.where(following != places, actions, STOP)
+        places = following
         ended = ended | (graph.distance[goals, places] <= radius)
         visited.append(places)
     return Episodes(graph.distance[goals, places] <= radius, torch.stack(visited, dim=1))
+
+
+def _onward() -> torch.Tensor:
+    """(A, A) bool: whether an action may follow on a step in a direction; all may where the last action was no step."""
+    direction = torch.arange(len(ACTIONS))
+    turn = (direction - direction[:, None]) % 8
+    onward = torch.minimum(turn, 8 - turn) <= 2
+    onward[STOP] = onward[:, STOP] = True
+    return onward

@@ -1,7 +1,7 @@
 """What an agent sees at a place of a floor plan, and the representations that frozen encoders make of it.
 
-The picture of a place is a panorama: 8 views of 45 degrees, one a direction, north first, of 8 columns each. A column is
-one ray: a slice of wall, furniture or door, the higher the nearer, up to 8 cells away, between a white ceiling and a
+The picture of a place is a panorama: 8 views of 45 degrees, one a direction, north first, of 8 columns each. A column
+is one ray: a slice of wall, furniture or door, the higher the nearer, up to 8 cells away, between a white ceiling and a
 brown floor. The colour says what it is, its brightness which way the face looks (the light comes from the north-east).
 Walls have the colour of the type of room that they surround, which one sees through an open passage, too, and a brick
 pattern. Furniture and doors are as high as walls and hide what is behind them. Sensor noise is added.
@@ -15,8 +15,8 @@ functions of the picture, each 4 channels x 64 columns (16 x 16 x 8 in the paper
 | normals | surface normals | which of the four ways the face looks |
 | semantics | semantic segmentation | whether it is a chair, a table, a bed, a door |
 | colour | 2-D tasks: autoencoding, texture | mean red, green and blue over the width of a view, and contrast in it |
-| edges | 2-D edges | horizontal change of brightness in four bands of rows |
-| keypoints | 2-D keypoints | local maxima of detail in four bands, most of which are noise: of little use |
+| edges | 2-D edges | whether the brightness changes, in four bands of rows |
+| keypoints | 2-D keypoints | whether detail has a local maximum, in four bands of rows: mostly noise |
 
 None of them tells the way alone: depth knows no goal when it sees one, semantics no wall.
 Letters: N places, B pictures, R = 16 rows, W = 64 columns.
@@ -197,21 +197,20 @@ class Colour(Encoder):
 
 
 class Edges(Encoder):
-    """Change of brightness from column to column in four bands of rows."""
+    """Where the brightness changes from column to column by more than noise, in four bands of rows."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bands = x.mean(dim=1).unflatten(1, (4, ROWS // 4)).mean(dim=2)
-        return 5 * (_next(bands) - bands).abs()
+        return ((_next(bands) - bands).abs() > .04).to(x.dtype)
 
 
 class Keypoints(Encoder):
-    """Local maxima of the second difference along the columns: corners of bricks and sensor noise."""
+    """Where the second difference along the columns has a local maximum, however small, in four bands of rows."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        grey = x.mean(dim=1)
-        detail = (_next(grey) - 2 * grey + grey.roll(1, dims=-1)).abs()
-        peaks = detail * (detail >= F.max_pool1d(F.pad(detail, (2, 2), mode='circular'), 5, 1))
-        return 5 * peaks.unflatten(1, (4, ROWS // 4)).mean(dim=2)
+        bands = x.mean(dim=1).unflatten(1, (4, ROWS // 4)).mean(dim=2)
+        detail = (_next(bands) - 2 * bands + bands.roll(1, dims=-1)).abs()
+        return (detail >= F.max_pool1d(F.pad(detail, (3, 3), mode='circular'), 7, 1)).to(x.dtype)
 
 
 ENCODERS = {
