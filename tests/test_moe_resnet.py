@@ -17,7 +17,6 @@ from moe_zoo.analysis import count
 from moe_zoo.engine import MoEClassificationTask
 from moe_zoo.errors import InputError
 from moe_zoo.layers import MoEConv2d, MoEStage
-from moe_zoo.models.moe_resnet import checkpoint_filter_fn
 from moe_zoo.routing import trace_routing
 
 
@@ -126,21 +125,6 @@ def test_no_routed_stage_is_timms_network():
     model.load_state_dict(dense.state_dict())
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(model(x), dense(x))
-
-
-def test_dense_weights_start_what_is_shared():
-    dense = tiny(stages=())
-    conv = tiny(layer='conv', stages=(4,))
-    conv.load_state_dict(checkpoint_filter_fn(dense.state_dict(), conv))
-    assert conv.layer4[0].conv1.weight.shape == (4, 16, 8, 3, 3)
-    assert torch.corrcoef(torch.stack([conv.layer4[0].conv1.weight[1].flatten(),
-                                       dense.layer4[0].conv1.weight.flatten()]))[0, 1] > 0.98
-    stage = tiny(stages=(4,))
-    before = stage.layer4[0].experts[0][0].conv1.weight.clone()
-    stage.load_state_dict(checkpoint_filter_fn(dense.state_dict(), stage))
-    assert torch.equal(stage.layer3[0].conv1.weight, dense.layer3[0].conv1.weight)
-    assert torch.equal(stage.layer4[0].experts[0][0].conv1.weight, before)
-    stage.load_state_dict(checkpoint_filter_fn(stage.state_dict(), stage))  # its own pass as they are
 
 
 # Behaviour.

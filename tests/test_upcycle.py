@@ -322,6 +322,7 @@ def test_weights_of_a_routed_model_are_told_from_dense_ones():
                        ('resnet18', 'moe_resnet18'), ('vit_tiny_patch16_224', 'vmoe_vit_b')):
         dense, model = pair(twin, name)
         assert is_routed(model.state_dict(), model) and not is_routed(dense.state_dict(), model)
+        assert is_routed(dense.state_dict(), dense)
 
 
 # Bad input

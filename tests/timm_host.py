@@ -15,6 +15,7 @@ from typing import Dict, Iterable, List, Mapping, NamedTuple
 
 # Token and fusion models have no grid of the usual kind, as timm's own vit_* and the like (its NON_STD_FILTERS).
 NON_STD_FILTERS = ['vmoe_vit_*', 'softmoe_vit_*', 'fusion_*']
+DOWNLOADS = ('test_model_load_pretrained', 'test_model_features_pretrained')  # wherever a name has weights on the hub
 META_TESTS = ('test_model_default_cfgs', 'test_model_default_cfgs_non_std')
 # The two marks between which timm defines both lists and first uses them.
 _IMPORT = 'import timm\n'
@@ -125,7 +126,8 @@ def pytest_collection_modifyitems(items):
     request = _request()
     chosen = [
         item for item in items if _model_name(item) in request['names']
-        and (_model_name(item) not in request['meta_only'] or item.originalname in META_TESTS)]
+        and (_model_name(item) not in request['meta_only'] or item.originalname in META_TESTS)
+        and item.originalname not in DOWNLOADS]
     for item in chosen:
         item.user_properties.append(('model', _model_name(item)))  # travels with the report
     items[:] = chosen

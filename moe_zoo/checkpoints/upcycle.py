@@ -121,10 +121,12 @@ def upcycle(
 
 
 def is_routed(state: Mapping[str, torch.Tensor], model: nn.Module) -> bool:
-    """Whether weights are of the routed model itself: a dense network has no routers."""
-    routers = {f'{name}.{part}.' for name, _ in _routed(model) for part in ('router', 'routing_fn')}
-    gated = {f'{name}.' for name, layer in _routed(model) if isinstance(layer, ChannelGate)}
-    return any(name.startswith(tuple(routers | gated)) for name in state)
+    """Whether weights go into a model as they are: routers are among them, or the model has none."""
+    routers = []
+    for name, layer in _routed(model):
+        routers += [f'{name}.weight'] if isinstance(layer, ChannelGate) else [f'{name}.router.', f'{name}.routing_fn.']
+    own = [name for name in model.state_dict() if name.startswith(tuple(routers))]
+    return not own or any(name in state for name in own)
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
-from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import generate_default_cfgs, register_model
 from timm.models.efficientnet import (
     BN_EPS_TF_DEFAULT,
@@ -26,6 +25,7 @@ from torch import nn
 from ..errors import InputError
 from ..layers.cond_conv import CHAINED, CondLinear, RoutedConv2d
 from .condconv_blocks import CondConvModel
+from .pretrained import trained_cfgs, upcycled_cfgs
 from .staged import MOBILENETV2, create_mobile, imagenet_cfg
 
 __all__ = ['CondConvEfficientNet', 'ChainedCondConvEfficientNet']
@@ -119,11 +119,14 @@ default_cfgs = generate_default_cfgs({
     'condconv_mobilenetv1_025.untrained': _cfg(),
     'condconv_mobilenetv1_050.untrained': _cfg(),
     'condconv_mobilenetv1_075.untrained': _cfg(),
-    'condconv_mobilenetv1_100.untrained': _cfg(),
-    'condconv_mobilenetv2_100.untrained': _cfg(),
-    'condconv_mnasnet_a1.untrained': _cfg(),
-    'condconv_efficientnet_b0.untrained': _cfg(mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD),
-    'condconv_efficientnet_lite0.untrained': _cfg(mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD),
+    **upcycled_cfgs({
+        'condconv_mobilenetv1_100': 'mobilenetv1_100.ra4_e3600_r224_in1k',
+        'condconv_mobilenetv2_100': 'mobilenetv2_100.ra_in1k',
+        'condconv_mnasnet_a1': 'semnasnet_100.rmsp_in1k',
+        'condconv_efficientnet_lite0': 'tf_efficientnet_lite0.in1k',
+    }, _cfg),
+    # Not upcycled: trained CondConv weights, ported by timm.
+    **trained_cfgs({'condconv_efficientnet_b0': 'tf_efficientnet_cc_b0_8e.in1k'}, _cfg),
 })
 
 # Dense architectures in timm's block strings: type, repeats, kernel, stride, expansion, channels, squeeze-excitation.

@@ -10,11 +10,12 @@ from functools import partial
 from typing import List, Optional, Tuple, Type, Union
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet, feature_take_indices
 
 from ..layers.cond_conv import CHAINED
 from .condconv_blocks import ChainedStage, CondConvModel
+from .pretrained import build, upcycled_cfgs
 from .staged import checkpoint_filter_fn, imagenet_cfg
 
 __all__ = ['CondConvResNet', 'ChainedCondConvResNet']
@@ -94,17 +95,17 @@ class ChainedCondConvResNet(CondConvResNet):
 
 _cfg = partial(imagenet_cfg, 'arXiv:1904.04971')
 
-default_cfgs = generate_default_cfgs({
-    'condconv_resnet18.untrained': _cfg(),
-    'condconv_resnet34.untrained': _cfg(),
-    'condconv_resnet50.untrained': _cfg(),
-})
+default_cfgs = generate_default_cfgs(upcycled_cfgs({
+    'condconv_resnet18': 'resnet18.a1_in1k',
+    'condconv_resnet34': 'resnet34.a1_in1k',
+    'condconv_resnet50': 'resnet50.a1_in1k',
+}, _cfg))
 
 
 def _create_condconv_resnet(variant: str, pretrained: bool = False, **kwargs) -> CondConvResNet:
     chained = kwargs.get('route_fn') in CHAINED
     feature_cfg = dict(feature_cls='getter') if chained else {}  # a list of stages would break the chain
-    return build_model_with_cfg(
+    return build(
         ChainedCondConvResNet if chained else CondConvResNet,
         variant,
         pretrained,

@@ -10,10 +10,11 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet, feature_take_indices
 
 from .deepmoe_blocks import DeepMoEModel
+from .pretrained import build, upcycled_cfgs
 
 __all__ = ['DeepMoEResNet']
 
@@ -64,19 +65,19 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({
-    'deepmoe_resnet18.untrained': _cfg(),
-    'deepmoe_resnet34.untrained': _cfg(),
-    'deepmoe_resnet50.untrained': _cfg(),
-    'deepmoe_narrow_resnet18.untrained': _cfg(),
-    'deepmoe_narrow_resnet34.untrained': _cfg(),
-    'deepmoe_narrow_resnet50.untrained': _cfg(),
-})
+default_cfgs = generate_default_cfgs(upcycled_cfgs({
+    'deepmoe_resnet18': 'resnet18.a1_in1k',
+    'deepmoe_resnet34': 'resnet34.a1_in1k',
+    'deepmoe_resnet50': 'resnet50.a1_in1k',
+    'deepmoe_narrow_resnet18': 'resnet18.a1_in1k',
+    'deepmoe_narrow_resnet34': 'resnet34.a1_in1k',
+    'deepmoe_narrow_resnet50': 'resnet50.a1_in1k',
+}, _cfg))
 
 
 def _create_deepmoe_resnet(variant: str, pretrained: bool = False, **kwargs) -> DeepMoEResNet:
     kwargs.setdefault('zero_init_last', False)  # the norm before a gate would hide it from the first gradient
-    return build_model_with_cfg(
+    return build(
         DeepMoEResNet,
         variant,
         pretrained,

@@ -10,12 +10,13 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Type, Union
 
 import torch
 from timm.layers import DropPath, create_classifier, get_device_dtype
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, downsample_conv, feature_take_indices
 from torch import nn
 from torch.nn import functional as F
 
 from .deepmoe_blocks import DeepMoEModel, GatedStage, PlainBlock
+from .pretrained import build
 
 __all__ = ['CifarNet', 'DeepMoECifarNet']
 
@@ -246,7 +247,7 @@ def _create_cifar(variant: str, pretrained: bool = False, **kwargs) -> CifarNet:
         out_indices=tuple(range(len(kwargs['layers']))))
     if not dense:
         kwargs = dict(dict(embed_widths=(64, 64, 128, 256), embed_stem=0), **kwargs)
-    return build_model_with_cfg(
+    return build(
         CifarNet if dense else DeepMoECifarNet,
         variant,
         pretrained,

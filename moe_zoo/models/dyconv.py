@@ -10,7 +10,7 @@ Letters: E experts (the paper's K).
 from functools import partial
 from typing import Any, Dict, List, Tuple, Type, Union
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import SqueezeExcite
 from timm.models.efficientnet import EfficientNet, efficientnet_init_weights, round_channels
 from timm.models.mobilenetv3 import MobileNetV3
@@ -19,6 +19,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..layers import DynamicConv2d
+from .pretrained import build, upcycled_cfgs
 from .staged import MOBILENETV2, RoutedStage, StagedModel, checkpoint_filter_fn, create_mobile, imagenet_cfg
 
 __all__ = ['DynamicResNet', 'DynamicEfficientNet', 'DynamicMobileNetV3']
@@ -128,11 +129,15 @@ _mobile_cfg = partial(_cfg, first_conv='conv_stem', classifier='classifier')
 
 default_cfgs = generate_default_cfgs({
     'dyconv_resnet10.untrained': _cfg(),
-    'dyconv_resnet18.untrained': _cfg(),
-    'dyconv_resnet50.untrained': _cfg(),
-    'dyconv_mobilenetv2_050.untrained': _mobile_cfg(),
-    'dyconv_mobilenetv2_100.untrained': _mobile_cfg(),
-    'dyconv_mobilenetv3_small_100.untrained': _mobile_cfg(),
+    **upcycled_cfgs({
+        'dyconv_resnet18': 'resnet18.a1_in1k',
+        'dyconv_resnet50': 'resnet50.a1_in1k',
+    }, _cfg),
+    **upcycled_cfgs({
+        'dyconv_mobilenetv2_050': 'mobilenetv2_050.lamb_in1k',
+        'dyconv_mobilenetv2_100': 'mobilenetv2_100.ra_in1k',
+        'dyconv_mobilenetv3_small_100': 'mobilenetv3_small_100.lamb_in1k',
+    }, _mobile_cfg),
 })
 
 # timm's block strings, with 'se' squeeze-and-excitation and 'nre' ReLU in the place of hard swish.
@@ -144,8 +149,7 @@ MOBILENETV3_SMALL = [
 
 
 def _create_dyconv_resnet(variant: str, pretrained: bool = False, **kwargs) -> DynamicResNet:
-    return build_model_with_cfg(
-        DynamicResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    return build(DynamicResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model

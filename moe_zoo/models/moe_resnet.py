@@ -7,18 +7,19 @@ narrow copy of the whole stage, about half as large, so that two of four cost ab
 Letters: B images, C channels, E experts, K chosen experts an image.
 """
 import copy
+from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
 
 import torch
 from timm.layers import get_act_layer, get_norm_layer
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet, downsample_conv
 from torch import nn
 
 from ..errors import InputError, nearest
 from ..layers import MoEConv2d, MoEStage
-from ..layers.image_moe import ImageMoE
 from ..routing import check_num_selected
+from .pretrained import build, upcycled_cfgs
 from .staged import RoutedStage, StagedModel, imagenet_cfg
 
 __all__ = ['MoEResNet']
@@ -213,38 +214,18 @@ def _route_convs(blocks: List[nn.Module], num_experts: int, routing: Dict[str, A
                 setattr(block, name, MoEConv2d.from_conv(conv, num_experts, **routing))
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Weights of this model pass as they are; those of the dense network start what the two have in common.
-
-    With layer='conv' a dense convolution becomes every expert of its layer, each moved a little. Routers, and the
-    experts of a routed stage, which are narrower than it, keep their own initial weights.
-    """
-    routed = tuple(f'{name}.' for name, module in model.named_modules() if isinstance(module, ImageMoE))
-    if any(key.startswith(routed) and '.router.' in key for key in state_dict):
-        return state_dict
-    own = model.state_dict()
-    stages = tuple(name[:-len('0.')] for name in routed if isinstance(model.get_submodule(name[:-1]), MoEStage))
-    missing = {key: value for key, value in own.items() if key.startswith(routed) and key not in state_dict}
-    return {**{k: v for k, v in state_dict.items() if k in own or not k.startswith(stages)}, **missing}
-
+_cfg = partial(imagenet_cfg, 'arXiv:2204.10598')
 
 default_cfgs = generate_default_cfgs({
-    'moe_resnet18.untrained': imagenet_cfg('arXiv:2204.10598'),
-    'moe_resnet50.untrained': imagenet_cfg('arXiv:2204.10598'),
-    'moe_resnet18_cifar.untrained': imagenet_cfg(
-        'arXiv:2204.10598', num_classes=100, input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0,
+    **upcycled_cfgs({'moe_resnet18': 'resnet18.a1_in1k', 'moe_resnet50': 'resnet50.a1_in1k'}, _cfg),
+    'moe_resnet18_cifar.untrained': _cfg(
+        num_classes=100, input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0,
         mean=(0.5071, 0.4865, 0.4409), std=(0.2009, 0.1984, 0.2023)),
 })
 
 
 def _create_moe_resnet(variant: str, pretrained: bool = False, **kwargs) -> MoEResNet:
-    return build_model_with_cfg(
-        MoEResNet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        **kwargs,
-    )
+    return build(MoEResNet, variant, pretrained, **kwargs)
 
 
 @register_model

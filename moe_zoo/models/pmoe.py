@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Un
 
 import torch
 from timm.layers import ClassifierHead, get_device_dtype, register_notrace_module, to_2tuple, use_reentrant_ckpt
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import nn
 from torch.nn import functional as F
@@ -24,6 +24,7 @@ from ..errors import InputError, nearest
 from ..layers import PatchMoE, PatchMoEConv2d, RoutedModel
 from ..layers.patch_moe import check_patch_size
 from ..routing import checkpoint_routed
+from .pretrained import build
 
 __all__ = ['PatchCNN', 'PMoECNN', 'WideResNet', 'PMoEWideResNet']
 
@@ -547,7 +548,7 @@ default_cfgs = generate_default_cfgs({
 def _create(model_cls: type, variant: str, pretrained: bool, **kwargs) -> PatchNet:
     levels = 4 if issubclass(model_cls, WideResNet) else 3
     feature_cfg = dict(out_indices=tuple(range(levels)), flatten_sequential=True)
-    return build_model_with_cfg(model_cls, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    return build(model_cls, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
 @register_model

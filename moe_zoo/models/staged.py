@@ -10,13 +10,15 @@ from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, Type
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_condconv_initializer, use_reentrant_ckpt
-from timm.models import build_model_with_cfg
 from timm.models.efficientnet import decode_arch_def, resolve_act_layer, resolve_bn_args, round_channels
 from torch import nn
 
+from ..checkpoints import is_routed
 from ..layers import RoutedModel
 from ..layers.cond_conv import CondConv2d, CondLinear
 from ..routing import checkpoint_routed
+from .pretrained import build
+from .pretrained import checkpoint_filter_fn as upcycling_filter_fn
 
 # A dense architecture in timm's block strings: type, repeats, kernel, stride, expansion, channels.
 MOBILENETV2 = [
@@ -119,7 +121,7 @@ def create_mobile(
         norm_layer=kwargs.pop('norm_layer', None) or partial(nn.BatchNorm2d, **resolve_bn_args(kwargs)),
         **kwargs,
     )
-    return build_model_with_cfg(
+    return build(
         model_cls,
         variant,
         pretrained,
@@ -130,12 +132,14 @@ def create_mobile(
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Weights of timm's CondConv models pass as they are; expert kernels stored with all their axes are flattened.
+    """Dense weights are upcycled, those of timm's CondConv models pass; kernels stored with all axes are flattened.
 
     Args:
         state_dict: Weights by name, experts as (E, elements) or (E, O, C / groups, height, width).
         model: The model they are for.
     """
+    if not is_routed(state_dict, model):
+        return upcycling_filter_fn(state_dict, model)
     mixed = {
         f'{name}.weight' for name, module in model.named_modules() if isinstance(module, (CondConv2d, CondLinear))}
     return {k: v.flatten(1) if k in mixed and v.ndim > 2 else v for k, v in state_dict.items()}

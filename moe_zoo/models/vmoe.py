@@ -32,21 +32,17 @@ from timm.layers import (
     resample_abs_pos_embed,
     use_reentrant_ckpt,
 )
-from timm.models import (
-    build_model_with_cfg,
-    generate_default_cfgs,
-    named_apply,
-    register_model,
-    resolve_pretrained_cfg,
-)
+from timm.models import generate_default_cfgs, named_apply, register_model
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
-from ..checkpoints import import_vmoe
+from ..checkpoints import import_vmoe, is_routed
 from ..errors import InputError
 from ..layers import MoEMlp, RoutedModel, SoftMoEMlp
 from ..routing import checkpoint_routed
+from .pretrained import build, upcycled_cfgs
+from .pretrained import checkpoint_filter_fn as upcycling_filter_fn
 from .vmoe_config import model_args
 
 __all__ = ['VMoE', 'from_config']
@@ -379,9 +375,14 @@ def _init_original(module: nn.Module, name: str, needs_reset: bool) -> None:
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: VMoE) -> Dict[str, torch.Tensor]:
-    """As timm's for its ViTs, but position tables are resized as the original does, and the pre-logits stay."""
+    """As timm's for its ViTs, but position tables are resized as the original does, and the pre-logits stay.
+
+    The weights of a dense ViT pass timm's own filter, and are upcycled.
+    """
     state_dict = state_dict.get('model', state_dict)
     state_dict = state_dict.get('state_dict', state_dict)
+    if not is_routed(state_dict, model):
+        return upcycling_filter_fn(vit_checkpoint_filter_fn(state_dict, model), model)
     pre_logits = {name: value for name, value in state_dict.items() if name.startswith('pre_logits.')}
     filtered = vit_checkpoint_filter_fn(
         state_dict, model, interpolation='bilinear', antialias=False, align_corners=True)
@@ -444,12 +445,14 @@ def _cfg(**kwargs) -> Dict[str, Any]:
 
 default_cfgs = generate_default_cfgs({
     'vmoe_vit_s': _cfg(),
-    'vmoe_vit_b': _cfg(),
-    'vmoe_vit_l': _cfg(),
-    'vmoe_vit_h': _cfg(),
     'vmoe_vit_s_ec': _cfg(),
-    'vmoe_vit_b_ec': _cfg(),
     'softmoe_vit_s': _cfg(),
+    **upcycled_cfgs({
+        'vmoe_vit_b': 'vit_base_patch16_224.augreg_in21k_ft_in1k',
+        'vmoe_vit_b_ec': 'vit_base_patch16_224.augreg_in21k_ft_in1k',
+        'vmoe_vit_l': 'vit_large_patch16_224.augreg_in21k_ft_in1k',
+        'vmoe_vit_h': 'vit_huge_patch14_224.orig_in21k',  # without a head, which stays new
+    }, _cfg),
 })
 
 # What the authors released in gs://vmoe_checkpoints, by the model that takes it; the cards say more.
@@ -467,30 +470,16 @@ RELEASED = {
 
 
 def _create_vmoe(variant: str, pretrained: bool = False, **kwargs) -> VMoE:
-    if pretrained:
-        _check_weights(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-    return build_model_with_cfg(
+    released = ', '.join(map(repr, RELEASED.get(variant, ())))
+    return build(
         VMoE,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
+        takes=released and f'one that the authors released ({released}) and tools/convert_checkpoint.py converted',
         feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
         **kwargs,
     )
-
-
-def _check_weights(variant: str, pretrained_cfg: Any, overlay: Optional[Dict[str, Any]]) -> None:
-    """Raises: InputError: There is nothing to load."""
-    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-    if cfg.has_weights or cfg.state_dict or cfg.source:
-        return
-    what = 'none was published: pass one of your own'
-    if variant in RELEASED:
-        names = ', '.join(map(repr, RELEASED[variant]))
-        what = f'convert one that the authors released ({names}) with tools/convert_checkpoint.py and pass it'
-    raise InputError(
-        f'pretrained=True: {variant} has no file to download; {what} as checkpoint_path, or as '
-        'pretrained_cfg_overlay=dict(file=...).')
 
 
 S32_LAST2 = dict(patch_size=32, embed_dim=512, depth=8, num_heads=8, moe_layers='last_2', representation_size=512)

@@ -1,0 +1,109 @@
+"""`pretrained=True`: which file a model starts from, what is done with it, and one sentence where there is none.
+
+No trained weights of most of these models exist, but those of their dense twins in timm do: they are loaded from the
+twin's own hub repository and upcycled while they load (`moe_zoo.checkpoints.upcycle`). The tag of such an entry tells,
+as in `condconv_resnet50.up_a1_in1k`.
+"""
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping
+
+import torch
+from timm.models import build_model_with_cfg, get_pretrained_cfg, resolve_pretrained_cfg
+from torch import nn
+
+from ..checkpoints import is_routed, upcycle
+from ..errors import InputError
+
+# What a name without a file to download takes besides weights of its own.
+TAKES = {
+    **dict.fromkeys(
+        ('condconv_mobilenetv1_025', 'condconv_mobilenetv1_050', 'condconv_mobilenetv1_075'),
+        'those of the dense network (this name with start_block=14, cond_fc=False)'),
+    'dyconv_resnet10': "those of timm's resnet18 with layers=(1, 1, 1, 1)",
+    'moe_resnet18_cifar': 'those of the dense network (this name with stages=())',
+    'deepmoe_resnet56_cifar': 'those of deepmoe_resnet56_cifar_dense',
+    'deepmoe_resnet110_cifar': 'those of deepmoe_resnet110_cifar_dense',
+    'deepmoe_vgg16_cifar': 'those of deepmoe_vgg16_cifar_dense',
+}
+
+
+def upcycled_cfgs(sources: Mapping[str, str], cfg: Callable[..., Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
+    """Entries of `default_cfgs` for models that start from timm's weights of another.
+
+    Args:
+        sources: Name of the model to that of the weights, such as 'resnet50.a1_in1k'.
+        cfg: Makes an entry from what differs from the family's.
+    """
+    return {name.replace('.', '.up_'): entry for name, entry in trained_cfgs(sources, cfg).items()}
+
+
+def trained_cfgs(sources: Mapping[str, str], cfg: Callable[..., Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
+    """The same for weights that fit as they are."""
+    entries = {}
+    for name, source in sources.items():
+        twin = get_pretrained_cfg(source)
+        as_trained = {key: getattr(twin, key) for key in ('mean', 'std', 'crop_pct', 'interpolation', 'license')}
+        entries[f'{name}.{twin.tag}'] = cfg(hf_hub_id=twin.hf_hub_id, **as_trained)
+    return entries
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """The weights of a dense network are upcycled, those of the model itself pass as they are.
+
+    A classifier for other classes, or none, leaves the model its own; the first convolution stays the dense one, which
+    timm fits to other input channels.
+    """
+    if is_routed(state_dict, model):
+        return state_dict
+    cfg = model.pretrained_cfg
+    ignore: List[str] = []
+    for classifier in _names(cfg.get('classifier')):
+        if model.num_classes != cfg.get('num_classes') or f'{classifier}.weight' not in state_dict:
+            ignore.append(classifier)
+    stems = _names(cfg.get('first_conv')) if model.in_chans != cfg['input_size'][0] else []
+    stems = [name for name in stems if f'{name}.weight' in state_dict]
+    upcycled = upcycle(state_dict, model, ignore=ignore + stems)
+    return {**upcycled, **{k: v for k, v in state_dict.items() if k.rpartition('.')[0] in stems}}
+
+
+def build(
+        model_cls: Callable[..., nn.Module],
+        variant: str,
+        pretrained: bool,
+        pretrained_filter_fn: Callable = checkpoint_filter_fn,
+        takes: str = '',
+        **kwargs,
+) -> nn.Module:
+    """timm's `build_model_with_cfg`, which loads or says in one sentence which file to pass.
+
+    Args:
+        takes: What a name without a file to download takes besides weights of its own, where `TAKES` does not tell.
+
+    Raises:
+        InputError: There is no file to load, it is missing, or it cannot be downloaded.
+    """
+    kwargs = dict(kwargs, pretrained_filter_fn=pretrained_filter_fn)
+    if not pretrained:
+        return build_model_with_cfg(model_cls, variant, False, **kwargs)
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    if not (cfg.has_weights or cfg.state_dict or cfg.source):
+        others = takes or TAKES.get(variant)
+        raise InputError(
+            f'pretrained=True: {variant} has no file to download; pass weights of its own'
+            f'{f", or {others}," if others else ""} as pretrained_cfg_overlay=dict(file=...).')
+    local = cfg.state_dict or cfg.file or cfg.source == 'local-dir'
+    if cfg.file and not cfg.state_dict and not Path(cfg.file).exists():
+        raise InputError(f"pretrained=True: there is no file '{cfg.file}'.")
+    try:
+        return build_model_with_cfg(model_cls, variant, True, **kwargs)
+    except OSError as error:
+        if local:
+            raise
+        raise InputError(
+            f'pretrained=True: the weights of {variant} are those of {cfg.hf_hub_id or cfg.url}, which cannot be '
+            f'fetched ({type(error).__name__}); pass its model.safetensors as pretrained_cfg_overlay=dict(file=...).'
+        ) from error
+
+
+def _names(value: Any) -> List[str]:
+    return [] if not value else [value] if isinstance(value, str) else list(value)

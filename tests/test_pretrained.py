@@ -1,0 +1,212 @@
+"""`pretrained=True`: what every name starts from, its dense twin's weights upcycled on the way, and no network."""
+import json
+
+import huggingface_hub.constants
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from test_upcycle import RESNET, VIT, difference, lively
+from torch import nn
+
+import moe_zoo  # noqa: F401 - registers the models
+from moe_zoo.cards import card
+from moe_zoo.errors import InputError
+
+# Names whose weights other files than moe_zoo/models/pretrained.py look for.
+ELSEWHERE = ('fusion_trio', 'moefied')
+NAMES = [
+    name for name in timm.list_models() if name not in ELSEWHERE
+    and timm.models.model_entrypoint(name).__module__.startswith('moe_zoo.')]
+SOURCES = {
+    'condconv_resnet18': 'resnet18.a1_in1k', 'condconv_resnet34': 'resnet34.a1_in1k',
+    'condconv_resnet50': 'resnet50.a1_in1k', 'condconv_mobilenetv1_100': 'mobilenetv1_100.ra4_e3600_r224_in1k',
+    'condconv_mobilenetv2_100': 'mobilenetv2_100.ra_in1k', 'condconv_mnasnet_a1': 'semnasnet_100.rmsp_in1k',
+    'condconv_efficientnet_lite0': 'tf_efficientnet_lite0.in1k',
+    'dyconv_resnet18': 'resnet18.a1_in1k', 'dyconv_resnet50': 'resnet50.a1_in1k',
+    'dyconv_mobilenetv2_050': 'mobilenetv2_050.lamb_in1k', 'dyconv_mobilenetv2_100': 'mobilenetv2_100.ra_in1k',
+    'dyconv_mobilenetv3_small_100': 'mobilenetv3_small_100.lamb_in1k',
+    'deepmoe_resnet18': 'resnet18.a1_in1k', 'deepmoe_resnet34': 'resnet34.a1_in1k',
+    'deepmoe_resnet50': 'resnet50.a1_in1k', 'deepmoe_narrow_resnet18': 'resnet18.a1_in1k',
+    'deepmoe_narrow_resnet34': 'resnet34.a1_in1k', 'deepmoe_narrow_resnet50': 'resnet50.a1_in1k',
+    'moe_resnet18': 'resnet18.a1_in1k', 'moe_resnet50': 'resnet50.a1_in1k',
+    'vmoe_vit_b': 'vit_base_patch16_224.augreg_in21k_ft_in1k',
+    'vmoe_vit_b_ec': 'vit_base_patch16_224.augreg_in21k_ft_in1k',
+    'vmoe_vit_l': 'vit_large_patch16_224.augreg_in21k_ft_in1k', 'vmoe_vit_h': 'vit_huge_patch14_224.orig_in21k',
+}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
+
+
+def create(name: str, dense: nn.Module, **kwargs) -> nn.Module:
+    """A small model from weights that stand in for the hub's, of 5 classes."""
+    shape = dict(VIT, act_layer='gelu', num_experts=4) if 'vit' in name else RESNET
+    overlay = dict(state_dict=dense.state_dict(), num_classes=5, **kwargs.pop('overlay', {}))
+    return timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, **{**dict(num_classes=5), **shape, **kwargs}).eval()
+
+
+def resnet(**kwargs) -> nn.Module:
+    return lively(timm.create_model('resnet18', num_classes=5, **RESNET, **kwargs)).eval()
+
+
+def vit(**kwargs) -> nn.Module:
+    return timm.create_model('vit_tiny_patch16_224', **{**VIT, 'num_classes': 5, **kwargs}).eval()
+
+
+# Where weights come from
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_name_says_which_file_it_takes(name):
+    with pytest.raises(InputError) as error:
+        timm.create_model(name, pretrained=True, device='meta')
+    text = str(error.value)
+    assert text.startswith('pretrained=True: ') and text.endswith('as pretrained_cfg_overlay=dict(file=...).')
+    if name in SOURCES:
+        assert f'{name} are those of timm/{SOURCES[name]}, which cannot be fetched' in text
+    elif name != 'condconv_efficientnet_b0':
+        assert f'{name} has no file to download; pass weights of its own' in text
+
+
+def test_files_of_others_are_named():
+    for name, takes in (('condconv_mobilenetv1_050', 'this name with start_block=14, cond_fc=False'),
+                        ('dyconv_resnet10', "timm's resnet18 with layers=(1, 1, 1, 1)"),
+                        ('deepmoe_vgg16_cifar', 'those of deepmoe_vgg16_cifar_dense'),
+                        ('vmoe_vit_s', "'vmoe_s32_last2_ilsvrc2012_randaug_medium'")):
+        with pytest.raises(InputError) as error:
+            timm.create_model(name, pretrained=True, device='meta')
+        assert takes in str(error.value)
+
+
+def test_a_file_that_is_missing_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"pretrained=True: there is no file '.*none.pth'\."):
+        timm.create_model(
+            'condconv_resnet18', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'none.pth')))
+
+
+@pytest.mark.parametrize('name', [*SOURCES, 'condconv_efficientnet_b0'])
+def test_the_configuration_is_that_of_the_weights(name):
+    cfg = timm.get_pretrained_cfg(name)
+    twin = timm.get_pretrained_cfg(SOURCES.get(name, 'tf_efficientnet_cc_b0_8e.in1k'))
+    assert cfg.tag == f'up_{twin.tag}' if name in SOURCES else twin.tag
+    assert cfg.hf_hub_id == twin.hf_hub_id == f'timm/{twin.architecture}.{twin.tag}'
+    for key in ('mean', 'std', 'crop_pct', 'interpolation', 'license', 'input_size'):
+        assert getattr(cfg, key) == getattr(twin, key), key
+    note = card(name)['weights']['note']
+    assert f'{twin.architecture}.{twin.tag}' in note
+    assert ('upcycled, not trained' in note) == (name in SOURCES)
+
+
+def test_only_what_is_upcycled_says_so():
+    tags = {name: timm.get_pretrained_cfg(name).tag or '' for name in NAMES}
+    assert {name for name, tag in tags.items() if tag.startswith('up_')} == set(SOURCES)
+
+
+# What loading makes of them
+
+CNNS = [
+    ('condconv_resnet18', dict(num_experts=3)),
+    ('condconv_resnet18', dict(route_fn='single')),
+    ('dyconv_resnet18', {}),
+    ('deepmoe_resnet18', {}),
+    ('moe_resnet18', dict(layer='conv')),
+]
+
+
+@pytest.mark.parametrize('name, kwargs', CNNS)
+def test_dense_weights_are_upcycled_while_they_load(name, kwargs):
+    dense = resnet()
+    assert difference(dense, create(name, dense, **kwargs)) < 1e-5
+
+
+@pytest.mark.parametrize('name, kwargs', CNNS)
+def test_features_are_those_of_the_dense_network(name, kwargs):
+    dense = resnet()
+    model = create(name, dense, features_only=True, **kwargs)
+    twin = timm.create_model('resnet18', features_only=True, **RESNET).eval()
+    twin.load_state_dict({k: v for k, v in dense.state_dict().items() if not k.startswith('fc.')})
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        for found, expected in zip(model(x), twin(x), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('name, kwargs', CNNS)
+@pytest.mark.parametrize('num_classes', [0, 3])
+def test_other_classes_get_a_new_head_on_the_same_features(name, kwargs, num_classes):
+    dense = resnet()
+    model = create(name, dense, num_classes=num_classes, in_chans=1, **kwargs)
+    x = torch.randn(2, 1, 64, 64)
+    assert model(x).shape == (2, num_classes or 16)
+    with torch.no_grad():  # a grey image is one of three equal channels
+        torch.testing.assert_close(
+            model.forward_features(x), dense.forward_features(x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_mobile_network_from_a_file(tmp_path):
+    dense = lively(timm.create_model('mobilenetv2_050')).eval()
+    save_file(dense.state_dict(), tmp_path / 'model.safetensors')
+    model = timm.create_model(
+        'dyconv_mobilenetv2_050', pretrained=True,
+        pretrained_cfg_overlay=dict(file=str(tmp_path / 'model.safetensors'))).eval()
+    assert difference(dense, model, 64) < 1e-5
+
+
+def test_the_dense_network_of_a_width_that_timm_has_not(tmp_path):
+    dense = lively(timm.create_model('condconv_mobilenetv1_025', start_block=14, cond_fc=False)).eval()
+    model = timm.create_model(
+        'condconv_mobilenetv1_025', pretrained=True,
+        pretrained_cfg_overlay=dict(state_dict=dense.state_dict())).eval()
+    assert difference(dense, model, 64) < 1e-5
+
+
+def test_vision_transformers():
+    dense = vit()
+    assert difference(dense, create('vmoe_vit_b', dense)) < 1e-5
+    assert difference(dense, create('vmoe_vit_b_ec', dense, capacity_factor=2.)) < 1e-5
+    model = create('vmoe_vit_b', dense, num_classes=3, in_chans=1)
+    x = torch.randn(2, 1, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.forward_features(x), dense.forward_features(x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_vision_transformer_for_larger_images_is_timms_for_larger_images():
+    dense, overlay = vit(), dict(input_size=(3, 32, 32))
+    larger = timm.create_model(
+        'vit_tiny_patch16_224', pretrained=True, num_classes=5, **dict(VIT, img_size=48),
+        pretrained_cfg_overlay=dict(state_dict=dense.state_dict(), num_classes=5, **overlay)).eval()
+    model = create('vmoe_vit_b', dense, img_size=48, overlay=overlay)
+    assert difference(larger, model, 48) < 1e-5
+
+
+def test_weights_without_a_head_leave_the_model_its_own():
+    dense = vit(num_classes=0)
+    model = create('vmoe_vit_b', dense, head_bias_init=-2.)
+    assert (model.head.bias == -2).all()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_head(model.forward_features(x), pre_logits=True), dense(x))
+
+
+def test_weights_of_another_architecture_are_told():
+    dense = timm.create_model('resnet18', num_classes=5, layers=(1, 1, 1, 1), channels=(8, 8, 16, 16))
+    with pytest.raises(InputError, match='layer4.1.conv1.weight is missing in them, and the model takes shape'):
+        create('condconv_resnet18', dense)
+
+
+@pytest.mark.parametrize('name, dense', [('condconv_resnet18', resnet), ('deepmoe_resnet18', resnet),
+                                         ('moe_resnet18', resnet), ('vmoe_vit_b', vit)])
+def test_saved_it_is_a_model_of_its_own(name, dense, tmp_path):
+    model = create(name, dense())
+    timm.models.save_for_hf(model, tmp_path / 'saved', safe_serialization=True)
+    config = json.loads((tmp_path / 'saved' / 'config.json').read_text())
+    assert not {'pretrained', 'pretrained_cfg_overlay', 'state_dict', 'file'} & set(config.get('model_args', {}))
+    again = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
