@@ -42,7 +42,7 @@ class TimmEncoder(Encoder):
         num_features: D of its representation, after pooling.
 
     Raises:
-        InputError: timm has no such network, or it cannot be built for such images.
+        InputError: The network cannot be built for such images, or its weights cannot be fetched.
     """
 
     def __init__(
@@ -65,6 +65,10 @@ class TimmEncoder(Encoder):
         except (AssertionError, TypeError) as error:
             wanted = f'in_chans={in_chans}' + ''.join(f', {key}={value}' for key, value in size.items())
             raise InputError(f'The encoder {name!r} cannot be built with {wanted}: {error}') from error
+        except OSError as error:
+            raise InputError(
+                f"pretrained=True: timm's weights of the encoder {name!r} cannot be fetched ({type(error).__name__}); "
+                'pass weights of the whole model as pretrained_cfg_overlay=dict(file=...).') from error
         super().__init__(net, freeze)
         self.name = name
         self.num_features = net.head_hidden_size
@@ -266,6 +270,8 @@ def _chosen(encoders: Sequence[str], mode: str, single: int) -> List[str]:
     for name in names:
         if not timm.is_model(name):
             raise InputError(f'encoders: timm has no model {name!r}.{nearest(name, timm.list_models())}')
+        if '.' in name and name not in timm.list_models(f'{name.partition(".")[0]}.*', include_tags=True):
+            raise InputError(f'encoders: timm has no weights {name!r}.{nearest(name, timm.list_pretrained())}')
     if mode != 'single':
         return names
     if not 0 <= single < len(names):
