@@ -15,6 +15,7 @@ from moe_zoo.errors import InputError, exit_on_input_error, nearest
 # command -> (module that has main(argv), what it does, extra of pyproject.toml that it needs)
 TOOLS = {
     'train-imagenet': ('moe_zoo.engine.train', 'train a classification model from a YAML recipe', None),
+    'finetune': ('moe_zoo.engine.finetune', 'fine-tune a model on a folder of images, from dense weights', None),
     'eval-imagenet': ('moe_zoo.engine.evaluate', 'accuracy, cost and expert use of a trained model', None),
     'predict': ('moe_zoo.engine.predict', 'the likeliest classes of images, and the experts that saw them', None),
     'analyze-experts': ('moe_zoo.engine.analyze_experts', 'what the experts of a trained model do, as a page', None),

@@ -82,7 +82,8 @@ def twin_options(args: Any) -> Dict[str, Any]:
         raise InputError(
             f'route_consistency={args.route_consistency} with a dense twin, which has no routes: leave --twin out; the'
             ' control is route_consistency=jsd with route_consistency_weight=0, two views that nothing compares.')
-    twin, twin_args = dense_twin(card(args.model))
+    twin, twin_args = dense_twin(card(args.model.partition('.')[0]))
+    twin = args.model_kwargs.get('base', twin)  # of a `moefied` model
     keywords = {**twin_args, **args.model_kwargs}
     if twin == args.model:  # timm has no such network: ours with its routing switched off, whatever the recipe
         keywords.update(twin_args)

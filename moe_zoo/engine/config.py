@@ -66,6 +66,8 @@ OPTIONS: Dict[str, tuple] = {
     'bn_momentum': (float, None), 'bn_eps': (float, None), 'sync_bn': (bool, False), 'dist_bn': (str, 'reduce'),
     'split_bn': (bool, False), 'model_ema': (bool, False), 'model_ema_force_cpu': (bool, False),
     'model_ema_decay': (float, 0.9998), 'model_ema_warmup': (bool, False),
+    # share of the training images to evaluate on, where there is no folder for it; ours
+    'val_share': (float, 0.0),
     # the gates of DeepMoE: epochs until they are frozen; ours, timm's train.py has no such option
     'freeze_gates': (int, None),
     # routes that do not depend on the view: 'jsd' or 'prc', its weights, and the areas of the two crops; ours, too.
@@ -256,6 +258,8 @@ def _settle(args: argparse.Namespace) -> argparse.Namespace:
         raise InputError('aug_splits=1: use 0 for none, or at least 2.')
     if args.stop_epoch is not None and not 1 <= args.stop_epoch:
         raise InputError(f'stop_epoch={args.stop_epoch}: give at least 1.')
+    if not 0 <= args.val_share < 1:
+        raise InputError(f'val_share={args.val_share}: give a share of the training images from 0 to below 1.')
     if args.freeze_gates is not None and args.freeze_gates < 0:
         raise InputError(f'freeze_gates={args.freeze_gates}: give the number of epochs that the gates train, or none.')
     if args.jsd_loss and args.aug_splits < 2:

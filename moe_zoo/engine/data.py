@@ -3,7 +3,9 @@
 `dataset: digits` is scikit-learn's handwritten digits; every other name, or a plain folder, is timm's business.
 """
 import argparse
+import copy
 import logging
+import random
 import struct
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional
@@ -113,12 +115,15 @@ def open_dataset(args: argparse.Namespace, training: bool, strict: bool = False,
         from ..data import DigitsDataset
         return DigitsDataset(split)
     folder = '/' not in args.dataset
+    shared = folder and _holds_out(args)
     known = ('', 'digits', 'folder', *PREFIXES)
     if args.dataset.partition('/')[0] not in known:
         raise InputError(
             f'dataset={args.dataset!r} is not known.{nearest(args.dataset, known)} Leave it empty for a folder of'
             f" images, or use 'digits' or timm's {', '.join(f'{p}/NAME' for p in PREFIXES)}.")
-    root = _find_split(args.data_dir, split, training) if folder else args.data_dir
+    root = args.data_dir
+    if folder:
+        root = _find_split(root, args.train_split if shared else split, training, shared)
     try:
         dataset = create_dataset(
             '' if folder else args.dataset,
@@ -141,8 +146,32 @@ def open_dataset(args: argparse.Namespace, training: bool, strict: bool = False,
         reason = f"The data folder '{root}' has no images in folders of classes." if empty else str(error)
         raise InputError(reason if empty else f'The dataset cannot be opened: {reason}') from error
     if isinstance(dataset, ImageDataset) and folder:
-        dataset = CheckedImages(dataset.reader, training, strict, image_mode(args))
+        reader = _part_of(dataset.reader, args, training) if shared else dataset.reader
+        dataset = CheckedImages(reader, training, strict, image_mode(args))
     return dataset
+
+
+def _holds_out(args: argparse.Namespace) -> bool:
+    """Whether evaluation images are a share of the training images: where asked for, and no folder of them is there."""
+    if not args.val_share or not args.data_dir or not Path(args.data_dir).is_dir() or not args.val_split:
+        return False
+    names = (args.val_split, *SYNONYMS.get(args.val_split, ()))
+    return not any((Path(args.data_dir) / name).is_dir() for name in names)
+
+
+def _part_of(reader: Any, args: argparse.Namespace, training: bool) -> Any:
+    """A reader of the images of a folder that are for training, or of those held out: the same share of every class."""
+    by_class: Dict[int, List[Any]] = {}
+    for sample in reader.samples:
+        by_class.setdefault(sample[1], []).append(sample)
+    chosen: List[Any] = []
+    for target, samples in sorted(by_class.items()):
+        number = min(len(samples) - 1, max(1, round(args.val_share * len(samples))))
+        held_out = set(random.Random(f'{args.seed} {target}').sample(range(len(samples)), number))
+        chosen += [sample for i, sample in enumerate(samples) if (i in held_out) != training]
+    part = copy.copy(reader)
+    part.samples = chosen
+    return part
 
 
 def image_mode(args: argparse.Namespace) -> str:
@@ -151,8 +180,8 @@ def image_mode(args: argparse.Namespace) -> str:
     return args.input_img_mode or ('RGB' if channels == 3 else 'L')
 
 
-def _find_split(data_dir: Optional[str], split: str, training: bool) -> Path:
-    """The folder (or tar file) of a split."""
+def _find_split(data_dir: Optional[str], split: str, training: bool, whole: bool = False) -> Path:
+    """The folder (or tar file) of a split; `whole`: class folders directly will do for training, too."""
     if not data_dir:
         raise InputError(
             f"No data: give --data-dir DIR, a folder with '{split}' in it, or dataset=digits for the embedded digits.")
@@ -167,7 +196,7 @@ def _find_split(data_dir: Optional[str], split: str, training: bool) -> Path:
         if (root / name).is_dir():
             return root / name
     inside = sorted(p.name for p in root.iterdir() if p.is_dir())
-    if not training and inside and not {'train', 'training', 'test', 'val', 'validation'} & set(inside):
+    if (whole or not training) and inside and not {'train', 'training', 'test', 'val', 'validation'} & set(inside):
         return root  # class folders directly, as timm's validate.py takes them
     if not inside:
         raise InputError(f"The data folder '{root}' is empty: it needs '{split}' with a folder for each class.")

@@ -562,12 +562,21 @@ def parser() -> argparse.ArgumentParser:
 @exit_on_input_error
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; returns the exit code."""
-    from .compare import run_all
     flags, overrides = parse_command_line(argv, parser())
     if flags.route_consistency is not None:
         overrides['route_consistency'] = flags.route_consistency
     if not flags.config and 'model' not in overrides:
         raise InputError('Nothing to train: give --config FILE, or at least model=NAME.')
+    return run(flags, overrides)
+
+
+def run(flags: argparse.Namespace, overrides: Dict[str, Any]) -> int:
+    """Train what the flags of a command line ask for: config, seeds, twin, resume, strict_data.
+
+    Raises:
+        InputError: Something that was given cannot be used.
+    """
+    from .compare import run_all
     try:
         seeds = None if flags.seeds is None else [int(seed) for seed in flags.seeds]
     except ValueError:
