@@ -281,6 +281,68 @@ def test_only_layers_that_choose_are_swept():
 
 # ---- words
 
+def told(**changes):
+    """A result of one layer of four experts, evenly used, and what is to be said about it."""
+    gates = {'near_zero': 0., 'near_one': 0., 'zero': 0.,
+             'variance': {'between': None, 'between_se': None, 'chance': .1, 'by_expert': [None] * 4}}
+    row = {'class': 0, 'share': .5, 'se': .01, 'lift': 2.}
+    layer = {
+        'layer': 'a', 'experts': 4, 'dead': [], 'entropy': 1., 'importance': [.25] * 4, 'twins': [], 'most_alike': None,
+        'listed': [0, 1, 2, 3], 'top_classes': [[row]] * 4, 'gates': gates}
+    for name in [name for name in changes if name in layer]:
+        layer[name] = changes.pop(name)
+    gates.update(changes.pop('ends', {}))
+    gates['variance'].update(changes.pop('variance', {}))
+    result = {'model': 'm', 'trained': True, 'images': 100, 'targets': [0, 1] * 50, 'classes': ['cat', 'dog'],
+              'free': {'accuracy': 80., 'se': 4.}, 'layers': [layer], 'forced': None, 'k': []}
+    return findings({**result, **changes})
+
+
+def test_words_follow_the_numbers():
+    assert told()['overview'] == '`m` gets **80.0 ± 4.0 %** of 100 images of 2 classes right. It has 4 experts in 1 ' \
+                                 'routed layer.'
+    assert told(trained=False)['overview'].startswith('**Untrained:** the weights are random')
+    assert told()['balance'] == '**All 4 experts are in use.** Every layer shares the work evenly among its experts.'
+    uneven = told(dead=[1, 3], entropy=.5, importance=[.7, 0., .3, 0.])['balance']
+    assert uneven.startswith('**2 of 4 experts are dead**: 1 and 3 of `a`.') and 'expert 0 carries 70.0 %' in uneven
+    assert told()['classes'].startswith('The closest tie: expert 0 of `a` carries **50 %** (± 1.0 %) of the weight in '
+                                        'images of **cat**, 2.0 times its usual 25 %')
+    noise = [[{'class': 0, 'share': .5, 'se': .1, 'lift': 2.}]] * 4  # .25 above the usual share: 2.5 standard errors
+    assert told(top_classes=noise)['classes'].startswith('**No expert is tied to a class**')
+    assert set(told()) == {'overview', 'balance', 'classes', 'gates', 'depth'}  # nothing was forced, nothing compared
+
+
+def test_words_about_twins():
+    pair = {'experts': [0, 2], 'distance': .5, 'correlation': None}
+    assert told(most_alike=pair)['alike'].startswith('**No twins.** The most alike are experts 0 and 2 of `a`: their')
+    assert told(most_alike={**pair, 'distance': .1})['alike'].startswith('**Nearly equal experts, not used alike.**')
+    assert told(most_alike=pair, twins=[[0, 2]])['alike'] == (
+        '**Twins** (used alike, nearly equal weights): 0 and 2 of `a`.')
+
+
+def test_words_about_gates():
+    assert '**dimmers, not switches**' in told(ends={'near_zero': .8, 'near_one': .05})['gates']
+    assert '**switches (off or on) in 1 of 1 layer**' in told(ends={'near_zero': .4, 'near_one': .2})['gates']
+    assert told()['depth'].startswith('No gate varies between images')
+    assert '**30 %** of the variance' in told(variance={'between': .3})['depth']
+    assert told(variance={'between': .9, 'chance': .8})['depth'] == (
+        '100 images of 2 classes are too few to tell how class-specific the gates are.')
+
+
+def test_words_about_other_choices():
+    rows = [{'expert': e, 'accuracy': a, 'se': 4., 'difference': a - 80, 'difference_se': 3.}
+            for e, a in enumerate((79., 60.))]
+    said = told(forced={'everywhere': rows, 'layers': {}})['forced']
+    assert 'accuracy is **60.0 to 79.0 %** instead of 80.0 %; 1 of 2 differences are beyond' in said
+    said = told(forced={'everywhere': rows[:1], 'layers': {}})['forced']
+    assert 'accuracy is **79.0 %** instead' in said and 'cannot be told from chance' in said
+    swept = [{'k': k, 'native': k == 2, **rows[0]} for k in (1, 2)]
+    assert told(k=swept)['k'].endswith('told from chance: 79.0 % (trained with K = 2).')
+    swept[0].update(accuracy=60., difference=-20.)
+    assert told(k=swept)['k'] == ('Against K = 2, with which it was trained, accuracy changes clearly with K = 1 '
+                                  '(-20.0 points).')
+
+
 def test_spread_and_listing():
     assert spread('abcdefg', 3) == ['a', 'd', 'g'] and spread('ab', 3) == ['a', 'b'] and spread('abc', 1) == ['c']
     assert listing([1, 4, 7]) == '1, 4 and 7' and listing([1]) == '1' and listing([]) == 'none'
@@ -352,6 +414,7 @@ def test_the_whole_tool(kind, tmp_path, capsys):
         '--classes', '3,8'])
     printed = capsys.readouterr()
     assert code == 0 and 'UNTRAINED' in printed.err and 'Untrained' in printed.out and '**' not in printed.out
+    passes = int(re.search(r'(\d+) pass(es)? over 22 images, about', printed.err)[1])
     result = json.loads((tmp_path / 'experts.json').read_text(), parse_constant=pytest.fail)  # no NaN
     layers = result['layers']
     assert {layer['kind'] for layer in layers} == {kind.partition(' of ')[0]}
@@ -364,6 +427,8 @@ def test_the_whole_tool(kind, tmp_path, capsys):
     assert {layer['grid'] and tuple(layer['grid']) for layer in layers} == {places}
     assert [result['targets'][i] for i in result['shown']] == ([3, 8] if places else [])
     assert bool(result['k']) == kind.startswith('top-k')
+    forced = result['forced']
+    assert passes == 1 + sum(map(len, [forced['everywhere'], *forced['layers'].values(), result['k']]))
     if kind == 'channels':
         assert not result['forced']['everywhere'] and 'one channel alone computes nothing' in str(result['left_out'])
     else:

@@ -57,12 +57,11 @@ def usage_bars(layers: Sequence[Mapping[str, Any]]):
 
 def class_maps(layers: Sequence[Mapping[str, Any]], classes: Sequence[str], targets: Sequence[int]):
     """Share of the weight by class and expert, one panel for each of three layers."""
-    rows = sorted(set(targets))
-    rows = spread(rows, 2 * MOST)
+    rows = spread(sorted(set(targets)), 2 * MOST)
     chosen = spread(layers, 3)
     figure, axes = _panels(len(chosen), height=1.2 + 0.2 * len(rows))
     for axis, layer in zip(axes, chosen):
-        shares = 100 * np.array(layer['classes']['share'])[rows]
+        shares = 100 * np.array([layer['classes']['share'][y] for y in rows])
         image = axis.imshow(shares, aspect='auto', cmap='YlGnBu', vmin=0)
         axis.set_yticks(range(len(rows)), [classes[y] for y in rows], fontsize=7)
         columns = spread(range(len(layer['listed'])), MOST)

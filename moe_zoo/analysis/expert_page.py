@@ -146,13 +146,14 @@ def _sheet(result: Mapping[str, Any], pixels: torch.Tensor, layer: Mapping[str, 
 
 
 def _gates(result: Mapping[str, Any], said: Mapping[str, str]) -> List[Block]:
-    drawn, names = _drawn(result), [result['classes'][y] for y in result['chosen_classes']]
+    chosen = [y for y in result['chosen_classes'] if y in set(result['targets'])]
+    drawn, names = _drawn(result), [result['classes'][y] for y in chosen]
     blocks: List[Block] = []
     same = [layer for layer in drawn if layer['experts'] == drawn[-1]['experts']]
     columns = {layer['layer']: _experts_of(layer, DRAWN) for layer in same}
     if names:
         rows = [(_short(layer['layer']), [[layer['gates']['by_class'][y][c] for c in columns[layer['layer']]]
-                                          for y in result['chosen_classes']]) for layer in same]
+                                          for y in chosen]) for layer in same]
         labels = [str(n) for n in range(len(columns[same[0]['layer']]))]
         blocks.append(Figure(
             strips(rows, [_cut(name, 14) for name in names], labels, 'expert'),
@@ -284,9 +285,11 @@ def _otherwise(result: Mapping[str, Any], said: Mapping[str, str]) -> List[Block
             'K experts an item; * is the number that the model was trained with.'))
     if not blocks:
         return []
+    by_expert = ' Where experts choose, the forced one gets every place, with the weight that all of them gave it.' \
+        if any(layer['kind'] == 'by expert' for layer in result['layers']) else ''
     second = [said['k']] if 'k' in said and 'forced' in said else []
     return [*second, 'Dots are accuracies, lines two standard errors to either side, the dashed line the router left '
-            f'free. {MEANINGS["forced"] if forced else MEANINGS["k"]}', *blocks]
+            f'free. {MEANINGS["forced"] if forced else MEANINGS["k"]}{by_expert}', *blocks]
 
 
 def _accuracies(rows: Sequence[Tuple[str, Mapping[str, float]]], free: Mapping[str, float], caption: str) -> Figure:
@@ -308,6 +311,9 @@ def _left_out(result: Mapping[str, Any]) -> List[Block]:
                    f'colours come again after {DRAWN}.')
     if len(result['layers']) > 3:
         out.append('Tables of classes and images are drawn for three layers.')
+    unseen = [result['classes'][y] for y in result['chosen_classes'] if y not in set(result['targets'])]
+    if unseen:
+        out.append(f'There is no image of {listing(unseen)}.')
     if result['corrupt']:
         out.append(f'{counted(len(result["corrupt"]), "image")} could not be read: {listing(result["corrupt"], 3)}.')
     return [*out, 'All numbers, also of what is not drawn, are in `experts.json` beside this page.'] if out else []

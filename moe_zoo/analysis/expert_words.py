@@ -67,6 +67,8 @@ def _balance(result: Mapping[str, Any]) -> str:
         first = f'**All {total} experts are in use.**'
     worst = min(layers, key=lambda layer: layer['entropy'])
     share = max(worst['importance'])
+    if worst['entropy'] > 0.9999:
+        return f'{first} Every layer shares the work evenly among its experts.'
     return (
         f'{first} The least balanced layer is `{worst["layer"]}`, where expert {worst["importance"].index(share)} '
         f'carries {percent(share, 1)} of the weight; a fair share would be {percent(1 / worst["experts"], 1)}.')
@@ -139,6 +141,9 @@ def _depth(result: Mapping[str, Any]) -> str:
     if not layers:
         return 'No gate varies between images: every expert has the same weight in every image.'
     chance = layers[0]['gates']['variance']['chance']
+    if chance > 0.5:
+        return (f'{counted(result["images"], "image")} of {counted(len(set(result["targets"])), "class")} are too few '
+                'to tell how class-specific the gates are.')
     first, last = layers[0], layers[-1]
     most = max(layers, key=lambda layer: layer['gates']['variance']['between'])
 
@@ -166,7 +171,7 @@ def _forced(result: Mapping[str, Any]) -> str:
     clear = sum(abs(row['difference']) > FORCED_CLEAR * row['difference_se'] for row in rows)
     low, high = min(row['accuracy'] for row in rows), max(row['accuracy'] for row in rows)
     return (
-        f'With a single expert doing all the work {where}, accuracy is **{low:.1f} to {high:.1f} %** instead of '
+        f'With a single expert doing all the work {where}, accuracy is **{_range(low, high)}** instead of '
         f'{result["free"]["accuracy"]:.1f} %; {clear} of {len(rows)} differences are beyond two standard errors'
         f'{", so that the choice of the expert cannot be told from chance here." if not clear else "."}')
 
@@ -181,9 +186,13 @@ def _sweep(result: Mapping[str, Any]) -> str:
     native = next((f'K = {row["k"]}' for row in rows if row['native']), 'the K of every layer')
     if not clear:
         return (f'Other numbers of experts an item change nothing that could be told from chance: '
-                f'{low["accuracy"]:.1f} to {best["accuracy"]:.1f} % (trained with {native}).')
+                f'{_range(low["accuracy"], best["accuracy"])} (trained with {native}).')
     named = listing([f'K = {row["k"]} ({row["difference"]:+.1f} points)' for row in clear])
     return f'Against {native}, with which it was trained, accuracy changes clearly with {named}.'
+
+
+def _range(low: float, high: float) -> str:
+    return f'{low:.1f} %' if f'{low:.1f}' == f'{high:.1f}' else f'{low:.1f} to {high:.1f} %'
 
 
 def report(result: Mapping[str, Any]) -> List[str]:

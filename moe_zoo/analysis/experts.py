@@ -310,11 +310,15 @@ def gate_summary(layer: LayerExperts) -> Dict[str, Any]:
 
 def weight_distances(layer: RoutedLayer) -> Optional[torch.Tensor]:
     """(E, E) distance between the parameters of two experts over the mean of their lengths; None where they are of
-    unlike build, or are channels, whose kernel is not the gate's."""
-    if isinstance(layer, ChannelGate):
+    unlike build, are not named, or are channels, whose kernel is not the gate's."""
+    try:
+        groups = [] if isinstance(layer, ChannelGate) else layer.expert_parameters()
+    except NotImplementedError:
+        groups = []
+    if not groups:
         return None
     experts, gram = layer.num_experts, 0.
-    for group in layer.expert_parameters():
+    for group in groups:
         if len(group) == 1 and group[0].shape[0] == experts:
             stacked = group[0].detach().reshape(experts, -1)
         elif len(group) == experts and len({p.shape for p in group}) == 1:
@@ -398,7 +402,6 @@ def forced_accuracies(model: nn.Module, run: Pass, free: torch.Tensor, layers: S
         everywhere: A row for every expert that all layers have; layers: name to a row for every expert.
     """
     experts = {name: layer.num_experts for name, layer in routed_layers(model).items()}
-    channels = any(isinstance(layer, ChannelGate) for layer in model.modules())
 
     def rows(number: int, layer: Optional[str] = None) -> List[Dict[str, Any]]:
         found = []
@@ -409,23 +412,34 @@ def forced_accuracies(model: nn.Module, run: Pass, free: torch.Tensor, layers: S
             found.append({'expert': expert, **proportion(right, free)._asdict()})
         return found
 
-    fewest = min(experts.values())
     return {
-        'everywhere': [] if channels or fewest > MOST_FORCED else rows(fewest),
+        'everywhere': rows(common_experts(model)),
         'layers': {name: rows(experts[name], name) for name in layers},
     }
 
 
+def common_experts(model: nn.Module) -> int:
+    """Experts that all layers have and that can be forced in all of them; 0 where these are channels, or too many."""
+    layers = routed_layers(model).values()
+    fewest = min(layer.num_experts for layer in layers)
+    return 0 if fewest > MOST_FORCED or any(isinstance(layer, ChannelGate) for layer in layers) else fewest
+
+
+def swept_numbers(model: nn.Module) -> List[int]:
+    """The K to try: small ones, those that the layers were built with, and all; none where no layer chooses."""
+    layers = [modules[0] for modules in choosing_layers(model).values()]
+    if not layers:
+        return []
+    most = max(layer.num_experts for layer in layers)
+    small = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+    return sorted({k for k in small if k < most} | {layer.num_selected for layer in layers} | {most})
+
+
 def swept_accuracies(model: nn.Module, run: Pass, free: torch.Tensor) -> List[Dict[str, Any]]:
     """Accuracy for several K in every layer that chooses the best experts of an item; empty where none does."""
-    choosers = choosing_layers(model)
-    if not choosers:
-        return []
-    layers = routed_layers(model)
-    native, most = (
-        {value(layers[name]) for name in choosers} for value in (lambda m: m.num_selected, lambda m: m.num_experts))
+    native = {modules[0].num_selected for modules in choosing_layers(model).values()}
     result = []
-    for k in sorted({k for k in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64) if k < max(most)} | native | {max(most)}):
+    for k in swept_numbers(model):
         with select_experts(model, k):
             right = predict_right(model, run(f'{counted(k, "expert")} an item'))
         result.append({'k': k, 'native': native == {k}, **proportion(right, free)._asdict()})
@@ -456,14 +470,15 @@ def describe_layer(layer: LayerExperts, targets: torch.Tensor, num_classes: int)
     mean, error = class_table(layer.shares[:, listed], targets, num_classes)
     gates, gate_error = class_table(layer.gates[:, listed], targets, num_classes)
     places = None if layer.grid is None else top_places(layer)
+    seen = torch.bincount(targets, minlength=num_classes) > 0
     return {
         'layer': layer.name, 'kind': layer.kind, 'unit': layer.unit, 'experts': layer.usage.num_experts,
         'selected': layer.layer.num_selected, **usage, 'twins': twins, 'most_alike': pair, 'listed': listed,
-        'classes': {'share': _numbers(mean), 'se': _numbers(error)},
+        'classes': {'share': _numbers(mean, seen), 'se': _numbers(error, seen)},
         'top_classes': top_classes(layer.shares[:, listed], targets, num_classes),
         'top_images': top_images(layer.shares[:, listed]), 'grid': layer.grid,
         'top_places': None if places is None else [places[e] for e in listed],
-        'gates': {**gate_summary(layer), 'by_class': _numbers(gates), 'by_class_se': _numbers(gate_error),
+        'gates': {**gate_summary(layer), 'by_class': _numbers(gates, seen), 'by_class_se': _numbers(gate_error, seen),
                   'variance': split},
     }
 
@@ -474,6 +489,7 @@ def analyze(
         num_classes: int,
         most_layers: int = 6,
         force: bool = True,
+        expect: Callable[[int], None] = lambda passes: None,
 ) -> Dict[str, Any]:
     """Everything of `MEANINGS` about a classifier on a set of images, for JSON.
 
@@ -483,6 +499,7 @@ def analyze(
         num_classes: Y.
         most_layers: Layers in which experts are forced one by one, evenly over the depth.
         force: Whether to make the passes with forced experts and other K.
+        expect: Told, after the first pass, how many there will be.
 
     Returns:
         images, free (accuracy and its error), targets, predicted, layers (in order), forced, k, left_out (sentences).
@@ -501,6 +518,8 @@ def analyze(
     if force:
         names = [layer['layer'] for layer in layers if _can_be_forced(layer)]
         chosen = spread(names, most_layers)
+        forced = sum(layer['experts'] for layer in layers if layer['layer'] in chosen)
+        expect(1 + common_experts(model) + forced + len(swept_numbers(model)))
         result['forced'] = forced_accuracies(model, run, watched.right, chosen)
         result['k'] = swept_accuracies(model, run, watched.right)
         if len(chosen) < len(names):
@@ -574,9 +593,10 @@ def _in_rows(values: List[Any], columns: int) -> List[List[Any]]:
     return [values[i:i + columns] for i in range(0, len(values), columns)]
 
 
-def _numbers(table: torch.Tensor) -> List[List[Optional[float]]]:
-    """Rounded for JSON, which has no NaN."""
-    return [[round(v, 6) if v == v else None for v in row] for row in table.tolist()]
+def _numbers(table: torch.Tensor, seen: torch.Tensor) -> List[Optional[List[Optional[float]]]]:
+    """Rounded for JSON, which has no NaN; None in place of the row of a class that was not seen."""
+    rows = [[round(v, 6) if v == v else None for v in row] for row in table.tolist()]
+    return [row if known else None for row, known in zip(rows, seen)]
 
 
 def _finite(value: torch.Tensor) -> Optional[float]:

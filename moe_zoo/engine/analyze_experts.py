@@ -7,6 +7,7 @@ Numbers first (experts.json, all of them), then figures (PNG), then one page (in
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -21,7 +22,7 @@ from ..analysis.expert_figures import write_figures
 from ..analysis.expert_page import expert_page
 from ..analysis.expert_words import findings, report
 from ..analysis.experts import analyze, locate, spread
-from ..analysis.page import Section
+from ..analysis.page import Section, duration
 from ..errors import InputError, atomic_write, counted, exit_on_input_error, nearest
 from .analyze_routes import compare_routes, open_pair, routes_section
 from .config import parse_command_line
@@ -34,13 +35,20 @@ class Passes:
     def __init__(self, classifier: Classifier, images: Images, quiet: bool = False):
         self.classifier, self.images = classifier, images
         self.console = Console(stderr=True, highlight=False)
-        self.hidden = quiet or not self.console.is_terminal
-        self.done = 0
+        self.quiet, self.hidden = quiet, quiet or not self.console.is_terminal
+        self.done, self.total, self.start = 0, 1, time.monotonic()
+
+    def expect(self, total: int) -> None:
+        """Say what is to come, once the first pass is done."""
+        self.total, seconds = total, time.monotonic() - self.start
+        if not self.quiet:
+            self.console.print(f'{counted(total, "pass")} over {counted(len(self.images.targets), "image")}, about '
+                               f'{duration(seconds * total)} in all')
 
     def __call__(self, title: str) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
         size, self.done = self.classifier.args.validation_batch_size or self.classifier.args.batch_size, self.done + 1
         with Progress(console=self.console, transient=True, disable=self.hidden) as bar:
-            task = bar.add_task(f'pass {self.done}: {title}', total=len(self.images.targets))
+            task = bar.add_task(f'pass {self.done} of {self.total}: {title}', total=len(self.images.targets))
             for images, targets in self.images.batches(self.classifier, size):
                 yield images, targets
                 bar.advance(task, len(targets))
@@ -71,7 +79,7 @@ def analyze_classifier(
     """
     run = Passes(classifier, images, quiet)
     with classifier.autocast():
-        result = analyze(classifier.model, run, len(classifier.classes), most_layers, force)
+        result = analyze(classifier.model, run, len(classifier.classes), most_layers, force, run.expect)
         chosen = list(classes) or images.targets.unique()[:4].tolist()
         numbers = pick_images(images.targets, chosen if classes else images.targets.unique().tolist(), shown)
         places = []
@@ -119,7 +127,7 @@ def parse_classes(text: Optional[str], names: Sequence[str]) -> List[int]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
-        prog=Path(sys.argv[0]).name if sys.argv[0].endswith('.py') else sys.argv[0],
+        prog=sys.argv[0],
         description='What the experts of a classifier do: who is used and how evenly, for which classes and images, '
                     'where in an image, and what accuracy would be with one expert forced or with more or fewer of '
                     'them. Writes experts.json, figures and index.html, a page for readers who did not train the '
