@@ -1,15 +1,35 @@
 """The benchmark's arithmetic and order of events; nothing here depends on how fast the machine is."""
 import functools
 import json
+import sys
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 from moe_zoo import cli
-from moe_zoo.analysis import layer_cases
-from moe_zoo.analysis.benchmark_cli import MODEL_AIMS, main, make_layer_run, make_run, spread_evenly
-from moe_zoo.analysis.layer_cases import Case, Contender, choose, cond_conv, find_cases, half_live, tokens
+from moe_zoo.analysis import count, layer_cases
+from moe_zoo.analysis.benchmark_cli import (
+    EQUAL_MACS_AIMS,
+    MODEL_AIMS,
+    main,
+    make_layer_run,
+    make_run,
+    spread_evenly,
+    widen,
+)
+from moe_zoo.analysis.layer_cases import (
+    Case,
+    Contender,
+    choose,
+    cond_conv,
+    dropping_tokens,
+    find_cases,
+    half_live,
+    soft_tokens,
+    tokens,
+)
 from moe_zoo.analysis.timing import Ratio, alternate, ratio
 from moe_zoo.cards import cards
 from moe_zoo.errors import InputError
@@ -123,17 +143,79 @@ def test_items_of_a_model_are_spread_over_the_experts():
 
 
 def test_tokens_meet_a_dense_mlp_of_equal_macs():
-    layer, dense = tokens(2, 1)
+    layer, dense, _ = tokens(2, 1)
     weights = [m.weight.numel() for m in (dense.module.fc1, dense.module.fc2)]
     assert layer.module.max_macs((197, 384)) == 197 * (sum(weights) + 384 * 8)  # and the router
     layer.module.eval()
     assert layer.module(*layer.inputs).shape == dense.module(*dense.inputs).shape
 
 
+PEERS_LIKE_OURS = [
+    ('pytorch-mixtures', tokens, 1, dict(router='shazeer', router_args=dict(zero_init=False))),
+    ('pytorch-mixtures', tokens, 2, dict(router='shazeer', router_args=dict(zero_init=False))),
+    ('mixture-of-experts', dropping_tokens, 2, dict(router_args=dict(renormalise=True), bias=False)),
+    ('st-moe-pytorch', dropping_tokens, 2, dict(router_args=dict(renormalise=True))),
+]
+
+
+@pytest.mark.parametrize('name, build, num_selected, layer_args', PEERS_LIKE_OURS)
+def test_peers_compute_the_same_with_the_same_weights(name, build, num_selected, layer_args):
+    ours, _, *others = build(num_selected, batch=2, width=24, same_init=False, noise_std=0., **layer_args)
+    theirs, = (other for other in others if other.name == name)
+    if theirs.module is None:
+        pytest.skip(f'{name} is not installed: tools/setup.sh --bench')
+    x, = ours.inputs
+    with trace_routing(ours.module) as trace:
+        out = ours.module(x)
+    kept = trace[''][0].kept
+    assert kept is None if build is tokens else not kept.all()
+    torch.testing.assert_close(theirs.module(x), out)
+
+
+def test_soft_peers_have_the_same_sizes():
+    ours, _, theirs = soft_tokens(batch=1, width=8)
+    if theirs.module is None:
+        pytest.skip('soft-moe-pytorch is not installed: tools/setup.sh --bench')
+    assert theirs.module(*theirs.inputs).shape == ours.module(*ours.inputs).shape
+    experts = [sum(p.numel() for p in m.parameters()) for m in (ours.module.fc1, ours.module.fc2)]
+    assert sum(p.numel() for p in theirs.module.experts.parameters()) == sum(experts)
+
+
+def test_what_is_not_installed_is_said_and_left_out(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'pytorch_mixtures', None)  # importing it fails
+    tiny = Case('a tiny one', functools.partial(tokens, 1, 1, width=8), modes=('forward',))
+    monkeypatch.setattr(layer_cases, 'cases', lambda: {'tiny': tiny})
+    assert main(['layer', 'tiny', '--rounds', '3']) == 0
+    printed = capsys.readouterr()
+    assert 'note: tiny goes without pytorch-mixtures, which `tools/setup.sh --bench` installs\n' in printed.err
+    assert 'dense Mlp' in printed.out and 'pytorch-mixtures' not in printed.out
+
+
+def test_a_twin_of_equal_macs_has_wider_mlps_beside_experts(capsys):
+    with torch.device('meta'):
+        model = timm.create_model('vmoe_vit_s')
+        twin = timm.create_model('vit_base_patch32_224', embed_dim=512, depth=8, num_heads=8)
+        x = torch.rand(1, 3, 224, 224)
+    assert widen(twin, model) == ['blocks.5.mlp', 'blocks.7.mlp']
+    assert [block.mlp.fc1.out_features for block in twin.blocks] == [2048] * 5 + [4096, 2048, 4096]
+    # What is left is two routers, 50 tokens x 512 x 8 experts, and the layer before the head.
+    assert count(model, x).macs_max - count(twin, x).macs_max == 2 * 50 * 512 * 8 + 512 * 512
+    assert widen(twin, twin) == []
+    with pytest.raises(SystemExit):
+        main(['model', 'condconv_resnet18', '--equal-macs', '--img-size', '32'])
+    assert capsys.readouterr().err.endswith(
+        'error: --equal-macs widens MLPs that stand beside a MoEMlp, and condconv_resnet18 has none: leave it out.\n')
+
+
 def test_every_case_says_what_it_is():
     cases = find_cases([])
     assert all(case.about and set(case.modes) <= set(layer_cases.MODES) for case in cases.values())
-    assert set(MODEL_AIMS) <= set(cards())
+    assert set(MODEL_AIMS) | set(EQUAL_MACS_AIMS) <= set(cards())
+    for k in (1, 2):
+        case = cases[f'tokens-k{k}-b32']
+        assert [case.aim('dense Mlp', mode) for mode in layer_cases.MODES] == [1.05, 1.15]
+        assert [case.aim('pytorch-mixtures', mode) for mode in layer_cases.MODES] == [None, 1.]
+    assert [cases['condconv-1x1-e4-b8'].aim('nn.Conv2d', mode) for mode in layer_cases.MODES] == [1.1, 1.1]
     for name in ('condconv-1x1-e4-b8', 'condconv-1x1-e4-b32'):
         assert cases[name].at_most == {'nn.Conv2d': 1.1, 'timm CondConv2d': 1.}
     assert list(find_cases(['tokens-k1-*', 'moe-*-k1-b8'])) == [

@@ -45,7 +45,7 @@ def test_an_unknown_option_of_set_up_is_one_sentence(repository):
     done = _run(repository / 'tools' / 'setup.sh', '--detectron')
     assert done.returncode == 2 and not done.stdout
     assert done.stderr == (
-        "error: tools/setup.sh does not know '--detectron'; it takes --detection, --no-detection or --help.\n")
+        "error: tools/setup.sh does not know '--detectron'; it takes --detection, --no-detection, --bench or --help.\n")
 
 
 def test_an_old_python_is_refused_in_one_sentence(checkout):
@@ -102,3 +102,9 @@ def test_set_up_uses_what_the_calling_python_has_and_finishes_what_was_interrupt
 
     again = _run(set_up, cwd=tmp_path, **offline)
     assert again.stdout == 'Set-up: .venv is up to date, nothing to install.\n'
+
+    layers = _run(set_up, '--bench', cwd=tmp_path, **offline)
+    if 'are there, nothing to install' not in layers.stdout:  # the caller has not all of them, and there is no index
+        assert layers.returncode == 2
+        assert 'Downloading at most 2 MB for tools/benchmark.py: ' in layers.stdout
+        assert layers.stderr.endswith('the benchmarks run without them, or run this again.\n')

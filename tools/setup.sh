@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Makes .venv beside the README, or finishes or updates it; where it is up to date nothing is installed.
 #
-#   tools/setup.sh [--detection | --no-detection]
+#   tools/setup.sh [--detection | --no-detection] [--bench]
 #
 # --no-detection leaves out detectron2 and what it needs; later runs keep that choice until --detection is given.
+# --bench adds the mixture-of-experts layers of others, which tools/benchmark.py times beside ours.
 # PYTHON=/path/to/python3.12 tools/setup.sh chooses the Python that makes .venv (default: python3 of your PATH).
 # A torch that this Python already has is used as it is. An interrupted run is finished by the next one.
 set -euo pipefail
@@ -14,6 +15,11 @@ torch_pins=(torch==2.14.1 torchvision==0.29.1)
 detectron2_pin='sal-detectron2==0.7.2 --hash=sha256:491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561'
 # timm's own tests, which our models have to pass, come with its source distribution only.
 timm_pin='timm==1.0.31 --hash=sha256:baa0b333339c46d3d6d4965d99b69f5053afed71210e8f433d7ea5ee6a18f0ec'
+# Layers of others, then what they import. One of them pins an old torch, so that nothing may follow what they ask for.
+bench_pins=(
+    pytorch-mixtures==0.1.5 mixture-of-experts==0.2.3 st-moe-pytorch==0.1.8 soft-moe-pytorch==0.1.9
+    einops==0.8.2 beartype==0.23.1 CoLT5-attention==0.11.2 local-attention==1.10.0
+)
 venv_python=.venv/bin/python
 stamp=.venv/moe_zoo_setup  # written last: holds what was set up, and that it was finished
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0
@@ -23,6 +29,7 @@ fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
 supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
 version() { "$1" -c 'import platform; print("Python", platform.python_version())' 2>/dev/null || echo 'nothing that runs'; }
+package_version() { $venv_python -c "from importlib.metadata import version; print(version('$1'))" 2>/dev/null || true; }
 torch_version() { "$1" -c 'import torch; from importlib.metadata import version; print(version("torch"))' 2>/dev/null || true; }
 
 # The Python that makes .venv: the one asked for, or the first on the PATH that will do.
@@ -126,13 +133,28 @@ fetch_timm_tests() {
         && rm -rf $staged
 }
 
-detection=
+install_bench() {
+    local pin missing=()
+    for pin in "${bench_pins[@]}"; do
+        if [[ $(package_version "${pin%%==*}") != "${pin##*==}" ]]; then missing+=("$pin"); fi
+    done
+    if [[ ${#missing[@]} -eq 0 ]]; then
+        say 'Set-up: the layers of others for tools/benchmark.py are there, nothing to install.'
+        return
+    fi
+    say "Downloading at most 2 MB for tools/benchmark.py: ${missing[*]}."
+    $venv_python -m pip install --no-deps "${missing[@]}" \
+        || fail 'the layers of others could not be installed; the benchmarks run without them, or run this again.'
+}
+
+detection= bench=
 for argument in "$@"; do
     case $argument in
         --detection) detection=detection ;;
         --no-detection) detection=no-detection ;;
+        --bench) bench=bench ;;
         -h | --help) sed -n '2,/^set /{s/^# \{0,1\}//;/^set /!p}' "${BASH_SOURCE[0]}"; exit ;;
-        *) fail "tools/setup.sh does not know '$argument'; it takes --detection, --no-detection or --help." ;;
+        *) fail "tools/setup.sh does not know '$argument'; it takes --detection, --no-detection, --bench or --help." ;;
     esac
 done
 before=$(cat $stamp 2>/dev/null || true)
@@ -145,6 +167,7 @@ fi
 # Without detection is a part of with it: nothing is taken away.
 if [[ ($before == "$now" || $before == "detection ${now#* }") && -x $venv_python ]]; then
     say 'Set-up: .venv is up to date, nothing to install.'
+    if [[ -n $bench ]]; then install_bench; fi
     exit
 fi
 
@@ -164,6 +187,8 @@ if fetch_timm_tests; then
 else
     say "timm's source distribution could not be fetched: its tests are skipped, and the next run tries again."
 fi
+
+if [[ -n $bench ]]; then install_bench; fi
 
 $venv_python - "$detection" "$detectron2_origin" <<'PYTHON'
 import sys

@@ -23,6 +23,7 @@ import moe_zoo
 from moe_zoo.cards import card, dense_twin
 from moe_zoo.errors import InputError, atomic_write, exit_on_input_error, nearest
 
+from ..layers import MoEMlp
 from ..losses import auxiliary_losses
 from ..routing import Routing
 from .cost import count
@@ -31,10 +32,12 @@ from .force import rewrite_routing
 from .layer_cases import MODES, Case, Contender, find_cases
 from .timing import CLOCKS, Ratio, alternate, machine, ratio, settle_memory
 
-# Ratios to the dense twin that models aim at.
+# Ratios of time that models aim at: to the dense twin, and to it at equal MACs.
 MODEL_AIMS = {'moe_resnet18': 1.2}
+EQUAL_MACS_AIMS = {'vmoe_vit_s': 1.15}
 EXAMPLES = """examples:
   tools/benchmark.py model condconv_resnet50 --mode forward
+  tools/benchmark.py model vmoe_vit_s --equal-macs --batch-size 32
   tools/benchmark.py layer --list
   tools/benchmark.py layer 'condconv-1x1-*' --threads 2 --json times.json
   OMP_WAIT_POLICY=passive tools/benchmark.py layer --clock cpu      on a machine that others use"""
@@ -104,22 +107,44 @@ def benchmark_model(name: str, mode: str, args: argparse.Namespace) -> list[dict
         One row: what was run, the ratio of MACs, the ratio of time, and every timing in seconds.
 
     Raises:
-        InputError: A size that the model does not take, or a model that is dense itself.
+        InputError: A size that the model does not take, or a model that is dense itself; with `equal_macs`, one that
+            has no `MoEMlp`.
     """
     entry = card(name)
     channels, *own = entry['input']['size']
     size = (args.img_size, args.img_size) if args.img_size else tuple(own)
     twin, keywords = dense_twin(entry)
     models = [build_model(name, args.device, size), build_model(twin, args.device, size, **keywords)]
+    if args.equal_macs and not widen(models[1], models[0]):
+        raise InputError(f'--equal-macs widens MLPs that stand beside a MoEMlp, and {name} has none: leave it out.')
     x = torch.rand(args.batch_size, channels, *size, device=args.device)
     macs = [count(model, x).macs_max for model in models]
     with rewrite_routing(models[0], spread_evenly):
         timings = alternate([make_run(model, x, mode) for model in models], args.rounds, clock=CLOCKS[args.clock])
+    aims = EQUAL_MACS_AIMS if args.equal_macs else MODEL_AIMS
     row = {
-        'model': name, 'twin_args': keywords, 'batch_size': args.batch_size, 'input_size': [channels, *size],
-        'macs_ratio': macs[0] / macs[1],
+        'model': name, 'twin_args': keywords, 'equal_macs': args.equal_macs, 'batch_size': args.batch_size,
+        'input_size': [channels, *size], 'macs_ratio': macs[0] / macs[1],
     }
-    return [row | _compare(twin, mode, timings.seconds, timings.loads, MODEL_AIMS.get(name))]
+    return [row | _compare(twin, mode, timings.seconds, timings.loads, aims.get(name))]
+
+
+def widen(twin: nn.Module, model: nn.Module) -> list[str]:
+    """Give a dense twin the MACs of a routed model: its MLPs beside a `MoEMlp` become as wide as K experts.
+
+    The router's own MACs stay a difference, and what else the model has that its twin has not.
+
+    Returns:
+        Names of the MLPs; none where the model has no `MoEMlp`.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoEMlp)}
+    for name, layer in layers.items():
+        dense = twin.get_submodule(name)
+        hidden = (layer.num_selected + layer.num_shared_experts) * layer.hidden_features
+        place = {'device': dense.fc1.weight.device, 'dtype': dense.fc1.weight.dtype}
+        dense.fc1 = nn.Linear(layer.in_features, hidden, **place)
+        dense.fc2 = nn.Linear(hidden, layer.out_features, **place)
+    return list(layers)
 
 
 def spread_evenly(layer: str, routing: Routing) -> Routing:
@@ -134,19 +159,24 @@ def spread_evenly(layer: str, routing: Routing) -> Routing:
 
 
 def benchmark_layer(name: str, mode: str, case: Case, args: argparse.Namespace) -> list[dict]:
-    """Time the contenders of one case.
+    """Time the contenders of one case; those of packages that are not installed are said and left out.
 
     Returns:
         One row for each contender after the first, as those of `benchmark_model`.
     """
-    contenders = [
-        Contender(c.name, c.module.to(args.device), tuple(x.to(args.device) for x in c.inputs)) for c in case.build()]
+    contenders = []
+    for contender, module, inputs in case.build():
+        if module is None:
+            print(f'note: {name} goes without {contender}, which `tools/setup.sh --bench` installs', file=sys.stderr)
+        else:
+            inputs = tuple(x.to(args.device) for x in inputs)
+            contenders.append(Contender(contender, module.to(args.device), inputs))
     runs = [make_layer_run(contender, mode) for contender in contenders]
     timings = alternate(runs, args.rounds, clock=CLOCKS[args.clock])
     ours = timings.seconds[0]
     return [
         {'case': name, 'about': case.about, 'layer': contenders[0].name}
-        | _compare(other.name, mode, (ours, theirs), timings.loads, case.at_most.get(other.name))
+        | _compare(other.name, mode, (ours, theirs), timings.loads, case.aim(other.name, mode))
         for other, theirs in zip(contenders[1:], timings.seconds[1:])
     ]
 
@@ -229,6 +259,7 @@ def _model_table(rows: list[dict]) -> Table:
     table = _table('model / twin', 'mode', 'images', 'MACs ratio', 'time ratio', 'at most', '', 'model', 'twin')
     for row in rows:
         twin = row['twin'] + ''.join(f' {key}={value}' for key, value in row['twin_args'].items())
+        twin += ', wider MLPs' if row['equal_macs'] else ''
         table.add_row(
             f'{row["model"]} / {twin}', row['mode'], str(row['batch_size']), f'{row["macs_ratio"]:.3f}',
             str(Ratio(**row['time_ratio'])), *_aim(row), *_times(row))
@@ -278,6 +309,8 @@ def _parser() -> argparse.ArgumentParser:
         'includes the losses and an SGD step; items are spread evenly over the experts they choose among.')
     model.add_argument('names', nargs='+', metavar='NAME', help='models of moe_zoo (moe-zoo list shows them)')
     model.add_argument('--batch-size', type=int, default=8, metavar='B', help='images a batch (default: 8)')
+    model.add_argument(
+        '--equal-macs', action='store_true', help="widen the twin's MLPs K-fold where the model has K experts a token")
     model.add_argument('--img-size', type=int, metavar='S', help="side of the images (default: the card's)")
     layer = commands.add_parser(
         'layer', parents=[shared], help='layers beside plain ones and those of others',

@@ -17,16 +17,17 @@ from timm.layers import Mlp
 from torch import nn
 
 from ..errors import InputError, nearest
-from ..layers import CondConv2d, MoEConv2d, MoEMlp, MoEStage
+from ..layers import CondConv2d, MoEConv2d, MoEMlp, MoEStage, SoftMoEMlp
 from ..layers.deep_moe import ChannelGate, ChannelGated
+from .peers import make_peer
 
 MODES = ('forward', 'train')
 
 
 class Contender(NamedTuple):
-    """A module, and the inputs that it is called with."""
+    """A module, and the inputs that it is called with; no module where it comes of a package that is not installed."""
     name: str
-    module: nn.Module
+    module: nn.Module | None
     inputs: tuple[torch.Tensor, ...]
 
 
@@ -36,13 +37,18 @@ class Case(NamedTuple):
     Attributes:
         about: One line for people: layer, sizes, batch.
         build: Makes the contenders; the first is this package's layer, the others are what it is measured by.
-        at_most: Name of a contender to the ratio of time aimed at.
+        at_most: Name of a contender to the ratio of time aimed at, in every mode or by mode.
         modes: Those of `MODES` that are timed.
     """
     about: str
     build: Callable[[], list[Contender]]
-    at_most: dict[str, float] = {}
+    at_most: dict[str, float | dict[str, float]] = {}
     modes: tuple[str, ...] = MODES
+
+    def aim(self, other: str, mode: str) -> float | None:
+        """The ratio of time to another contender that is aimed at, if any."""
+        aim = self.at_most.get(other)
+        return aim.get(mode) if isinstance(aim, dict) else aim
 
 
 def cases() -> dict[str, Case]:
@@ -54,10 +60,7 @@ def cases() -> dict[str, Case]:
             found[f'moe-{kind}-k{num_selected}-b8'] = Case(
                 f'{layer}, {num_selected} of 4 convolutions 3x3 256-256, map 20x20, 8 images, gate included',
                 functools.partial(choose, layer, num_selected), aims)
-        for batch in (8, 32):
-            found[f'tokens-k{num_selected}-b{batch}'] = Case(
-                f'MoEMlp, {num_selected} of 8 experts, width 384, hidden 1536, {batch} x 197 tokens, nothing dropped',
-                functools.partial(tokens, num_selected, batch))
+    found |= _token_cases()
     for batch in (1, 8):
         found[f'deepmoe-half-b{batch}'] = Case(
             'DeepMoE convolution and norm, 3x3 256-256, half of the channels live on both sides, map 14x14, '
@@ -88,6 +91,23 @@ def _cond_conv_cases() -> dict[str, Case]:
             f'{num_experts} experts, map {size}x{size}, {batch} image{"s" if batch > 1 else ""}')
         found[name] = Case(
             about, functools.partial(cond_conv, num_experts, batch, **shape), aims.get(name, {}))
+    return found
+
+
+def _token_cases() -> dict[str, Case]:
+    found = {}
+    for num_selected, batch in itertools.product((1, 2), (8, 32)):
+        aims = {'dense Mlp': {'forward': 1.05, 'train': 1.15}, 'pytorch-mixtures': {'train': 1.}}
+        found[f'tokens-k{num_selected}-b{batch}'] = Case(
+            f'MoEMlp, {num_selected} of 8 experts, width 384, hidden 1536, {batch} x 197 tokens, nothing dropped',
+            functools.partial(tokens, num_selected, batch), aims if batch == 32 else {})
+    for num_selected in (1, 2):
+        found[f'tokens-dropping-k{num_selected}-b32'] = Case(
+            f'MoEMlp, {num_selected} of 8 experts, width 384, hidden 1536, 32 x 197 tokens, capacity factor 1 an image',
+            functools.partial(dropping_tokens, num_selected, 32))
+    found['soft-tokens-b32'] = Case(
+        'SoftMoEMlp, 8 experts of 25 slots, width 384, hidden 1536, 32 x 197 tokens',
+        functools.partial(soft_tokens, 32))
     return found
 
 
@@ -168,11 +188,32 @@ def half_live(batch: int, channels: int = 256, size: int = 14) -> list[Contender
     ]
 
 
-def tokens(num_selected: int, batch: int) -> list[Contender]:
-    """K of 8 experts for every token, and one dense MLP of K times the width."""
-    x = torch.randn(batch, 197, 384)
-    layer = MoEMlp(384, 1536, num_experts=8, num_selected=num_selected, capacity_factor=None)
-    return [Contender('MoEMlp', layer, (x,)), Contender('dense Mlp', Mlp(384, num_selected * 1536), (x,))]
+def tokens(num_selected: int, batch: int, width: int = 384, **layer_args) -> list[Contender]:
+    """K of 8 experts for every token, one dense MLP of K times the width, and the peer that drops nothing either."""
+    layer = MoEMlp(width, 4 * width, num_experts=8, num_selected=num_selected, capacity_factor=None, **layer_args)
+    return _beside_others(layer, batch, num_selected, 'pytorch-mixtures')
+
+
+def dropping_tokens(num_selected: int, batch: int, width: int = 384, **layer_args) -> list[Contender]:
+    """The same with slots for K / E of the tokens of every image, and the peers that drop what finds none."""
+    layer = MoEMlp(
+        width, 4 * width, num_experts=8, num_selected=num_selected, capacity=197 * num_selected // 8, group_images=1,
+        **layer_args)
+    others = ['mixture-of-experts'] + ['st-moe-pytorch'] * (num_selected > 1)
+    return _beside_others(layer, batch, num_selected, *others)
+
+
+def soft_tokens(batch: int, width: int = 384) -> list[Contender]:
+    """About as many slots as tokens."""
+    return _beside_others(SoftMoEMlp(width, 4 * width, num_experts=8, num_slots=25), batch, 1, 'soft-moe-pytorch')
+
+
+def _beside_others(layer: MoEMlp | SoftMoEMlp, batch: int, num_selected: int, *others: str) -> list[Contender]:
+    width = layer.in_features
+    x = torch.randn(batch, 197, width)
+    modules = {type(layer).__name__: layer, 'dense Mlp': Mlp(width, num_selected * layer.hidden_features)}
+    modules |= {name: make_peer(name, layer) for name in others}
+    return [Contender(name, module, (x,)) for name, module in modules.items()]
 
 
 def find_cases(patterns: Iterable[str]) -> dict[str, Case]:
