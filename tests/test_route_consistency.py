@@ -81,6 +81,21 @@ def test_gradient_of_the_task(kind):
     assert not torch.allclose(gradients(model)['blocks.1.mlp.router.weight'], expected['blocks.1.mlp.router.weight'])
 
 
+def test_class_tokens_can_be_left_out():
+    """Of 17 tokens an image the first has no counterpart then."""
+    model, (images, target) = tiny_model(), batch()
+    found = {}
+    for match_prefix in (True, False):
+        model.set_aux_loss(True)
+        _, (routing,) = model(images)
+        pairs = match_items(target.maps, target.areas, (32, 32), Grid(4, 4, 1), match_prefix)
+        assert bool((pairs[:, :, 0] >= 0).any()) == match_prefix
+        task = RouteConsistencyTask(model, match_prefix=match_prefix, verbose=False)
+        found[match_prefix] = task(images, target)['loss_jsd']
+        torch.testing.assert_close(found[match_prefix], jsd_loss(routing, pairs).detach())
+    assert found[True] != found[False]
+
+
 def test_evaluation_is_the_plain_loss():
     model, (images, target) = tiny_model(), batch()
     task = RouteConsistencyTask(model, verbose=False).eval()

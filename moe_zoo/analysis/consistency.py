@@ -7,9 +7,10 @@ are mixed. Measure and figure follow Kada et al. (MIRU 2023; IEEE OJSP 6, 2025, 
 
 Letters: B images, C channels, H x W pixels, T routed items, E experts, K chosen experts, h x w patches.
 """
+import itertools
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -121,53 +122,88 @@ def measure_consistency(
         InputError: The model routes no patches, or the loader is empty.
     """
     generator = torch.Generator().manual_seed(seed)
-    counts: Dict[str, List[_Changes]] = {}  # crop, then every sigma
-    facts: Dict[str, Dict[str, Any]] = {}
+    layers: Dict[str, _Layer] = {}
     left_out: Dict[str, None] = {}
     seen = 0
     with evaluation_mode(model):
-        for number, batch in enumerate(loader):
-            if number == max_batches:
-                break
+        for batch in itertools.islice(loader, max_batches):
             images = batch[0] if isinstance(batch, (tuple, list)) else batch
             images = images if device is None else images.to(device)
             seen += len(images)
-            for column, (maps, before, after) in enumerate(_changed(model, images, area, hflip, sigmas, generator)):
-                for name, first in before.items():
+            for column, change in enumerate(_changed(model, images, area, hflip, sigmas, generator)):
+                for name, first in change.before.items():
                     if len(first.shape) < 2:
                         left_out[name] = None
-                        continue
-                    grid = find_grid(first.shape, images.shape[-2:])
-                    facts.setdefault(name, {
-                        'experts': first.num_experts, 'selected': _selected(first), 'rows': grid.rows,
-                        'columns': grid.columns})
-                    total = counts.setdefault(name, [_Changes() for _ in range(1 + len(sigmas))])[column]
-                    total.add(*_paired_sets(first, after[name], *maps, images.shape[-2:], grid))
+                    else:
+                        layer = layers.setdefault(name, _Layer(1 + len(sigmas)))
+                        layer.add(column, first, change.after[name], change, images.shape[-2:])
     if not seen:
         raise InputError('loader is empty: consistency needs at least one batch of images.')
-    if not counts:
+    if not layers:
         raise InputError(f'model: {type(model).__name__} routes no patches, so that there are no routes to compare.')
-    layers = [
-        {'layer': name, **facts[name], **_columns([each.as_dict() for each in columns], sigmas)}
-        for name, columns in counts.items()]
-    overall = [_pooled([each[column].as_dict() for each in counts.values()]) for column in range(1 + len(sigmas))]
+    found = {name: [each.as_dict() for each in layer.changes] for name, layer in layers.items()}
     return {
         'images': seen, 'area': list(area), 'hflip': hflip, 'sigmas': list(sigmas), 'seed': seed,
-        'overall': _columns(overall, sigmas), 'layers': layers, 'left_out': list(left_out),
+        'overall': _columns([_pooled(column) for column in zip(*found.values())], sigmas),
+        'layers': [
+            {'layer': name, **layers[name].facts, **_columns(columns, sigmas)} for name, columns in found.items()],
+        'left_out': list(left_out),
     }
 
 
-def _changed(model: nn.Module, images: torch.Tensor, area, hflip, sigmas, generator):
-    """For the crop and for every noise: (maps, areas) of both, and the records of the image and of what it became."""
-    view, maps, areas = random_view(images, area, hflip=hflip, generator=generator)
-    same = torch.eye(3, device=images.device).expand(len(images), 3, 3)
-    whole = torch.ones_like(areas)
+class _Change(NamedTuple):
+    """What a batch became, and the records of both: maps and areas as `moe_zoo.data.match_patches` takes them."""
+    maps: torch.Tensor
+    areas: torch.Tensor
+    before: Dict[str, Routing]
+    after: Dict[str, Routing]
+
+
+class _Layer:
+    """What is counted of one layer: for the crop, then for every noise."""
+
+    def __init__(self, columns: int):
+        self.changes = [_Changes() for _ in range(columns)]
+        self.facts: Dict[str, Any] = {}
+
+    def add(self, column: int, first: Routing, second: Routing, change: _Change, image_size: Tuple[int, int]) -> None:
+        grid = find_grid(first.shape, image_size)
+        selected = None if first.indices is None or first.by_expert else first.indices.shape[1]
+        self.facts = {
+            'experts': first.num_experts, 'selected': selected, 'rows': grid.rows, 'columns': grid.columns}
+        pairs = patch_pairs(change.maps, change.areas, image_size, grid)
+        sets = torch.cat([chosen_sets(first), chosen_sets(second)])
+        self.changes[column].add(sets[pairs[0]].cpu(), sets[pairs[1]].cpu())
+
+
+def _changed(model: nn.Module, images: torch.Tensor, area, hflip, sigmas, generator) -> Iterator[_Change]:
+    """The crop, then every noise."""
+    view, maps, areas = crop_pairs(images, area, hflip, generator)
     noise = torch.randn(images.shape, generator=generator).to(images)
     before = _records(model, images)
-    yield (torch.stack([same, maps], dim=1), torch.stack([whole, areas], dim=1)), before, _records(model, view)
-    unmoved = torch.stack([same, same], dim=1), torch.stack([whole, whole], dim=1)
+    yield _Change(maps, areas, before, _records(model, view))
+    unmoved, whole = maps[:, :1].expand(-1, 2, 3, 3), torch.ones_like(areas)
     for sigma in sigmas:
-        yield unmoved, before, _records(model, images + sigma * noise)
+        yield _Change(unmoved, whole, before, _records(model, images + sigma * noise))
+
+
+def crop_pairs(
+        images: torch.Tensor,
+        area: Tuple[float, float],
+        hflip: float,
+        generator: torch.Generator,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Crops of (B, C, H, W) images, and the (B, 2, 3, 3) maps and (B, 2) areas of the images as they are and of them."""
+    view, maps, areas = random_view(images, area, hflip=hflip, generator=generator)
+    same = torch.eye(3, device=images.device).expand(len(images), 3, 3)
+    return view, torch.stack([same, maps], dim=1), torch.stack([torch.ones_like(areas), areas], dim=1)
+
+
+def patch_pairs(maps: torch.Tensor, areas: torch.Tensor, image_size: Tuple[int, int], grid: Grid) -> torch.Tensor:
+    """(2, P) item numbers of the patches that correspond, those of the first view first, prefix tokens left out."""
+    pairs = match_items(maps, areas, image_size, grid, match_prefix=False).flatten(1)
+    # Whichever view is finer, items of the first one have the lower numbers.
+    return pairs[:, (pairs >= 0).all(dim=0)].sort(dim=0).values
 
 
 def _records(model: nn.Module, images: torch.Tensor) -> Dict[str, Routing]:
@@ -175,27 +211,6 @@ def _records(model: nn.Module, images: torch.Tensor) -> Dict[str, Routing]:
     with trace_routing(model) as trace:
         model(images)
     return {name if not i else f'{name}#{i + 1}': r for name, records in trace.items() for i, r in enumerate(records)}
-
-
-def _selected(routing: Routing) -> Optional[int]:
-    """K; None where experts choose, or where all are mixed."""
-    return None if routing.indices is None or routing.by_expert else routing.indices.shape[1]
-
-
-def _paired_sets(
-        first: Routing,
-        second: Routing,
-        maps: torch.Tensor,
-        areas: torch.Tensor,
-        image_size: Tuple[int, int],
-        grid: Grid,
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """(P, E) bool sets of the corresponding patches, those of the image first."""
-    pairs = match_items(maps, areas, image_size, grid, match_prefix=False).flatten(1)
-    pairs = pairs[:, (pairs >= 0).all(dim=0)]
-    pairs = pairs.sort(dim=0).values  # whichever view is finer, items of the first have the lower numbers
-    sets = torch.cat([chosen_sets(first), chosen_sets(second)])
-    return sets[pairs[0]].cpu(), sets[pairs[1]].cpu()
 
 
 def _columns(found: Sequence[Dict[str, Any]], sigmas: Sequence[float]) -> Dict[str, Any]:
@@ -237,7 +252,7 @@ def locate_pairs(
     Raises:
         InputError: The model has no such layer, or routes no patches.
     """
-    view, maps, areas = random_view(images, area, hflip=hflip, generator=torch.Generator().manual_seed(seed))
+    view, maps, areas = crop_pairs(images, area, hflip, torch.Generator().manual_seed(seed))
     with evaluation_mode(model):
         before, after = _records(model, images), _records(model, view)
     names = [name for name, routing in before.items() if len(routing.shape) > 1]
@@ -247,11 +262,7 @@ def locate_pairs(
     layer = layer or names[-1]
     B, size, first = len(images), images.shape[-2:], before[layer]
     grid = find_grid(first.shape, size)
-    same = torch.eye(3, device=maps.device).expand(B, 3, 3)
-    pairs = match_items(
-        torch.stack([same, maps], dim=1), torch.stack([torch.ones_like(areas), areas], dim=1), size, grid, False)
-    pairs = pairs.flatten(1).sort(dim=0).values.cpu()
-    pairs = pairs[:, pairs[0] >= 0]
+    pairs = patch_pairs(maps, areas, size, grid).cpu()
     sets = torch.cat([chosen_sets(first), chosen_sets(after[layer])]).cpu()
     best = torch.cat([_best(first), _best(after[layer])]).cpu()
     shown, changed = torch.zeros(len(best), dtype=torch.bool), torch.zeros(len(best), dtype=torch.bool)

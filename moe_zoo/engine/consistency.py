@@ -34,6 +34,8 @@ class RouteConsistencyTask(MoEClassificationTask):
         loss: A key of `moe_zoo.losses.CONSISTENCY_LOSSES`: 'jsd' (poster, 2023) or 'prc' (article, 2025).
         weights: Its weights: one for 'jsd', those of the diagonal and of the other terms for 'prc'; None for the
             defaults. `loss='jsd', weights=(0,)` is the control: two views, and nothing that compares them.
+        match_prefix: Whether the class token of one view corresponds to that of the other; see
+            `moe_zoo.data.match_patches`.
         args, kwargs: As `MoEClassificationTask`.
 
     Raises:
@@ -46,12 +48,14 @@ class RouteConsistencyTask(MoEClassificationTask):
             *args,
             loss: str = 'jsd',
             weights: Optional[Sequence[float]] = None,
+            match_prefix: bool = True,
             **kwargs,
     ):
         check_weights(loss, weights)
         super().__init__(model, *args, **kwargs)
         self.loss = loss
         self.weights = tuple(weights or ())
+        self.match_prefix = match_prefix
 
     def forward(self, input: torch.Tensor, target: ViewTargets) -> Dict[str, Any]:
         """One forward through the model and all losses.
@@ -66,7 +70,7 @@ class RouteConsistencyTask(MoEClassificationTask):
         output, routings = self.run(input)
         if not self.training:
             return self.add_up(output, target.targets, routings, {})
-        value = route_consistency(routings, target, input.shape[-2:], self.loss, self.weights)
+        value = route_consistency(routings, target, input.shape[-2:], self.loss, self.weights, self.match_prefix)
         if self.loss == 'prc':
             routings = [without_balance(routing) for routing in routings]
         auxiliary = auxiliary_losses(routings, target.targets)
