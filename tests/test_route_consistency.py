@@ -254,6 +254,7 @@ def test_batch_size_counts_images(images):
     (dict(view_areas=[0.1, 0.5, 0.6]), r'view_areas=.* give two ranges of shares'),
     (dict(route_consistency_weight=[1, 2]), r'weight=\[1.0, 2.0\] with route_consistency=jsd: give one'),
     (dict(route_consistency='prc', route_consistency_weight=[1]), 'route_consistency=prc: give two numbers'),
+    (dict(route_consistency=None, route_consistency_weight=[1]), r'weight=\[1.0\]: say also route_consistency=jsd or'),
     (dict(route_consistency='jds'), "route_consistency='jds': use jsd or prc. Did you mean 'jsd'?"),
     (dict(model='condconv_mobilenetv1_025', model_kwargs={}), 'decides once an image: leave the option'),
     (dict(model='test_vit', model_kwargs={}, img_size=160), "'test_vit' routes nothing: leave the option out, or"),

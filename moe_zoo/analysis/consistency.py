@@ -193,7 +193,7 @@ def crop_pairs(
         hflip: float,
         generator: torch.Generator,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Crops of (B, C, H, W) images, and the (B, 2, 3, 3) maps and (B, 2) areas of the images as they are and of them."""
+    """Crops of (B, C, H, W) images; (B, 2, 3, 3) maps and (B, 2) areas of the images as they are and of the crops."""
     view, maps, areas = random_view(images, area, hflip=hflip, generator=generator)
     same = torch.eye(3, device=images.device).expand(len(images), 3, 3)
     return view, torch.stack([same, maps], dim=1), torch.stack([torch.ones_like(areas), areas], dim=1)

@@ -262,6 +262,9 @@ def _settle(args: argparse.Namespace) -> argparse.Namespace:
         raise InputError(f'val_share={args.val_share}: give a share of the training images from 0 to below 1.')
     if args.freeze_gates is not None and args.freeze_gates < 0:
         raise InputError(f'freeze_gates={args.freeze_gates}: give the number of epochs that the gates train, or none.')
+    if args.route_consistency_weight and not args.route_consistency:
+        raise InputError(
+            f'route_consistency_weight={args.route_consistency_weight}: say also route_consistency=jsd or =prc.')
     if args.jsd_loss and args.aug_splits < 2:
         raise InputError('jsd_loss=true compares augmented versions of an image: set aug_splits to at least 2.')
     return args

@@ -551,7 +551,8 @@ def parser() -> argparse.ArgumentParser:
                         help='continue from the last checkpoint of the run, or from this one')
     result.add_argument('--strict-data', action='store_true', help='refuse corrupt images instead of skipping them')
     result.add_argument('--route-consistency', metavar='jsd|prc',
-                        help='train on two views of every image and pull the routes of their patches together')
+                        help='train on two views of every image, at twice the compute, and pull the routes of their'
+                             ' patches together')
     result.add_argument('--twin', action='store_true',
                         help='also train the dense twin on the same batches and print the paired difference')
     result.add_argument('--seeds', nargs='+', metavar='N', help='one run for each seed; prints mean and deviation')
