@@ -1,0 +1,230 @@
+"""Fewer experts, joined experts, no experts: what goes, what stays, and when the function stays with it.
+
+Letters: E experts, K chosen experts, T items.
+"""
+import json
+import re
+
+import pytest
+import timm
+import torch
+from test_upcycle import RESNET, ROUTED_VIT, difference, lively
+from torch import nn
+
+from moe_zoo.checkpoints import merge, prune, to_dense, upcycle
+from moe_zoo.errors import InputError
+from moe_zoo.routing import Routing, trace_routing
+
+
+def routed(name: str, **kwargs) -> nn.Module:
+    """A small model that does something at once: V-MoE's head starts at zero."""
+    shape = dict(ROUTED_VIT, head_zero_init=False) if 'vit' in name else RESNET
+    return lively(timm.create_model(name, **{**shape, 'num_classes': 5, **kwargs})).eval()
+
+
+def upcycled(name: str, noise: float = 0., **kwargs):
+    """(dense ResNet, the routed model that starts from it)."""
+    dense = lively(timm.create_model('resnet18', num_classes=5, **RESNET)).eval()
+    model = routed(name, **kwargs)
+    model.load_state_dict(upcycle(dense.state_dict(), model, noise=noise))
+    return dense, model
+
+
+def traced(model: nn.Module, images: int = 4):
+    with trace_routing(model) as trace, torch.no_grad():
+        model(torch.randn(images, 3, 32, 32))
+    return trace
+
+
+def with_masses(model: nn.Module, mass) -> dict:
+    """A trace of one item in which every layer weighs its experts so."""
+    weights = torch.tensor([mass])
+    return {name: [Routing(weights, weights, weights)] for name in traced(model)}
+
+
+# Pruning
+
+@pytest.mark.parametrize('limits', [dict(keep=2), dict(share=0.01)])
+def test_experts_that_no_gate_opens_go_without_a_trace(limits):
+    model = routed('condconv_resnet18', num_experts=4)
+    for name, parameter in model.named_parameters():
+        if name.endswith('routing_fn.bias'):
+            nn.init.zeros_(parameter)
+            parameter.data[[1, 3]] = -40.  # sigmoid(-40) = 4e-18
+    smaller = prune(model, traced(model), **limits)
+    assert smaller._model_args['num_experts'] == 2
+    kernels = 'layer4.1.conv2.weight', 'layer4.1.routing_fn.weight', 'fc.weight', 'fc.bias'
+    for name in kernels:
+        assert torch.equal(smaller.state_dict()[name], model.state_dict()[name][[0, 2]])
+    assert difference(model, smaller) < 1e-5
+    assert model.layer4[1].conv2.num_experts == 4
+
+
+@pytest.mark.parametrize('name, kwargs, keep, num_selected', [
+    ('vmoe_vit_b', {}, 3, 2),
+    ('vmoe_vit_b', dict(num_selected=2), 1, 1),
+    ('vmoe_vit_b', dict(num_experts=4, num_selected=2, expert_ratio=2), 2, 1),  # 8 experts of half the width
+    ('vmoe_vit_b', dict(router='shazeer'), 2, 2),
+    ('moe_resnet18', dict(num_selected=3, constraint='relative'), 2, 2),
+    ('moe_resnet18', dict(layer='conv'), 1, 1),
+    ('vmoe_vit_b_ec', {}, 2, 2),
+    ('softmoe_vit_s', dict(moe_layers=(1,)), 2, None),
+    ('dyconv_resnet18', {}, 2, None),
+])
+def test_every_kind_of_layer_is_pruned(name, kwargs, keep, num_selected):
+    model = routed(name, **kwargs)
+    mass = [1., 5., 2., 4., 3., 3., 3., 3.][:8 if 'expert_ratio' in kwargs else 4]
+    smaller = prune(model, with_masses(model, mass), keep=keep)
+    ratio = kwargs.get('expert_ratio', 1)
+    assert smaller._model_args['num_experts'] == keep // ratio
+    if num_selected:
+        layers = [m for m in smaller.modules() if hasattr(m, 'num_selected') and hasattr(m, 'router')]
+        assert all((m.num_experts, m.num_selected) == (keep, num_selected * ratio) or 'ec' in name for m in layers)
+    assert smaller(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+
+
+def test_the_heaviest_stay_in_their_order():
+    model = routed('vmoe_vit_b')
+    smaller = prune(model, with_masses(model, [1., 5., 2., 4.]), keep=2)
+    old, new = model.blocks[1].mlp, smaller.blocks[1].mlp
+    assert torch.equal(new.fc2.weight, old.fc2.weight[[1, 3]])
+    assert torch.equal(new.router.weight, old.router.weight[[1, 3]])
+    stage = routed('moe_resnet18')
+    fewer = prune(stage, with_masses(stage, [3., 1., 2., 4.]), keep=2)
+    for new, old in ((0, 0), (1, 3)):
+        state = stage.layer4[0].experts[old].state_dict()
+        assert all(torch.equal(v, state[k]) for k, v in fewer.layer4[0].experts[new].state_dict().items())
+
+
+def test_unused_experts_of_a_choice_are_not_missed():
+    model = routed('moe_resnet18', layer='conv', num_experts=6, num_selected=1, noise=False)
+    x = torch.randn(2, 3, 32, 32)
+    with trace_routing(model) as trace, torch.no_grad():
+        expected = model(x)
+        smaller = prune(model, trace, share=1e-6)
+        assert smaller._model_args['num_experts'] < 6
+        torch.testing.assert_close(smaller(x), expected)
+
+
+def test_a_chain_keeps_the_same_experts_everywhere():
+    model = routed('condconv_resnet18', num_experts=4, route_fn='single')
+    trace = with_masses(model, [1., 5., 2., 4.])
+    assert len(trace) == 2  # one decision for all blocks, one for the classifier
+    smaller = prune(model, trace, keep=2)
+    assert torch.equal(smaller.layer4[1].conv1.weight, model.layer4[1].conv1.weight[[1, 3]])
+
+
+def test_pruned_it_is_saved_and_created_small(tmp_path):
+    model = routed('vmoe_vit_b')
+    model.reset_classifier(3)
+    smaller = prune(model, traced(model), keep=1)
+    timm.models.save_for_hf(smaller, tmp_path, model_args=dict(smaller._model_args))
+    stored = json.loads((tmp_path / 'config.json').read_text())['model_args']
+    assert (stored['num_experts'], stored['num_selected']) == (1, 1)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(x), smaller(x)) and again(x).shape == (2, 3)
+
+
+# Joining
+
+@pytest.mark.parametrize('name, kwargs', [
+    ('condconv_resnet18', dict(num_experts=4)), ('condconv_resnet18', dict(num_experts=4, route_fn='single')),
+    ('condconv_resnet18', dict(num_experts=4, route_fn='softmax')), ('dyconv_resnet18', {}),
+])
+def test_equal_experts_are_joined_without_a_loss(name, kwargs):
+    model = routed(name, **kwargs)
+    for value in model.state_dict().values():  # 0 and 2 are equal, and 1 and 3, with their router rows
+        if value.dim() and value.shape[0] == 4:
+            value[2:] = value[:2]
+    smaller = merge(model, traced(model), keep=2)
+    assert smaller._model_args['num_experts'] == 2
+    assert difference(model, smaller) < 1e-5
+
+
+def test_copies_that_are_chosen_are_joined_without_a_loss():
+    dense = lively(timm.create_model('vit_tiny_patch16_224', num_classes=5, **{
+        key: value for key, value in ROUTED_VIT.items() if key not in ('act_layer', 'num_experts')})).eval()
+    model = routed('vmoe_vit_b', router_args=dict(renormalise=True))
+    model.load_state_dict(upcycle(dense.state_dict(), model))
+    assert difference(model, merge(model, traced(model), keep=1)) < 1e-5
+
+
+def test_the_most_alike_are_joined_by_their_mass():
+    model = routed('vmoe_vit_b')
+    fc1 = model.blocks[1].mlp.fc1
+    with torch.no_grad():
+        for parameter in (*fc1.parameters(), *model.blocks[1].mlp.fc2.parameters()):
+            nn.init.normal_(parameter)
+            parameter[3] = parameter[1] + 0.01 * torch.randn_like(parameter[1])
+    smaller = merge(model, with_masses(model, [1., 1., 1., 3.]), keep=3)
+    weights = smaller.blocks[1].mlp.fc1.weight
+    torch.testing.assert_close(weights[1], (fc1.weight[1] + 3 * fc1.weight[3]) / 4)
+    assert torch.equal(weights[[0, 2]], fc1.weight[[0, 2]])
+    router = model.blocks[1].mlp.router.weight
+    torch.testing.assert_close(smaller.blocks[1].mlp.router.weight[1], router[[1, 3]].mean(0))
+
+
+# Folding
+
+@pytest.mark.parametrize('name, kwargs', [
+    ('condconv_resnet18', dict(num_experts=3)), ('condconv_resnet18', dict(route_fn='single')),
+    ('dyconv_resnet18', {}), ('deepmoe_narrow_resnet18', {}),
+])
+def test_what_was_upcycled_folds_back(name, kwargs):
+    dense, model = upcycled(name, noise=0.1, **kwargs)
+    state = to_dense(model, traced(model))
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in dense.state_dict().items()}
+    for key, value in dense.state_dict().items():
+        torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_constant_gates_fold_exactly_and_others_on_average():
+    model = routed('condconv_resnet18', num_experts=3)
+    dense = timm.create_model('resnet18', num_classes=5, **RESNET).eval()
+    dense.load_state_dict(to_dense(model, traced(model)))
+    assert 1e-4 < difference(model, dense)
+    for name, parameter in model.named_parameters():
+        if 'routing_fn' in name:
+            nn.init.zeros_(parameter) if name.endswith('weight') else nn.init.normal_(parameter)
+    dense.load_state_dict(to_dense(model, traced(model)))
+    assert difference(model, dense) < 1e-5
+
+
+def test_channels_that_are_never_live_are_zero():
+    _, model = upcycled('deepmoe_narrow_resnet18')
+    nn.init.zeros_(model.layer2[0].gate1.weight[3:5])
+    nn.init.constant_(model.layer2[0].gate1.weight[6], 0.5)  # its gate is 1/2 of every image
+    state = to_dense(model, traced(model))
+    norm = model.layer2[0].bn1
+    assert not state['layer2.0.bn1.weight'][3:5].any() and not state['layer2.0.bn1.bias'][3:5].any()
+    torch.testing.assert_close(state['layer2.0.bn1.weight'][6], norm.weight[6] / 2)
+    dense = timm.create_model('resnet18', num_classes=5, **RESNET)
+    dense.load_state_dict(state)
+    assert difference(model, dense) < 1e-5
+
+
+# Bad input
+
+@pytest.mark.parametrize('call, message', [
+    (lambda m, t: prune(m, t, keep=5), 'keep=5: choose between 1 and 4, as there are 4 experts.'),
+    (lambda m, t: merge(m, t, keep=0), 'keep=0: choose between 1 and 4'),
+    (lambda m, t: prune(m, t), 'keep=None, share=None: give exactly one of the two.'),
+    (lambda m, t: prune(m, t, keep=1, share=0.5), 'give exactly one of the two'),
+    (lambda m, t: prune(m, {}, keep=1), "trace has no records of 'blocks.1.mlp': run images through the model under"),
+    (lambda m, t: to_dense(m, t), "to_dense: 'blocks.1.mlp' is a MoEMlp, which chooses its experts"),
+    (lambda m, t: prune(m.blocks, {name.removeprefix('blocks.'): r for name, r in t.items()}, keep=1),
+     'Sequential: only a model made by timm.create_model can be made again smaller.'),
+    (lambda m, t: prune(timm.create_model('resnet18', **RESNET), {}, keep=1), 'ResNet has no routed layers.'),
+])
+def test_what_cannot_shrink_is_told(call, message):
+    model = routed('vmoe_vit_b')
+    with pytest.raises(InputError, match=re.escape(message)):
+        call(model, traced(model))
+
+
+def test_experts_of_a_hierarchy_cannot_be_taken_apart():
+    model = routed('condconv_resnet18', num_experts=4, route_fn='hierarchical')
+    with pytest.raises(InputError, match='routing_fn.weight of shape .* cannot be taken apart by experts'):
+        prune(model, traced(model), keep=2)
