@@ -66,6 +66,14 @@ def test_every_parameter_gets_a_gradient_in_every_mode(mode, x):
     assert len(model.encoders) == (1 if mode == 'single' else 3)
 
 
+@pytest.mark.parametrize('mode', MODES)
+def test_no_image_depends_on_another_and_evaluation_repeats_itself(mode, x):
+    model = trio(mode=mode, representation_drop=0.5, drop_rate=0.5, affinity=AFFINITY).eval()
+    y = model(x)
+    assert torch.equal(model(x), y)
+    torch.testing.assert_close(torch.cat([model(x[:1]), model(x[1:])]), y, rtol=1e-4, atol=1e-5)
+
+
 def test_a_single_representation_costs_no_other():
     whole, one = (timm.create_model('fusion_trio', device='meta', **kwargs).eval()
                   for kwargs in ({}, dict(mode='single', single=1)))

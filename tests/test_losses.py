@@ -41,7 +41,8 @@ def test_perfect_balance_has_finite_gradients():
     gates = torch.softmax(logits, dim=-1)
     noisy = logits + torch.randn(8, 4)
     routing = Routing(
-        logits, gates, *torch.softmax(noisy, -1).topk(2), noisy_logits=noisy, noise_std=torch.tensor(0.25))
+        logits, gates, *torch.softmax(noisy, -1).topk(2), noisy_logits=noisy, noise_std=torch.tensor(0.25),
+        affinity=torch.ones(4, 4))
     values = {name: loss(routing) for name, loss in LOSSES.items()}
     assert values['importance'].item() == values['importance_unbiased'].item() == 0
     assert values['kl'].item() == pytest.approx(0, abs=1e-6)
@@ -144,7 +145,7 @@ def test_balance_counts_what_was_kept():
 def test_an_empty_batch_costs_nothing(name):
     empty = torch.zeros(0, 4, requires_grad=True)
     routing = Routing(empty, empty, empty[:, :2], torch.zeros(0, 2, dtype=torch.int64), noisy_logits=empty,
-                      noise_std=torch.tensor(1.0))
+                      noise_std=torch.tensor(1.0), affinity=torch.ones(4, 4))
     loss = LOSSES[name](routing)
     loss.backward()
     assert loss.item() == 0

@@ -169,6 +169,22 @@ def test_heads_are_independent_of_the_other_representations():
     assert all(layer.heads[k].weight.grad.abs().max() < 1e-30 for k in (0, 2))
 
 
+def test_heads_are_trained_one_by_one_on_what_they_propose():
+    layer = fusion([3, 5, 4], 4)
+    x, phi, _ = inputs()
+    proposed = layer.propose(phi)
+    assert proposed.shape == (6, 3, 4)
+    for k in range(3):
+        torch.testing.assert_close(proposed[:, k], layer.heads[k](phi[k]))
+    loss = F.cross_entropy(proposed.flatten(0, 1), torch.arange(6).remainder(4).repeat_interleave(3))
+    gradients = torch.autograd.grad(loss, [layer.heads[k].weight for k in range(3)])
+    alone = F.cross_entropy(layer.heads[1](phi[1]), torch.arange(6) % 4) / 3  # no head hears of another
+    torch.testing.assert_close(gradients[1], torch.autograd.grad(alone, layer.heads[1].weight)[0])
+    with routing_context() as context:
+        layer.propose(phi)
+    assert not context.routings
+
+
 def test_goals_enter_the_heads_and_the_gate_where_asked():
     x, phi, goal = inputs(goal_dim=2)
     for to_gate in (False, True):
@@ -458,6 +474,8 @@ def test_wrong_inputs_are_one_sentence():
         layer(x, phi[:2], goal)
     with pytest.raises(InputError, match=r'goal of 0 values: the fusion was made for goal_dim=2'):
         layer(x, phi)
+    with pytest.raises(InputError, match='One output with mix=.probabilities.'):
+        layer.reset_heads(1)
     with pytest.raises(InputError, match=r'An affinity measured on 3 images: use 4 at least'):
         measure_affinity(Net(), torch.randn(3, 3, 4, 4))
     with pytest.raises(InputError, match=r'model: Linear has no SituationalFusion'):

@@ -15,7 +15,7 @@ from timm.layers import register_notrace_module
 from torch import nn
 from torch.nn import functional as F
 
-from ..errors import InputError, nearest
+from ..errors import InputError, counted, nearest
 from ..routing import Routing, SoftmaxRouter, check_num_selected, record
 from .image_moe import pooled
 from .routed import RoutedLayer
@@ -153,7 +153,7 @@ class SituationalFusion(RoutedLayer):
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        _check(dims, num_outputs, mode, mix, representation_drop)
+        _check(dims, mode, mix, representation_drop)
         self.dims = tuple(dims)
         self.num_experts = self.num_selected = len(dims)
         self.mode = mode
@@ -177,7 +177,13 @@ class SituationalFusion(RoutedLayer):
         self.reset_heads(num_outputs, **dd)
 
     def reset_heads(self, num_outputs: int, device=None, dtype=None) -> None:
-        """New heads of as many outputs, in the training mode of the layer; 0 leaves them out."""
+        """New heads of as many outputs, in the training mode of the layer; 0 leaves them out.
+
+        Raises:
+            InputError: One output, where it would be a probability.
+        """
+        if num_outputs == 1 and not (self.concatenates or self.mixes_logits):
+            raise InputError("One output with mix='probabilities' is a distribution over one class: use mix='logits'.")
         self.num_outputs = num_outputs
         widths = [sum(self.dims)] if self.concatenates else self.dims
         heads = [self._head(width + self.goal_dim, device, dtype) for width in widths] if num_outputs else []
@@ -209,14 +215,21 @@ class SituationalFusion(RoutedLayer):
         if pre_logits or self.num_outputs == 0:
             return self.scale(features, weights)
         if self.concatenates:
-            features = [self.scale(features, weights)]
+            return self.propose([self.scale(features, weights)], goal)[:, 0]
+        return self.mix(self.propose(features, goal), weights)
+
+    @torch.jit.export
+    def propose(self, features: List[torch.Tensor], goal: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """What every head says of its own representation: for heads that are trained one by one, before the gate.
+
+        Shapes:
+            features K of (B, D_k), goal (B, G) -> (B, K, O) logits. K is 1 where one head sees all, of sum D_k values.
+        """
         outputs: List[torch.Tensor] = []
         for k, head in enumerate(self.heads):
             seen = features[k] if goal is None else torch.cat([features[k], goal.to(features[k].dtype)], dim=1)
             outputs.append(head(seen))
-        if self.concatenates:
-            return outputs[0]
-        return self.mix(torch.stack(outputs, dim=1), weights)
+        return torch.stack(outputs, dim=1)
 
     def weigh(self, x: torch.Tensor, goal: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Decide, and record the decision.
@@ -324,7 +337,7 @@ def check_affinity(matrix: Any, size: int) -> torch.Tensor:
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f'affinity={matrix!r} is no matrix: {wanted}.') from None
     if matrix.shape != (size, size):
-        raise InputError(f'affinity of shape {tuple(matrix.shape)} for {size} representations: {wanted}.')
+        raise InputError(f'affinity of shape {tuple(matrix.shape)} for {counted(size, "representation")}: {wanted}.')
     matrix.fill_diagonal_(0.)
     outside = ~((matrix >= 0) & (matrix <= 1))
     if outside.any():
@@ -393,7 +406,7 @@ def measure_affinity(model: nn.Module, *inputs: Any) -> torch.Tensor:
                 module.training = True
     K, images = len(seen[0]), len(seen[0][0])
     if images < 4:
-        raise InputError(f'An affinity measured on {images} images: use 4 at least, and better some hundred.')
+        raise InputError(f'An affinity measured on {counted(images, "image")}: use 4 at least, better some hundred.')
     affinity = torch.zeros(K, K)
     for i in range(K):
         for j in range(i):
@@ -472,15 +485,13 @@ def _representations(model: nn.Module, change) -> Iterator[Dict[str, Situational
             handle.remove()
 
 
-def _check(dims: Sequence[int], num_outputs: int, mode: str, mix: str, representation_drop: float) -> None:
+def _check(dims: Sequence[int], mode: str, mix: str, representation_drop: float) -> None:
     for argument, name, known in (('mode', mode, MODES), ('mix', mix, MIXES)):
         if name not in known:
             raise InputError(f'{argument}={name!r} is not one of {", ".join(known)}.{nearest(name, known)}')
     check_num_selected(len(dims), len(dims))
     if mode == 'single' and len(dims) > 1:
         raise InputError(f"mode='single' with {len(dims)} representations: hand over the one that is to be used.")
-    if num_outputs == 1 and mode not in ('feature', 'concat') and mix == 'probabilities':
-        raise InputError("One output with mix='probabilities' is a distribution over one class: use mix='logits'.")
     if not 0. <= representation_drop < 1.:
         raise InputError(
             f'representation_drop={representation_drop}: choose a probability of at least 0 and below 1.')

@@ -39,5 +39,6 @@ def gate_entropy_loss(routing: Routing) -> torch.Tensor:
 
     Unlike 'kl', which wants the mean gate of a batch even, it wants those of every image so.
     """
-    negative_entropy = torch.xlogy(routing.gates, routing.gates.clamp_min(1e-20)).sum()
-    return negative_entropy / max(1, routing.gates.shape[0]) + math.log(routing.num_experts)
+    gates = routing.gates
+    lack = math.log(routing.num_experts) + torch.xlogy(gates, gates.clamp_min(1e-20)).sum(dim=1)
+    return lack.sum() / max(1, gates.shape[0])

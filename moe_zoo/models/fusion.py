@@ -161,7 +161,8 @@ class PlainFusionNet(nn.Module):
         dims = [encoder.num_features for encoder in self.encoders]
         self.fusion = SituationalFusion(
             dims, num_classes, mode, mix, in_chans=in_chans, head_dim=head_dim, drop_rate=drop_rate,
-            representation_drop=representation_drop, affinity=affinity, losses=losses, **dd)
+            representation_drop=representation_drop, affinity=None if mode == 'single' else affinity, losses=losses,
+            **dd)
         self._describe()
 
     def _describe(self) -> None:
