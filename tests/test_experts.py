@@ -10,25 +10,19 @@ import torch
 from torch import nn
 
 import moe_zoo  # noqa: F401 - registers the models
+from moe_zoo.analysis.expert_records import BINS, kind_of, locate, watch
+from moe_zoo.analysis.expert_trials import forced_accuracies, predict_right, proportion, swept_accuracies
 from moe_zoo.analysis.expert_words import findings, listing
 from moe_zoo.analysis.experts import (
-    BINS,
     class_table,
     find_twins,
-    forced_accuracies,
     gate_summary,
-    kind_of,
-    locate,
-    predict_right,
-    proportion,
     spread,
-    swept_accuracies,
     top_classes,
     top_images,
     top_places,
     use_correlations,
     variance_split,
-    watch,
     weight_distances,
 )
 from moe_zoo.analysis.force import choosing_layers, select_experts
@@ -333,9 +327,9 @@ def test_words_about_other_choices():
     rows = [{'expert': e, 'accuracy': a, 'se': 4., 'difference': a - 80, 'difference_se': 3.}
             for e, a in enumerate((79., 60.))]
     said = told(forced={'everywhere': rows, 'layers': {}})['forced']
-    assert 'accuracy is **60.0 to 79.0 %** instead of 80.0 %; 1 of 2 differences are beyond' in said
+    assert 'accuracy is **60.0 to 79.0 %** instead of 80.0 %; 1 of 2 differences is clear.' in said
     said = told(forced={'everywhere': rows[:1], 'layers': {}})['forced']
-    assert 'accuracy is **79.0 %** instead' in said and 'cannot be told from chance' in said
+    assert 'accuracy is **79.0 %** instead' in said and 'none of the 1 difference is clear' in said
     swept = [{'k': k, 'native': k == 2, **rows[0]} for k in (1, 2)]
     assert told(k=swept)['k'].endswith('told from chance: 79.0 % (trained with K = 2).')
     swept[0].update(accuracy=60., difference=-20.)

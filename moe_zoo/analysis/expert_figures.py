@@ -8,7 +8,8 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 import numpy as np
 import torch
 
-from .experts import BINS, spread
+from .expert_records import BINS
+from .experts import spread
 from .figures import COLOURS, _legend, _panels, _short, save
 
 MOST = 12  # rows or columns of a panel that stay legible

@@ -11,8 +11,9 @@ from PIL import Image
 
 from ..errors import counted
 from .charts import curves, estimates, expert_colour, heat_map, histogram, pictures, share_bars, strips
+from .expert_records import KINDS
 from .expert_words import findings, listing, percent
-from .experts import KINDS, MEANINGS, spread
+from .experts import MEANINGS, spread
 from .page import Block, Figure, Page, Section, Stats, Table
 
 DRAWN = 8  # experts: as many as there are colours
@@ -27,15 +28,22 @@ LEAD = (
     'images that you chose. Every figure and every sentence comes from this run.')
 
 
-def expert_page(result: Mapping[str, Any], pixels: torch.Tensor, facts: Sequence[Tuple[str, str]] = ()) -> Page:
+def expert_page(
+        result: Mapping[str, Any],
+        pixels: torch.Tensor,
+        facts: Sequence[Tuple[str, str]] = (),
+        further: Sequence[Section] = (),
+) -> Page:
     """The whole page.
 
     Args:
         result: From `moe_zoo.engine.analyze_experts.analyze_classifier`.
         pixels: (N, C, H, W) uint8, the images in order.
         facts: Of the run, for the foot of the page.
+        further: Sections to put before the last, which says what was left out.
     """
-    return Page(f'What the experts of {result["model"]} do', LEAD, expert_sections(result, pixels), facts)
+    *sections, last = expert_sections(result, pixels)
+    return Page(f'What the experts of {result["model"]} do', LEAD, [*sections, *further, last], facts)
 
 
 def expert_sections(result: Mapping[str, Any], pixels: torch.Tensor) -> List[Section]:
@@ -316,7 +324,7 @@ def _left_out(result: Mapping[str, Any]) -> List[Block]:
         out.append(f'There is no image of {listing(unseen)}.')
     if result['corrupt']:
         out.append(f'{counted(len(result["corrupt"]), "image")} could not be read: {listing(result["corrupt"], 3)}.')
-    return [*out, 'All numbers, also of what is not drawn, are in `experts.json` beside this page.'] if out else []
+    return [*(out or ['Nothing.']), 'All numbers, also of what is not drawn, are in `experts.json` beside this page.']
 
 
 # ---- small things

@@ -170,10 +170,12 @@ def _forced(result: Mapping[str, Any]) -> str:
     where = 'everywhere' if forced['everywhere'] else 'in one layer'
     clear = sum(abs(row['difference']) > FORCED_CLEAR * row['difference_se'] for row in rows)
     low, high = min(row['accuracy'] for row in rows), max(row['accuracy'] for row in rows)
+    told = f'none of the {counted(len(rows), "difference")} is clear on this many images.'
+    if clear:
+        told = f'{clear} of {counted(len(rows), "difference")} {"is" if clear == 1 else "are"} clear.'
     return (
         f'With a single expert doing all the work {where}, accuracy is **{_range(low, high)}** instead of '
-        f'{result["free"]["accuracy"]:.1f} %; {clear} of {len(rows)} differences are beyond two standard errors'
-        f'{", so that the choice of the expert cannot be told from chance here." if not clear else "."}')
+        f'{result["free"]["accuracy"]:.1f} %; {told}')
 
 
 def _sweep(result: Mapping[str, Any]) -> str:

@@ -20,8 +20,9 @@ from .. import __version__
 from ..analysis.consistency import describe_consistency
 from ..analysis.expert_figures import write_figures
 from ..analysis.expert_page import expert_page
+from ..analysis.expert_records import locate
 from ..analysis.expert_words import findings, report
-from ..analysis.experts import analyze, locate, spread
+from ..analysis.experts import analyze, spread
 from ..analysis.page import Section, duration
 from ..errors import InputError, atomic_write, counted, exit_on_input_error, nearest
 from .analyze_routes import compare_routes, open_pair, routes_section
@@ -196,10 +197,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     text = json.dumps(result)
     with atomic_write(out / 'experts.json') as part:
         part.write_text(text, encoding='utf-8')
-    page = expert_page(result, images.pixels, _facts(flags, classifier, images))
-    if routes is not None:
-        page.sections.append(_routes_section(routes, images, None if flags.no_figures else out))
-    page.write(out / 'index.html')
+    further = [] if routes is None else [_routes_section(routes, images, None if flags.no_figures else out)]
+    expert_page(result, images.pixels, _facts(flags, classifier, images), further).write(out / 'index.html')
     if not flags.no_figures:
         try:
             write_figures(result, images.pixels, out)

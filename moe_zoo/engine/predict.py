@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 from PIL import Image
 
-from ..analysis.experts import kind_of, numbered
+from ..analysis.expert_records import kind_of, numbered
 from ..analysis.force import routed_layers
 from ..analysis.usage import image_shares
 from ..errors import InputError, exit_on_input_error
