@@ -143,6 +143,15 @@ def test_capacity_is_the_choice_in_evaluation_too():
     assert record_of(choosing(capacity=99).eval(), x).kept.all()  # more than there are
 
 
+def test_where_shapes_are_static_experts_get_what_they_take():
+    """Two images of 10 tokens, round(10 * 2 * 1.0 / 4) = 5 an expert and image: not 20 tokens an expert."""
+    layer = choosing().to('meta')
+    seen = []
+    layer.act.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    assert layer(torch.empty(2, 10, 8, device='meta')).shape == (2, 10, 8)
+    assert seen == [(4, 2 * 5, 16)]
+
+
 def test_noise_chooses_and_weighs_in_training_only():
     x = torch.randn(2, 10, 8)
     record = record_of(choosing(), x)
