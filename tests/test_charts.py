@@ -4,7 +4,20 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from moe_zoo.analysis.charts import WIDTH, curves, expert_colour, heat_map, intervals, scatter, share_bars, ticks
+from moe_zoo.analysis.charts import (
+    WIDTH,
+    curves,
+    estimates,
+    expert_colour,
+    heat_map,
+    histogram,
+    intervals,
+    pictures,
+    scatter,
+    share_bars,
+    strips,
+    ticks,
+)
 from moe_zoo.errors import InputError
 
 SVG = '{http://www.w3.org/2000/svg}'
@@ -79,6 +92,49 @@ def test_heat_map_shades_by_the_largest_value_and_writes_the_numbers():
     shades = [float(r.get('fill-opacity')) for r in drawn(svg, 'rect')]
     assert shades == [0, .12, .5, .25, .25, 0]  # half of value / 40; 0.125 is written with two digits
     assert words(svg).count('20') == 2 and {'digit', 'expert', '40'} <= set(words(svg))
+
+
+def test_histogram_bars_are_as_high_as_the_shares():
+    svg = histogram([1, 3, 0, 0], 'gate')  # 25 and 75 %
+    heights = [float(r.get('height')) for r in drawn(svg, 'rect')]
+    assert heights[1] == pytest.approx(3 * heights[0], abs=.2) and heights[2:] == [0, 0]
+    assert drawn(svg, 'title')[1].text == '0.25 to 0.50: 75.0 %' and {'gate', 'share, %'} <= set(words(svg))
+
+
+def test_estimates_reach_two_standard_errors_to_either_side():
+    svg = estimates([('a', 50, 5), ('b', 70, 0)], 'accuracy', ('free', 60))
+    a, b = (float(c.get('cx')) for c in drawn(svg, 'circle'))
+    line, none = [e for e in drawn(svg, 'line') if e.get('stroke') == 'var(--accent)']
+    free, = [e for e in drawn(svg, 'line') if e.get('stroke-dasharray')]
+    unit = (b - a) / 20  # of one percent
+    assert float(line.get('x2')) - a == pytest.approx(10 * unit, abs=.2) == a - float(line.get('x1'))
+    assert none.get('x1') == none.get('x2') and float(free.get('x1')) == pytest.approx((a + b) / 2, abs=.1)
+    assert {'a', 'b', 'free 60.0', 'accuracy'} <= set(words(svg))
+
+
+def test_strips_have_a_scale_of_their_own():
+    svg = strips([('first', [[.2, .4], [.1, 0]]), ('last', [[2, 1], [0, 4]])], ['cat', 'dog'], ['0', '1'], 'expert')
+    dots = drawn(svg, 'circle')
+    height = [float(d.get('cy')) for d in dots]
+    # In the first strip .4 is the top, in the last 4: half of it lies half way.
+    assert height[0] == pytest.approx((height[1] + height[3]) / 2) and height[4] == pytest.approx(
+        (height[6] + height[7]) / 2)
+    assert [d.get('fill') for d in dots[:4]] == ['var(--expert-0)'] * 2 + ['var(--expert-1)'] * 2
+    assert {'first', 'last', 'cat', 'dog', 'expert', '0.4', '4'} <= set(words(svg))
+
+
+def test_pictures_carry_their_bytes_and_colours():
+    grid = [['var(--expert-1)', 'var(--expert-1)', None], ['var(--expert-0)', None, None]]
+    svg = pictures([('a', b'\x89PNG', None), ('b', b'\xff\xd8', grid)], 2, [('expert 0', 'var(--expert-0)')], ratio=.5)
+    first, second = drawn(svg, 'image')
+    assert first.get('href').startswith('data:image/png;base64,iVBORw') and 'image/jpeg' in second.get('href')
+    assert float(first.get('height')) == pytest.approx(float(first.get('width')) / 2)
+    cells = [r for r in drawn(svg, 'rect') if r.get('fill-opacity')]
+    width = float(first.get('width')) / 3
+    # Neighbours of one colour are one rectangle: two and one in the first row, one and two in the second.
+    assert [float(r.get('width')) for r in cells] == pytest.approx([2 * width, width, width, 2 * width], abs=.1)
+    assert [r.get('fill') for r in cells] == ['var(--expert-1)', 'var(--card)', 'var(--expert-0)', 'var(--card)']
+    assert words(svg) == ['a', 'b', 'expert 0']
 
 
 def test_every_colour_is_one_of_the_page():

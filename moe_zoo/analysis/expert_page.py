@@ -279,14 +279,15 @@ def _logit_maps(result: Mapping[str, Any], pixels: torch.Tensor) -> List[Block]:
 
 def _otherwise(result: Mapping[str, Any], said: Mapping[str, str]) -> List[Block]:
     forced, free, blocks = result['forced'], result['free'], []
-    for name, rows in [('every layer', forced['everywhere']), *forced['layers'].items()] if forced else []:
+    trials = [('every layer', forced['everywhere'])] if forced else []
+    trials += [(f'layer `{name}`', rows) for name, rows in forced['layers'].items()] if forced else []
+    for where, rows in trials:
         if rows:
-            shown = sorted(rows, key=lambda row: -row['accuracy'])[:ROWS] if len(rows) > ROWS else rows
+            best = sorted(rows, key=lambda row: -row['accuracy'])[:ROWS]
+            note = f' (the {ROWS} best of {len(rows)})' if len(rows) > ROWS else ''
             blocks.append(_accuracies(
-                [(f'expert {row["expert"]}', row) for row in shown], free,
-                f'One expert does all the work of {"" if name == "every layer" else "layer "}'
-                f'{"every layer" if name == "every layer" else f"`{name}`"}'
-                f'{f" (the {ROWS} best of {len(rows)})" if len(rows) > ROWS else ""}.'))
+                [(f'expert {row["expert"]}', row) for row in rows if row in best], free,
+                f'One expert does all the work of {where}{note}.'))
     if result['k']:
         blocks.append(_accuracies(
             [(f'K = {row["k"]}{" *" if row["native"] else ""}', row) for row in result['k']], free,
@@ -297,7 +298,9 @@ def _otherwise(result: Mapping[str, Any], said: Mapping[str, str]) -> List[Block
         if any(layer['kind'] == 'by expert' for layer in result['layers']) else ''
     second = [said['k']] if 'k' in said and 'forced' in said else []
     return [*second, 'Dots are accuracies, lines two standard errors to either side, the dashed line the router left '
-            f'free. {MEANINGS["forced"] if forced else MEANINGS["k"]}{by_expert}', *blocks]
+            f'free. {MEANINGS["forced"] if forced else MEANINGS["k"]} A difference is called clear where it is more than '
+            f'two of its standard errors; it is measured image by image, and so more exactly than the dots.{by_expert}',
+            *blocks]
 
 
 def _accuracies(rows: Sequence[Tuple[str, Mapping[str, float]]], free: Mapping[str, float], caption: str) -> Figure:
