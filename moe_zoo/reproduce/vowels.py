@@ -29,8 +29,8 @@ EPOCHS = {4: 300, 10: 500}
 LIVE = 0.05  # share of the tokens from which on an expert counts as in use
 
 # System and number of vowels to the rate of gradient descent that served best with --pilot, over arms with and without
-# the type of the speaker. On 4 vowels it met the criterion soonest (mean logarithm of the epochs, 10 seeds), of rates by
-# factors of the square root of 2 from one that is too small to one that is too large; on 10 it was the most accurate
+# the type of the speaker. On 4 vowels it met the criterion soonest (mean logarithm of the epochs, 10 seeds), of rates
+# by factors of the square root of 2 from one that is too small to one that is too large; on 10 it was the most accurate
 # after all epochs (4 seeds), of 4 to 32 for mixtures and 2 to 16 for nets by factors of 2.
 RATES = {
     ('1 expert', 4): 22.6, ('2 experts', 4): 5.7, ('4 experts', 4): 16., ('8 experts', 4): 22.6,
