@@ -25,6 +25,8 @@ FILES = {
     'pmoe-samples': 'pmoe',
     'pmoe-spurious': 'pmoe',
     'vmoe-priority': 'vmoe',
+    'route-consistency': 'route_consistency',
+    'situational-fusion': 'situational_fusion',
     'vowels': 'vowels',
 }
 
