@@ -143,7 +143,7 @@ def _sheet(result: Mapping[str, Any], pixels: torch.Tensor, layer: Mapping[str, 
         target = result['targets'][row['image']]
         panels.append((f'{_cut(names[target], 8)} {percent(row["share"])}', picture(pixels[row['image']], THUMBNAIL),
                        None))
-    tops = [f'{names[row["class"]]} {percent(row["share"])} ± {percent(row["se"] or 0, 1)}'
+    tops = [f'**{names[row["class"]]}** {percent(row["share"])} ± {percent(row["se"] or 0, 1)}'
             for row in layer['top_classes'][column]]
     state = ', dead' if expert in layer['dead'] else ''
     share = percent(layer['importance'][expert], 1)
@@ -298,8 +298,9 @@ def _otherwise(result: Mapping[str, Any], said: Mapping[str, str]) -> List[Block
         if any(layer['kind'] == 'by expert' for layer in result['layers']) else ''
     second = [said['k']] if 'k' in said and 'forced' in said else []
     return [*second, 'Dots are accuracies, lines two standard errors to either side, the dashed line the router left '
-            f'free. {MEANINGS["forced"] if forced else MEANINGS["k"]} A difference is called clear where it is more than '
-            f'two of its standard errors; it is measured image by image, and so more exactly than the dots.{by_expert}',
+            f'free. {MEANINGS["forced"] if forced else MEANINGS["k"]} A difference is called clear where it is more '
+            'than two of its standard errors; it is measured image by image, and so more exactly than the dots.'
+            f'{by_expert}',
             *blocks]
 
 

@@ -126,7 +126,8 @@ def is_bimodal(gates: Mapping[str, Any]) -> bool:
 
 def _gates(result: Mapping[str, Any]) -> str:
     layers = result['layers']
-    layer = max(layers, key=lambda each: min(each['gates']['near_zero'], each['gates']['near_one']))
+    ends = {each['layer']: (each['gates']['near_zero'], each['gates']['near_one']) for each in layers}
+    layer = max(layers, key=lambda each: (min(ends[each['layer']]), sum(ends[each['layer']])))
     gates, bimodal = layer['gates'], sum(is_bimodal(each['gates']) for each in layers)
     middle = 1 - gates['near_zero'] - gates['near_one']
     verdict = f'switches (off or on) in {bimodal} of {counted(len(layers), "layer")}' if bimodal else \

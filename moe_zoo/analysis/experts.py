@@ -48,8 +48,8 @@ MEANINGS = {
                  'together near 1) or dimmers.',
     'near_one': f'Share of the gate values above {1 - NEAR}.',
     'between': 'Share of the variance of the gates between images that lies between classes: 0, the class of an image '
-               'does not matter to the router; 1, nothing else does. `chance` is what a router that ignores the class '
-               'would show with as few images.',
+               'does not matter to the router; 1, nothing else does; `within` is the rest, among images of one class. '
+               '`chance` is what a router that ignores the class would show with as few images.',
     'forced': 'Accuracy where one expert does all the work of a layer (or of every layer) with the whole combine '
               'weight. Near the accuracy of the free router, the choice of the expert matters little there.',
     'k': 'Accuracy where every item gets K experts, without training anew.',
@@ -110,7 +110,7 @@ def variance_split(gates: torch.Tensor, targets: torch.Tensor) -> Dict[str, Any]
 
     Returns:
         total: Variance, summed over the experts.
-        between: Share of it between classes; None where nothing varies.
+        between: Share of it between classes; None where nothing varies. within: The rest.
         between_se: Its standard error, from leaving out every tenth image in turn; None below 20 images.
         chance: What is expected of `between` where the class does not matter: (classes - 1) / (N - 1).
         by_expert: (E) the same of every expert, None where its gate does not vary.
@@ -126,6 +126,7 @@ def variance_split(gates: torch.Tensor, targets: torch.Tensor) -> Dict[str, Any]
     return {
         'total': float(overall.sum() / len(gates)),
         'between': float(between.sum() / overall.sum()) if varies else None,
+        'within': 1 - float(between.sum() / overall.sum()) if varies else None,
         'between_se': error,
         'chance': (len(targets.unique()) - 1) / (len(gates) - 1) if len(gates) > 1 else None,
         'by_expert': [float(b / o) if o > tiny else None for b, o in zip(between, overall)],
