@@ -70,7 +70,8 @@ OPTIONS: Dict[str, tuple] = {
     'val_share': (float, 0.0),
     # the gates of DeepMoE: epochs until they are frozen; ours, timm's train.py has no such option
     'freeze_gates': (int, None),
-    # routes that do not depend on the view: 'jsd' or 'prc', its weights, and the areas of the two crops; ours, too.
+    # routes that do not depend on the view: 'jsd' or 'prc', its weights (none: 0.01; 0.005 and 0.05), and the areas of
+    # the two crops; ours, too.
     # Every image of a batch is trained in two views, which doubles the compute; `view_areas` replaces `scale`.
     'route_consistency': (str, None), 'route_consistency_weight': ([float], None),
     'view_areas': ([float], [0.05, 0.7, 0.6, 1.0]),

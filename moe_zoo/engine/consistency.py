@@ -20,7 +20,9 @@ from ..losses import BALANCE_LOSSES, CONSISTENCY_LOSSES, auxiliary_losses
 from ..routing import Routing, trace_routing
 from .task import MoEClassificationTask
 
-NUM_WEIGHTS = {'jsd': 1, 'prc': 2}
+# The poster states no weight. Uniform routes agree, too, so that a large one flattens the routes, and the few chosen
+# experts of a patch then change more often, not less: this is about that of V-MoE's balance losses.
+WEIGHTS: Dict[str, Tuple[float, ...]] = {'jsd': (0.01,), 'prc': (5e-3, 5e-2)}
 
 
 class RouteConsistencyTask(MoEClassificationTask):
@@ -32,8 +34,8 @@ class RouteConsistencyTask(MoEClassificationTask):
     Args:
         model: A model with token or map routing.
         loss: A key of `moe_zoo.losses.CONSISTENCY_LOSSES`: 'jsd' (poster, 2023) or 'prc' (article, 2025).
-        weights: Its weights: one for 'jsd', those of the diagonal and of the other terms for 'prc'; None for the
-            defaults. `loss='jsd', weights=(0,)` is the control: two views, and nothing that compares them.
+        weights: Its weights: one for 'jsd', those of the diagonal and of the other terms for 'prc'; None for
+            `WEIGHTS`. `loss='jsd', weights=(0,)` is the control: two views, and nothing that compares them.
         match_prefix: Whether the class token of one view corresponds to that of the other; see
             `moe_zoo.data.match_patches`.
         args, kwargs: As `MoEClassificationTask`.
@@ -54,7 +56,7 @@ class RouteConsistencyTask(MoEClassificationTask):
         check_weights(loss, weights)
         super().__init__(model, *args, **kwargs)
         self.loss = loss
-        self.weights = tuple(weights or ())
+        self.weights = tuple(weights or WEIGHTS[loss])
         self.match_prefix = match_prefix
 
     def forward(self, input: torch.Tensor, target: ViewTargets) -> Dict[str, Any]:
@@ -79,9 +81,9 @@ class RouteConsistencyTask(MoEClassificationTask):
 
 def check_weights(loss: str, weights: Optional[Sequence[float]]) -> None:
     """Raises: InputError: The consistency loss is unknown, or has another number of weights."""
-    if loss not in NUM_WEIGHTS:
-        raise InputError(f'route_consistency={loss!r}: use jsd or prc.{nearest(str(loss), NUM_WEIGHTS)}')
-    if weights and (len(weights) != NUM_WEIGHTS[loss] or min(weights) < 0):
+    if loss not in WEIGHTS:
+        raise InputError(f'route_consistency={loss!r}: use jsd or prc.{nearest(str(loss), WEIGHTS)}')
+    if weights and (len(weights) != len(WEIGHTS[loss]) or min(weights) < 0):
         wanted = 'one number' if loss == 'jsd' else 'two numbers, of the diagonal and of the other terms,'
         raise InputError(f'route_consistency_weight={list(weights)} with route_consistency={loss}: give {wanted} >= 0.')
 
@@ -91,7 +93,7 @@ def route_consistency(
         target: ViewTargets,
         image_size: Tuple[int, int],
         loss: str = 'jsd',
-        weights: Sequence[float] = (),
+        weights: Optional[Sequence[float]] = None,
         match_prefix: bool = True,
 ) -> torch.Tensor:
     """The consistency loss, summed over the records that have patches.
@@ -101,7 +103,7 @@ def route_consistency(
         target: Their geometry.
         image_size: Height and width of the views.
         loss: A key of `CONSISTENCY_LOSSES`.
-        weights: Of that loss; () for its defaults.
+        weights: Of that loss; None for `WEIGHTS`.
         match_prefix: See `moe_zoo.data.match_patches`.
 
     Raises:
@@ -115,7 +117,7 @@ def route_consistency(
         if routing.shape not in pairs:
             grid = find_grid(routing.shape, image_size)
             pairs[routing.shape] = match_items(target.maps, target.areas, image_size, grid, match_prefix)
-        terms.append(CONSISTENCY_LOSSES[loss](routing, pairs[routing.shape], *weights))
+        terms.append(CONSISTENCY_LOSSES[loss](routing, pairs[routing.shape], *(weights or WEIGHTS[loss])))
     if not terms:
         raise InputError(f'route_consistency={loss}: no routed layer with patches was active in this forward.')
     return sum(terms)

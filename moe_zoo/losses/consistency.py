@@ -21,7 +21,8 @@ from ..routing.types import Routing
 def jsd_loss(routing: Routing, pairs: torch.Tensor, weight: float = 1.0, eps: float = 1e-7) -> torch.Tensor:
     """Jensen-Shannon divergence of the routes of a pair, mean over the matched pairs; natural logarithm, ln 2 at most.
 
-    JSD(p, q) = 1/2 sum_e(p_e ln(p_e / m_e) + q_e ln(q_e / m_e)), m = (p + q) / 2.
+    JSD(p, q) = 1/2 sum_e(p_e ln(p_e / m_e) + q_e ln(q_e / m_e)), m = (p + q) / 2. Two uniform routes have none: with a
+    large weight the routers become flat, and which experts are chosen then depends on the view more, not less.
 
     Args:
         routing: Record of T items.
