@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from test_upcycle import RESNET, ROUTED_VIT, difference, lively
+from timm.task import FeatureDistillationTask, LogitDistillationTask
 from torch import nn
 
 from moe_zoo.checkpoints import merge, prune, to_dense, upcycle
@@ -228,3 +229,22 @@ def test_experts_of_a_hierarchy_cannot_be_taken_apart():
     model = routed('condconv_resnet18', num_experts=4, route_fn='hierarchical')
     with pytest.raises(InputError, match='routing_fn.weight of shape .* cannot be taken apart by experts'):
         prune(model, traced(model), keep=2)
+
+
+# A smaller student
+
+@pytest.mark.parametrize('task_cls', [LogitDistillationTask, FeatureDistillationTask])
+def test_timms_distillation_takes_routed_teachers_and_students(task_cls, tmp_path):
+    name = 'condconv_mobilenetv1_025'  # the teacher is created by its name, as timm's --kd-model-name does
+    teacher = timm.create_model(name, num_classes=5)
+    torch.save(teacher.state_dict(), tmp_path / 'teacher.pth')
+    student = routed('vmoe_vit_b').train()
+    task = task_cls(student, name, teacher_pretrained_path=str(tmp_path / 'teacher.pth'), verbose=False)
+    x = torch.randn(2, 3, 32, 32)
+    result = task.train()(x, torch.tensor([1, 3]))
+    result['loss'].backward()
+    assert student.blocks[1].mlp.router.weight.grad.abs().sum() > 0
+    inside = dict(task.named_modules())
+    taught = next(m for m in inside.values() if type(m) is type(teacher))
+    assert torch.equal(taught.state_dict()['classifier.weight'], teacher.state_dict()['classifier.weight'])
+    assert not taught.training and all(p.grad is None for p in taught.parameters())
