@@ -9,6 +9,7 @@ from moe_zoo.analysis.charts import (
     curves,
     estimates,
     expert_colour,
+    grid_map,
     heat_map,
     histogram,
     intervals,
@@ -191,3 +192,15 @@ def test_intervals_show_every_value_and_the_mean():
     assert bars == pytest.approx([(dots[0] + dots[1]) / 2, dots[2]], abs=.2) and dots[0] < dots[2] < dots[1]
     assert bars[0] == pytest.approx(bars[1], abs=.2)  # both means are 5
     assert {'a', 'b', '0', '5', '10', 'accuracy, %'} <= set(words(svg))
+
+
+def test_a_way_lies_on_its_cells_in_the_colours_of_its_experts():
+    fills = [['', 'red', 'red', 'blue'], ['', '', 'red', '']]
+    svg = grid_map(fills, [(1, 3, 'b')], [(0, 0, 1), (1, 1, 1), (1, 2, 0)], ['depth', 'semantics', 'edges'])
+    side = WIDTH / 4
+    boxes = [(float(r.get('x')), float(r.get('y')), r.get('fill')) for r in drawn(svg, 'rect')][:3]
+    assert boxes == [(side, 0, 'red'), (3 * side, 0, 'blue'), (2 * side, side, 'red')]  # two red cells are one box
+    dots = [(float(c.get('cx')), float(c.get('cy')), c.get('fill')) for c in drawn(svg, 'circle')]
+    assert dots == [(side / 2, side / 2, expert_colour(1)), (1.5 * side, 1.5 * side, expert_colour(1)),
+                    (2.5 * side, 1.5 * side, expert_colour(0)), (side / 2, side / 2, 'none')]  # the ring at the start
+    assert words(svg) == ['b', 'depth', 'semantics']  # edges is not on the way

@@ -5,14 +5,15 @@ Letters: E experts.
 """
 import base64
 import html
+import itertools
 import math
 from typing import Callable, Sequence
 
 from moe_zoo.errors import InputError
 
 __all__ = [
-    'curves', 'estimates', 'expert_colour', 'heat_map', 'histogram', 'intervals', 'pictures', 'scatter', 'share_bars',
-    'strips', 'ticks']
+    'curves', 'estimates', 'expert_colour', 'grid_map', 'heat_map', 'histogram', 'intervals', 'pictures', 'scatter',
+    'share_bars', 'strips', 'ticks']
 
 WIDTH = 440
 LEFT, BOTTOM = 58, 280  # of the plane of scatter and curves
@@ -382,6 +383,46 @@ def _legend(parts: list[str], entries: Sequence[tuple[str, str]], y: float) -> f
         parts.append(_text(x + 17, y + 11, name, 'start', soft=True))
         x += width
     return y + 18
+
+
+def grid_map(
+        fills: Sequence[Sequence[str]],
+        marks: Sequence[tuple[int, int, str]],
+        way: Sequence[tuple[int, int, int]],
+        names: Sequence[str],
+) -> str:
+    """A map of square cells with a way on it, from a ring to a dot, each of its points in the colour of an expert.
+
+    Args:
+        fills: Colour of every cell by row; an empty one is left out.
+        marks: (row, column, letter) written into cells.
+        way: (row, column, expert) of every point.
+        names: Of the experts; those on the way are explained below.
+    """
+    side, parts = WIDTH / len(fills[0]), []
+    for row, cells in enumerate(fills):
+        for fill, run in itertools.groupby(enumerate(cells), key=lambda cell: cell[1]):  # neighbours of one colour
+            columns = [column for column, _ in run]
+            if fill:
+                parts.append(
+                    f'<rect x="{columns[0] * side:.1f}" y="{row * side:.1f}" width="{len(columns) * side + .1:.1f}" '
+                    f'height="{side + .1:.1f}" fill="{fill}"/>')
+    for row, column, letter in marks:
+        parts.append(_text((column + .5) * side, (row + .5) * side + 4, letter))
+    points = [((column + .5) * side, (row + .5) * side, expert) for row, column, expert in way]
+    path = ' '.join(f'{x:.1f},{y:.1f}' for x, y, _ in points)
+    parts.append(f'<polyline points="{path}" fill="none" stroke="currentColor" stroke-width="1.5"/>')
+    for x, y, expert in points:
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{.36 * side:.1f}" fill="{expert_colour(expert)}"/>')
+    x, y, _ = points[0]
+    parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{.7 * side:.1f}" fill="none" stroke="currentColor" '
+                 'stroke-width="2"/>')
+    left, y = 0., len(fills) * side + 12
+    for expert in sorted({expert for *_, expert in way}):
+        parts.append(f'<rect x="{left}" y="{y}" width="12" height="12" rx="2" fill="{expert_colour(expert)}"/>')
+        parts.append(_text(left + 17, y + 11, names[expert], 'start', soft=True))
+        left += 31 + 7.5 * len(names[expert])
+    return _svg(y + 18, parts)
 
 
 def ticks(low: float, high: float, about: int = 4) -> list[float]:
