@@ -4,16 +4,17 @@ Letters: E experts, N experts that stay, K chosen experts, T routed items.
 """
 import copy
 import re
-from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import timm
 import torch
 from torch import nn
 
 from ..errors import InputError, counted
-from ..layers import ChannelGate, ChannelGated, CondConv2d, CondLinear, RoutedLayer, ShallowEmbedding
+from ..layers import ChannelGate, ChannelGated, RoutedLayer, ShallowEmbedding
 from ..layers.cond_conv import MixingLayer
 from ..routing import AnnealedSoftmaxRouter, Routing, SoftmaxRouter
+from .upcycle_layers import mixed_parts
 
 Trace = Mapping[str, Sequence[Routing]]
 StateDict = Dict[str, torch.Tensor]
@@ -140,9 +141,8 @@ def to_dense(model: nn.Module, trace: Trace) -> StateDict:
 
 
 def _fold_kernels(name: str, layer: MixingLayer, mean: torch.Tensor, state: StateDict) -> None:
-    for key, kernel in _kernels(name, layer):
-        dense = kernel.weight_shape if isinstance(kernel, CondConv2d) else (kernel.out_features, kernel.in_features)
-        state[f'{key}.weight'] = (mean.to(kernel.weight) @ kernel.weight.detach()).reshape(tuple(dense))
+    for key, kernel, shape in mixed_parts(name, layer):
+        state[f'{key}.weight'] = (mean.to(kernel.weight) @ kernel.weight.detach()).view(shape)
         if kernel.bias is not None:
             state[f'{key}.bias'] = mean.to(kernel.bias) @ kernel.bias.detach()
 
@@ -154,13 +154,6 @@ def _fold_gates(name: str, block: ChannelGated, gates: Mapping[str, torch.Tensor
             mean = gates[names[id(gate)]].to(norm.weight)
             for part in ('weight', 'bias'):
                 state[f'{names[id(norm)]}.{part}'] = getattr(norm, part).detach() * mean
-
-
-def _kernels(name: str, layer: MixingLayer) -> List[Tuple[str, nn.Module]]:
-    """(name, module) of what a layer's gates mix: itself, or convolutions inside."""
-    if isinstance(layer, (CondConv2d, CondLinear)):
-        return [(name, layer)]
-    return [(f'{name}.{path}', m) for path, m in layer.named_modules() if type(m) is CondConv2d]
 
 
 def _masses(model: nn.Module, trace: Trace, mean: bool = False) -> Dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ at a time.
 Letters: E experts, K chosen experts, D width, M hidden width of an expert, O output channels, r slices of a dense MLP.
 """
 import math
-from typing import Callable, Dict, Mapping, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 from torch import nn
@@ -98,16 +98,22 @@ def mixed_kernels(name: str, layer: MixingLayer, job: Job) -> Makers:
         kernels = job.copies(value, key, layer.num_experts, noise)
         return ((kernels + (value - kernels.mean(dim=0))) / total).flatten(1)
 
-    alone = isinstance(layer, (CondConv2d, CondLinear))
-    for path, kernel in [('', layer)] if alone else layer.named_modules():
-        if path == '' and alone or type(kernel) is CondConv2d:
-            prefix = f'{name}.{path}'.rstrip('.')
-            outs = kernel.out_channels if isinstance(kernel, CondConv2d) else kernel.out_features
-            shape = kernel.weight_shape if isinstance(kernel, CondConv2d) else (outs, kernel.in_features)
-            makers[f'{prefix}.weight'] = lambda p=prefix, s=shape: make(f'{p}.weight', tuple(s))
-            if kernel.bias is not None:
-                makers[f'{prefix}.bias'] = lambda p=prefix, o=outs: make(f'{p}.bias', (o,))
+    for path, kernel, shape in mixed_parts(name, layer):
+        makers[f'{path}.weight'] = lambda p=path, s=shape: make(f'{p}.weight', s)
+        if kernel.bias is not None:
+            makers[f'{path}.bias'] = lambda p=path, s=shape: make(f'{p}.bias', s[:1])
     return makers
+
+
+def mixed_parts(name: str, layer: MixingLayer) -> List[Tuple[str, nn.Module, Tuple[int, ...]]]:
+    """(name, module, shape of the dense kernel) of what a layer's gates mix: itself, or convolutions inside."""
+    if isinstance(layer, CondLinear):
+        return [(name, layer, (layer.out_features, layer.in_features))]
+    if isinstance(layer, CondConv2d):
+        return [(name, layer, tuple(layer.weight_shape))]
+    return [
+        (f'{name}.{path}', conv, tuple(conv.weight_shape)) for path, conv in layer.named_modules()
+        if type(conv) is CondConv2d]
 
 
 def expert_convs(name: str, layer: MoEConv2d, job: Job) -> Makers:
