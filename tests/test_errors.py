@@ -195,7 +195,8 @@ def test_checkpoint_with_other_classes(says, trained, images, tmp_path):
                ' (3,) with num_classes=3.')
     assert says(*OPTIONS, f'initial_checkpoint={trained}', 'experiment=other') == message
     assert says('--checkpoint', trained, 'num_classes=3', tool=evaluate.main) == message
-    assert says('--checkpoint', trained, tool=evaluate.main).startswith('The data have 3 classes, but num_classes=2')
+    assert says('--checkpoint', trained, tool=evaluate.main) == (
+        f"The data folder '{images / 'validation'}' has classes that the model was not trained on: third.")
 
 
 def test_weights_are_not_a_run(says, trained, tmp_path):

@@ -8,6 +8,7 @@ from image_folders import write_images
 from moe_zoo.engine import analyze_experts
 from moe_zoo.engine.checkpoint import read_checkpoint
 from moe_zoo.engine.data import class_list
+from moe_zoo.engine.evaluate import evaluate
 from moe_zoo.engine.inference import load_images, open_classifier
 from moe_zoo.engine.predict import describe, find_run, main
 from moe_zoo.engine.train import train
@@ -102,9 +103,11 @@ def test_the_checkpoint_numbers_the_folders(trained, tmp_path):
     classifier, dataset = open_classifier(result['checkpoint'], overrides=options)
     images = load_images(classifier, dataset, 10)
     assert classifier.classes == ['bright', 'dark'] and images.targets.tolist() == [1, 1, 1]
+    assert evaluate(checkpoint=result['checkpoint'], overrides=options, usage=False, quiet=True)['top1'] == 100
     (tmp_path / 'data' / 'validation' / 'dark').rename(tmp_path / 'data' / 'validation' / 'dusk')
-    with pytest.raises(InputError, match='has classes that the model was not trained on: dusk'):
-        open_classifier(result['checkpoint'], overrides=options)
+    for tool in (open_classifier, evaluate):
+        with pytest.raises(InputError, match='has classes that the model was not trained on: dusk'):
+            tool(checkpoint=result['checkpoint'], overrides=options)
 
 
 def test_what_the_model_sees_is_what_evaluation_feeds_it(trained):

@@ -18,8 +18,8 @@ from ..layers import RoutedLayer
 from .build import mixed_precision, open_device
 from .checkpoint import read_checkpoint
 from .config import load_config, parse_command_line, parse_overrides
-from .data import LEFT_OUT, CheckedImages, create_loaders, open_dataset, settle_num_classes
-from .inference import load_model, recipe_of
+from .data import LEFT_OUT, CheckedImages, create_loaders, settle_num_classes
+from .inference import known_classes, load_model, open_evaluation, recipe_of
 from .log import Reporter
 from .random_state import iterate_apart
 
@@ -113,7 +113,7 @@ def evaluate(
         raise InputError('Nothing to evaluate: give --checkpoint FILE, or pretrained=true for a model with weights.')
     reporter, device = Reporter(quiet), open_device(args)
     reporter.primary = utils.is_primary(args)
-    dataset = open_dataset(args, False, strict_data)
+    dataset = open_evaluation(args, known_classes(content), strict_data)
     settle_num_classes(args, None, dataset)
     model = load_model(args, content, checkpoint, use_ema, device)
     data_config = resolve_data_config(vars(args), model=model, use_test_size=not (args.img_size or args.input_size))

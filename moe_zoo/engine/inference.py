@@ -132,9 +132,9 @@ def open_classifier(
     if overrides.get('data_dir'):
         overrides.setdefault('dataset', '')  # a folder that is given wins over the digits of a recipe
     args = load_config(recipe, overrides)
-    device, known = open_device(args), _known_classes(content)
+    device, known = open_device(args), known_classes(content)
     torch.manual_seed(args.seed)  # of what is drawn where there are no weights
-    dataset = _open_data(args, known, strict_data) if with_data else None
+    dataset = open_evaluation(args, known, strict_data) if with_data else None
     if dataset is not None:
         settle_num_classes(args, None, dataset)
     model = load_model(args, content, checkpoint, use_ema, device)
@@ -145,14 +145,14 @@ def open_classifier(
     return Classifier(model, args, data_config, device, classes, trained), dataset
 
 
-def _known_classes(content: Mapping[str, Any]) -> Dict[str, int]:
+def known_classes(content: Mapping[str, Any]) -> Dict[str, int]:
     """Class name to index as the checkpoint tells it, or nothing."""
     run = content.get('moe_zoo')
     names = run.get('classes') if isinstance(run, dict) else None
     return {str(name): index for index, name in enumerate(names or ())}
 
 
-def _open_data(args: argparse.Namespace, known: Mapping[str, int], strict_data: bool) -> Dataset:
+def open_evaluation(args: argparse.Namespace, known: Mapping[str, int], strict_data: bool) -> Dataset:
     """The evaluation split, its folders numbered as the model numbers its classes.
 
     Raises:
@@ -165,7 +165,7 @@ def _open_data(args: argparse.Namespace, known: Mapping[str, int], strict_data: 
     thousand = args.num_classes == 1000 or (args.pretrained and args.num_classes is None)
     if not known and thousand and set(own) <= set(_synsets()):  # folders of some ImageNet classes, a model of all
         known = _synsets()
-    if not known or own == dict(known):
+    if len(known) != (args.num_classes or len(known)) or own == dict(known) or not known:
         return dataset
     extra = sorted(set(own) - set(known))
     if extra:
