@@ -249,7 +249,7 @@ def test_it_runs_to_its_verdict_and_tells_the_shares(table, tmp_path, monkeypatc
             for arm, run in zip(arms, found)],
         'runs': [{'arm': arm.name, 'metrics': run} for arm, run in zip(arms, found)]}
     words, *blocks = experiment.speaker_shares(results)
-    assert 'In the paper both are right on 90 %.' in words
+    assert 'In the digest of the paper both are right on 90 %.' in words
     tables = [block for block in blocks if hasattr(block, 'columns')]
     assert tables[0].columns == ['expert', 'men', 'women', 'children'] and len(tables[0].rows) == 4
     shares = found[[arm.name for arm in arms].index('4 experts, 10 vowels')]['shares']

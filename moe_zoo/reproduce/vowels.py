@@ -150,7 +150,7 @@ def train(options: dict[str, Any], seed: int, data: VowelData) -> dict[str, Any]
     for epoch in range(EPOCHS[C]):
         y, _, loss = forward(model, learn)
         if reached is None and half_squared_error(y.detach(), learn.target) <= CRITERION[C]:
-            reached, accuracy_then = epoch, measure(model, test)[0]
+            reached, accuracy_then = max(1, epoch), measure(model, test)[0]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -200,7 +200,7 @@ def speaker_shares(results: dict[str, Any]) -> list[Union[str, Figure, Table]]:
     blocks: list[Union[str, Figure, Table]] = [
         f'When they meet the criterion, {mixture}, are right on {then[mixture]["mean"]:.1f} % of the test tokens and '
         f'the {net}, on {then[net]["mean"]:.1f} %: {found.mean:+.1f} points (95 % interval {found.low:+.1f} to '
-        f'{found.high:+.1f}). In the paper both are right on 90 %.']
+        f'{found.high:+.1f}). In the digest of the paper both are right on 90 %.']
     for name in ('4 experts, 10 vowels', '4 experts, 10 vowels, type'):
         shares = next(each for each in results['runs'] if each['arm'] == name)['metrics']['shares']  # (3, E)
         bars = list(zip(TYPES.values(), shares))
