@@ -25,7 +25,7 @@ from moe_zoo.analysis.experts import (
     variance_split,
     weight_distances,
 )
-from moe_zoo.analysis.force import choosing_layers, select_experts
+from moe_zoo.analysis.force import choosing_layers, keep_largest, select_experts
 from moe_zoo.analysis.usage import LayerUsage, living_share
 from moe_zoo.engine.analyze_experts import analyze_classifier, main, parse_classes, pick_images
 from moe_zoo.engine.inference import load_images, open_classifier
@@ -252,8 +252,9 @@ def test_sweep_and_force(tokens):
         return batches
 
     free = predict_right(model, batches)
-    rows = swept_accuracies(model, run, free)
-    assert [row['k'] for row in rows] == [1, 2, 3, 4] and [row['native'] for row in rows] == [False, True, False, False]
+    rows = swept_accuracies(model, run, free, mixes=False)
+    assert [row['k'] for row in rows] == ['K = 1', 'K = 2', 'K = 3', 'K = 4']
+    assert [row['native'] for row in rows] == [False, True, False, False]
     assert rows[1]['difference'] == rows[1]['difference_se'] == 0 and rows[1]['accuracy'] == proportion(free).accuracy
     forced = forced_accuracies(model, run, free, ['second'])
     assert len(forced['everywhere']) == 4 and list(forced['layers']) == ['second']
@@ -271,6 +272,25 @@ def test_only_layers_that_choose_are_swept():
         pass
     with select_experts(layer, 5):
         assert layer[0].num_selected == layer[0].router.num_selected == 2  # all there are
+
+
+def test_the_largest_weights_alone():
+    # .5, .3 and .2: of two, .5 / .8 and .3 / .8; the sum of sigmoids, 1.5, goes to the one that is left.
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return mixed([[.5, .3, .2], [.2, .6, .7]])
+
+    layer = Replay([mixed([[1., 1., 1.]])])
+    layer.router = Fixed()
+    for number, expected in (
+            (2, [[.625, .375, 0], [0, 1.5 * .6 / 1.3, 1.5 * .7 / 1.3]]), (1, [[1, 0, 0], [0, 0, 1.5]]),
+            (.34, [[.625, .375, 0], [0, 1.5 * .6 / 1.3, 1.5 * .7 / 1.3]]), (3, [[.5, .3, .2], [.2, .6, .7]])):
+        with keep_largest(layer, number):
+            assert torch.allclose(layer.router(None).weights, torch.tensor(expected), atol=1e-6)
+    with keep_largest(layer, 1, keep_mass=False):
+        assert torch.allclose(layer.router(None).weights, torch.tensor([[.5, 0, 0], [0, 0, .7]]))
+    with pytest.raises(InputError, match='num_kept=0: keep at least 1 expert'):
+        keep_largest(layer, 0)
 
 
 # ---- words
@@ -330,7 +350,7 @@ def test_words_about_other_choices():
     assert 'accuracy is **60.0 to 79.0 %** instead of 80.0 %; 1 of 2 differences is clear.' in said
     said = told(forced={'everywhere': rows[:1], 'layers': {}})['forced']
     assert 'accuracy is **79.0 %** instead' in said and 'none of the 1 difference is clear' in said
-    swept = [{'k': k, 'native': k == 2, **rows[0]} for k in (1, 2)]
+    swept = [{'k': f'K = {k}', 'native': k == 2, **rows[0]} for k in (1, 2)]
     assert told(k=swept)['k'].endswith('told from chance: 79.0 % (trained with K = 2).')
     swept[0].update(accuracy=60., difference=-20.)
     assert told(k=swept)['k'] == ('Against K = 2, with which it was trained, accuracy changes clearly with K = 1 '
@@ -420,7 +440,12 @@ def test_the_whole_tool(kind, tmp_path, capsys):
     places = {'top-k of tokens': (2, 2), 'by expert': (2, 2), 'soft': (2, 2), 'by expert of patches': (4, 4)}.get(kind)
     assert {layer['grid'] and tuple(layer['grid']) for layer in layers} == {places}
     assert [result['targets'][i] for i in result['shown']] == ([3, 8] if places else [])
-    assert bool(result['k']) == kind.startswith('top-k')
+    swept = {'by expert': [], 'channels': ['5 % of channels', '100 % of channels']}.get(
+        kind.partition(' of ')[0], ['K = 1', f'K = {layers[0]["experts"]}'])
+    assert [row['k'] for row in result['k']][::max(len(result['k']) - 1, 1)] == swept
+    for row in result['k']:
+        if row['native']:
+            assert row['difference'] == row['difference_se'] == 0
     forced = result['forced']
     assert passes == 1 + sum(map(len, [forced['everywhere'], *forced['layers'].values(), result['k']]))
     if kind == 'channels':

@@ -110,7 +110,7 @@ def accuracies(result: Mapping[str, Any]):
     panels: Dict[str, List[Mapping[str, float]]] = {}
     if result['forced']:
         panels = {'one expert in every layer': result['forced']['everywhere'], **result['forced']['layers']}
-    panels['K experts an item'] = result['k']
+    panels['the largest gates alone'] = result['k']
     panels = {name: rows for name, rows in panels.items() if rows}
     if not panels:
         return None
@@ -120,7 +120,7 @@ def accuracies(result: Mapping[str, Any]):
         axis.errorbar([row['accuracy'] for row in rows], places, xerr=[2 * row['se'] for row in rows], fmt='o',
                       color=COLOURS[0], capsize=3, markersize=4)
         axis.axvline(result['free']['accuracy'], color='grey', linestyle='--')
-        labels = [f'K = {row["k"]}' if 'k' in row else f'expert {row["expert"]}' for row in rows]
+        labels = [row['k'] if 'k' in row else f'expert {row["expert"]}' for row in rows]
         shown = spread(places, 2 * MOST)
         axis.set_yticks(shown, [labels[i] for i in shown], fontsize=7)
         axis.invert_yaxis()

@@ -290,15 +290,16 @@ def _otherwise(result: Mapping[str, Any], said: Mapping[str, str]) -> List[Block
                 f'One expert does all the work of {where}{note}.'))
     if result['k']:
         blocks.append(_accuracies(
-            [(f'K = {row["k"]}{" *" if row["native"] else ""}', row) for row in result['k']], free,
-            'K experts an item; * is the number that the model was trained with.'))
+            [(f'{row["k"]}{" *" if row["native"] else ""}', row) for row in result['k']], free,
+            'Only the experts of largest gate work, image by image or patch by patch; * is as the model was trained.'))
     if not blocks:
         return []
     by_expert = ' Where experts choose, the forced one gets every place, with the weight that all of them gave it.' \
         if any(layer['kind'] == 'by expert' for layer in result['layers']) else ''
+    told = [MEANINGS[key] for key in ('forced', 'k') if key in said]
     second = [said['k']] if 'k' in said and 'forced' in said else []
     return [*second, 'Dots are accuracies, lines two standard errors to either side, the dashed line the router left '
-            f'free. {MEANINGS["forced"] if forced else MEANINGS["k"]} A difference is called clear where it is more '
+            f'free. {" ".join(told)} A difference is called clear where it is more '
             'than two of its standard errors; it is measured image by image, and so more exactly than the dots.'
             f'{by_expert}',
             *blocks]

@@ -2,20 +2,22 @@
 
 Letters: N images, E experts, K chosen experts.
 """
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+from functools import partial
+from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 from torch import nn
 
-from ..errors import counted
 from ..layers import ChannelGate
 from .expert_records import Batches
-from .force import choosing_layers, force_expert, routed_layers, select_experts
+from .force import choosing_layers, force_expert, keep_largest, routed_layers, select_experts
 from .usage import evaluation_mode
 
 Pass = Callable[[str], Batches]  # title of a pass over the same images to its batches of (images, targets)
 
 MOST_FORCED = 64  # experts of a layer
+NUMBERS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # K that are tried
+CHANNELS = (.05, .1, .25, .5, .75, 1.)  # shares of channels
 
 
 class Proportion(NamedTuple):
@@ -85,22 +87,39 @@ def common_experts(model: nn.Module) -> int:
     return 0 if fewest > MOST_FORCED or any(isinstance(layer, ChannelGate) for layer in layers) else fewest
 
 
-def swept_numbers(model: nn.Module) -> List[int]:
-    """The K to try: small ones, those that the layers were built with, and all; none where no layer chooses."""
-    layers = [modules[0] for modules in choosing_layers(model).values()]
-    if not layers:
+class Sweep(NamedTuple):
+    """One number of experts to try: what to call it, whether the model was trained with it, and how to set it."""
+    label: str
+    native: bool
+    around: Callable[[], ContextManager]
+
+
+def sweeps(model: nn.Module, mixes: bool) -> List[Sweep]:
+    """The numbers of experts to try: K of the layers that choose; where all are mixed, the K of largest weight, of
+    channels a share of them.
+
+    Args:
+        model: The classifier.
+        mixes: Whether its layers mix all experts, so that the rest can be cut off. With neither, there is nothing.
+    """
+    choosers = [modules[0] for modules in choosing_layers(model).values()]
+    layers = choosers or list(routed_layers(model).values())
+    if not (choosers or mixes):
         return []
-    most = max(layer.num_experts for layer in layers)
-    small = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
-    return sorted({k for k in small if k < most} | {layer.num_selected for layer in layers} | {most})
+    if any(isinstance(layer, ChannelGate) for layer in layers):
+        return [Sweep(f'{100 * share:.0f} % of channels', share == 1, partial(keep_largest, model, share, False))
+                for share in CHANNELS]
+    most, native = max(layer.num_experts for layer in layers), {layer.num_selected for layer in layers}
+    numbers = sorted({k for k in NUMBERS if k < most} | native | {most})
+    change = select_experts if choosers else keep_largest
+    return [Sweep(f'K = {k}', native == {k}, partial(change, model, k)) for k in numbers]
 
 
-def swept_accuracies(model: nn.Module, run: Pass, free: torch.Tensor) -> List[Dict[str, Any]]:
-    """Accuracy for several K in every layer that chooses the best experts of an item; empty where none does."""
-    native = {modules[0].num_selected for modules in choosing_layers(model).values()}
+def swept_accuracies(model: nn.Module, run: Pass, free: torch.Tensor, mixes: bool) -> List[Dict[str, Any]]:
+    """Accuracy for all of `sweeps`."""
     result = []
-    for k in swept_numbers(model):
-        with select_experts(model, k):
-            right = predict_right(model, run(f'{counted(k, "expert")} an item'))
-        result.append({'k': k, 'native': native == {k}, **proportion(right, free)._asdict()})
+    for sweep in sweeps(model, mixes):
+        with sweep.around():
+            right = predict_right(model, run(f'{sweep.label} in every layer'))
+        result.append({'k': sweep.label, 'native': sweep.native, **proportion(right, free)._asdict()})
     return result

@@ -186,11 +186,11 @@ def _sweep(result: Mapping[str, Any]) -> str:
     best = max(rows, key=lambda row: row['accuracy'])
     low = min(rows, key=lambda row: row['accuracy'])
     clear = [row for row in rows if abs(row['difference']) > FORCED_CLEAR * row['difference_se']]
-    native = next((f'K = {row["k"]}' for row in rows if row['native']), 'the K of every layer')
+    native = next((row['k'] for row in rows if row['native']), 'the K of every layer')
     if not clear:
         return (f'Other numbers of experts an item change nothing that could be told from chance: '
                 f'{_range(low["accuracy"], best["accuracy"])} (trained with {native}).')
-    named = listing([f'K = {row["k"]} ({row["difference"]:+.1f} points)' for row in clear])
+    named = listing([f'{row["k"]} ({row["difference"]:+.1f} points)' for row in clear])
     return f'Against {native}, with which it was trained, accuracy changes clearly with {named}.'
 
 

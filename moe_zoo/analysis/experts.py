@@ -19,8 +19,8 @@ from .expert_trials import (
     common_experts,
     forced_accuracies,
     proportion,
+    sweeps,
     swept_accuracies,
-    swept_numbers,
 )
 
 NEAR = 0.1  # a gate is near 0 below it, near 1 above one minus it
@@ -52,7 +52,8 @@ MEANINGS = {
                '`chance` is what a router that ignores the class would show with as few images.',
     'forced': 'Accuracy where one expert does all the work of a layer (or of every layer) with the whole combine '
               'weight. Near the accuracy of the free router, the choice of the expert matters little there.',
-    'k': 'Accuracy where every item gets K experts, without training anew.',
+    'k': 'Accuracy where only the K experts of largest gate work for an item, without training anew: where all are '
+         'mixed, with the weight that all had together; of channels, a share of them.',
     'difference': 'Accuracy minus that of the free router on the same images, in points; beyond about two of its '
                   'standard errors it is no chance.',
 }
@@ -282,10 +283,11 @@ def analyze(
     if force:
         names = [layer['layer'] for layer in layers if _can_be_forced(layer)]
         chosen = spread(names, most_layers)
+        mixes = all(layer['kind'] in ('mix', 'soft', 'channels') for layer in layers)
         forced = sum(layer['experts'] for layer in layers if layer['layer'] in chosen)
-        expect(1 + common_experts(model) + forced + len(swept_numbers(model)))
+        expect(1 + common_experts(model) + forced + len(sweeps(model, mixes)))
         result['forced'] = forced_accuracies(model, run, watched.right, chosen)
-        result['k'] = swept_accuracies(model, run, watched.right)
+        result['k'] = swept_accuracies(model, run, watched.right, mixes)
         if len(chosen) < len(names):
             left_out.append(f'Experts were forced one by one in {len(chosen)} of {len(names)} layers.')
         if len(names) < len(layers):

@@ -3,7 +3,8 @@
 Letters: T routed items, E experts, K chosen experts.
 """
 import contextlib
-from typing import Callable, Dict, Iterator, List, Optional
+import math
+from typing import Callable, Dict, Iterator, List, Optional, Union
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from ..errors import InputError, nearest
 from ..layers import RoutedLayer
 from ..routing import ExpertChoiceRouter, NoisyTopKRouter, Routing, SigmoidTopKRouter, SoftmaxTopKRouter
+from ..routing.routers import top_k
 
 CHOOSING = (NoisyTopKRouter, SigmoidTopKRouter, SoftmaxTopKRouter)  # routers that know K
 
@@ -130,6 +132,32 @@ def select_experts(model: nn.Module, num_selected: int, layer: Optional[str] = N
     finally:
         for module, number in zip(changed, before):
             module.num_selected = number
+
+
+def keep_largest(model: nn.Module, num_kept: Union[int, float], keep_mass: bool = True):
+    """Where every expert is mixed, let only those with the largest weights of an item count; a context manager.
+
+    Args:
+        model: Any module that holds routed layers. Those that choose, or whose experts choose, are left alone.
+        num_kept: K as an int, or as a float the share of the experts of a layer, rounded up.
+        keep_mass: Give them the sum of all weights of the item, which the following layers were trained with.
+
+    Raises:
+        InputError: The model has no routed layer, or nothing would be kept.
+    """
+    if not num_kept > 0:
+        raise InputError(f'num_kept={num_kept}: keep at least 1 expert, or a share above 0.')
+
+    def rule(name: str, routing: Routing) -> Routing:
+        k = math.ceil(num_kept * routing.num_experts) if isinstance(num_kept, float) else num_kept
+        if routing.indices is not None or k >= routing.num_experts:
+            return routing
+        largest, chosen = top_k(routing.weights, k)
+        weights = torch.zeros_like(routing.weights).scatter(1, chosen, largest)
+        if keep_mass:
+            weights = weights * (routing.weights.sum(dim=1) / weights.sum(dim=1).clamp_min(1e-30))[:, None]
+        return routing._replace(gates=weights, weights=weights)
+    return rewrite_routing(model, rule)
 
 
 def choosing_layers(model: nn.Module) -> Dict[str, List[nn.Module]]:
