@@ -141,6 +141,21 @@ def test_the_gate_does_not_see_what_is_dropped(data):
         torch.testing.assert_close(dropped.exp(), heads.mean(dim=1))  # an untrained gate weighs evenly
 
 
+def test_a_run_says_what_agents_can_do(data, short):
+    some = [arm for arm in fusion.EXPERIMENT.arms if arm.name in ('random', 'depth', 'action + affinity')]
+    random, depth, fused = fusion.run_agents([arm.options for arm in some], 0, data)
+    assert set(random) == {'success', 'success_seen'} and 'dropped' not in depth
+    assert fused['hurt_noised'] == fused['success'] - fused['noised']
+    assert 0 < fused['optimal'] < 100 and fused['redundancy'] > 0
+    graph = navigation.build_graph(navigation.generate_plan(2000, size=28))
+    cells = graph.cell[:, 1:].tolist()
+    for metrics in (depth, fused):
+        assert metrics['episode']['building'] == 2000
+        way = [cells.index(point[:2]) for point in metrics['episode']['way']]
+        assert all(there in graph.following[here] for here, there in zip(way, way[1:]))
+
+
+@pytest.mark.slow
 def test_the_experiment_runs_to_its_section(data, short, monkeypatch, tmp_path):
     fork = runner.multiprocessing.get_context('fork')  # keeps what `short` changed
     monkeypatch.setattr(runner.multiprocessing, 'get_context', lambda kind: fork)
@@ -155,11 +170,6 @@ def test_the_experiment_runs_to_its_section(data, short, monkeypatch, tmp_path):
             arms[name]['success']['mean'] - arms[name]['dropped']['mean'])
     assert 'dropped' not in arms['depth'] and abs(arms['concat']['geometry_shift']['mean']) < 1e-9
     run = next(run for run in results['runs'] if run['arm'] == 'action')['metrics']
-    graph = navigation.build_graph(navigation.generate_plan(run['episode']['building'], size=28))
-    cells = graph.cell[:, 1:].tolist()
-    way = [cells.index(point[:2]) for point in run['episode']['way']]
     assert run['episode']['building'] == 1000  # a pilot looks at validation
-    assert all(there in graph.following[here] for here, there in zip(way, way[1:]))
-    whole = section(results)
-    figure = next(block for block in whole.blocks if getattr(block, 'image', '').count('<polyline') == 1)
-    assert figure.image.count('<circle') == len(way) + 1
+    figure = next(block for block in section(results).blocks if getattr(block, 'image', '').count('<polyline') == 1)
+    assert figure.image.count('<circle') == len(run['episode']['way']) + 1
