@@ -70,7 +70,7 @@ def _overview(result: Mapping[str, Any], said: Mapping[str, str]) -> List[Block]
     between = [layer['gates']['variance']['between'] for layer in layers]
     stats = [
         (f'{free["accuracy"]:.1f} %', f'of {result["images"]:,} images right'),
-        (f'{alive} of {total}', 'experts in use'),
+        (f'{alive:,} of {total:,}', 'experts in use'),
     ]
     if between[-1] is not None:
         stats.append((percent(between[-1]), 'of what the last router does is explained by the class'))
@@ -115,7 +115,8 @@ def _classes(result: Mapping[str, Any], pixels: torch.Tensor) -> List[Block]:
         values = [[100 * shares[y][c] for c in columns] for y in rows]
         blocks.append(Figure(
             heat_map([_cut(names[y], 14) for y in rows], [str(layer['listed'][c]) for c in columns], values,
-                     column_label=f'expert of {_short(layer["layer"])}'),
+                     column_label=f'expert of {_short(layer["layer"])}',
+                     value_format='{:.0f}' if layer['experts'] <= 32 else '{:.1f}'),
             f'Share of every expert of {layer["layer"]} by class in percent; the numbers are drawn in.',
             f'`{layer["layer"]}`: percent of the weight that an expert has in the images of a class. Were the class of '
             'no matter to the router, all rows would be equal.'))

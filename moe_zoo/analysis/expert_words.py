@@ -62,9 +62,9 @@ def _balance(result: Mapping[str, Any]) -> str:
     if idle:
         named = '; '.join(f'{listing(experts)} of `{layer}`' for layer, experts in dead[:4])
         rest = '' if len(dead) <= 4 else f'; and some of {counted(len(dead) - 4, "further layer")}'
-        first = f'**{idle} of {total} experts are dead**: {named}{rest}.'
+        first = f'**{idle:,} of {total:,} experts are dead**: {named}{rest}.'
     else:
-        first = f'**All {total} experts are in use.**'
+        first = f'**All {total:,} experts are in use.**'
     worst = min(layers, key=lambda layer: layer['entropy'])
     share = max(worst['importance'])
     if worst['entropy'] > 0.9999:
