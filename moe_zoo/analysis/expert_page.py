@@ -96,9 +96,9 @@ def _use(result: Mapping[str, Any], said: Mapping[str, str]) -> List[Block]:
          f'{layer["entropy"]:.3f}', f'{100 * layer["dropped"]:.1f} %', _pair(layer)]
         for layer in (layers if len(layers) <= 2 * ROWS else _drawn(result))]
     blocks += [
-        Table(['layer', 'experts', 'at work', 'decides by', 'in use', 'evenness', 'dropped', 'most alike'], rows,
-              'Evenness: entropy of the shares, 1 where all are used alike. Dropped: found no room at their expert, or '
-              'were taken by none. Most alike: the two experts whose weights differ least, and by how much.'),
+        Table(['layer', 'experts', 'at work', 'decides by', 'in use', 'evenness', 'dropped', 'most alike'], rows),
+        '**Evenness:** entropy of the shares, 1 where all are used alike. **Dropped:** found no room at their expert, '
+        'or were taken by none. **Most alike:** the two experts whose weights differ least, and by how much.',
         f'**Dead:** {MEANINGS["dead"]} **Twins:** {MEANINGS["twins"]}',
         'How the layers decide: ' + '; '.join(
             f'`{kind}`: {KINDS[kind]}' for kind in dict.fromkeys(layer['kind'] for layer in layers)) + '.',
