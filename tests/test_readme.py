@@ -47,7 +47,7 @@ def test_python_examples_run_in_order(monkeypatch, repository):
     plain, detection = [], []
     for block in blocks('python'):
         (detection if 'detectron2' in block else plain).append(block)
-    assert len(plain) == 4 and len(detection) == 1
+    assert len(plain) == 6 and len(detection) == 1
     for block in plain:
         exec(block, names)
     assert [maps.shape for maps in names['maps']] == 3 * [(8, 128, 16, 16)]
