@@ -7,7 +7,9 @@ import re
 
 import pytest
 import timm
+import timm_host
 import torch
+from test_timm_host import MODULES, SMALLEST, check, expected_tests, needs_timm_tests
 from test_upcycle import RESNET, ROUTED_VIT, difference, lively
 from timm.task import FeatureDistillationTask, LogitDistillationTask
 from torch import nn
@@ -248,3 +250,13 @@ def test_timms_distillation_takes_routed_teachers_and_students(task_cls, tmp_pat
     taught = next(m for m in inside.values() if type(m) is type(teacher))
     assert torch.equal(taught.state_dict()['classifier.weight'], teacher.state_dict()['classifier.weight'])
     assert not taught.training and all(p.grad is None for p in taught.parameters())
+
+
+@needs_timm_tests
+@pytest.mark.slow
+def test_a_pruned_model_passes_timms_own_tests(tmp_path):
+    model = timm.create_model(SMALLEST, num_experts=4).eval()
+    smaller = prune(model, traced(model), keep=1)
+    kwargs = {key: value for key, value in smaller._model_args.items() if key != 'num_classes'}
+    found = timm_host.run([SMALLEST], MODULES, tmp_path, kwargs={SMALLEST: kwargs})
+    check(SMALLEST, found[SMALLEST], expected_tests(SMALLEST, meta=False))
