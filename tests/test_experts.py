@@ -263,6 +263,8 @@ def test_sweep_and_force(tokens):
 
 def test_only_layers_that_choose_are_swept():
     assert choosing_layers(nn.Sequential(MoEMlp(4, 4, router='expert_choice', num_experts=2))) == {}
+    # K / 2 in each of two groups: another K would change the groups, and with them what K = 4 itself means
+    assert choosing_layers(nn.Sequential(MoEMlp(4, 4, router='hierarchical', num_experts=8, num_selected=4))) == {}
     with pytest.raises(InputError, match='Linear has no routed layer'):
         choosing_layers(nn.Linear(1, 1))
     layer = nn.Sequential(MoEMlp(4, 4, num_experts=2))

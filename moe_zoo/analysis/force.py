@@ -11,10 +11,18 @@ from torch import nn
 
 from ..errors import InputError, nearest
 from ..layers import RoutedLayer
-from ..routing import ExpertChoiceRouter, NoisyTopKRouter, Routing, SigmoidTopKRouter, SoftmaxTopKRouter
+from ..routing import (
+    ExpertChoiceRouter,
+    HierarchicalRouter,
+    NoisyTopKRouter,
+    Routing,
+    SigmoidTopKRouter,
+    SoftmaxTopKRouter,
+)
 from ..routing.routers import top_k
 
 CHOOSING = (NoisyTopKRouter, SigmoidTopKRouter, SoftmaxTopKRouter)  # routers that know K
+OTHERWISE = (ExpertChoiceRouter, HierarchicalRouter)  # of these, whose K is no free number
 
 
 def routed_layers(model: nn.Module, required: bool = True) -> Dict[str, RoutedLayer]:
@@ -107,7 +115,8 @@ def select_experts(model: nn.Module, num_selected: int, layer: Optional[str] = N
     """Let layers that choose the K best experts of an item choose another number of them for a while.
 
     Inside, such a layer is the one that its constructor makes with this K: gates, capacity and dispatch follow. A layer
-    with fewer experts chooses all of them. Layers that mix every expert, or whose experts choose, are left alone.
+    with fewer experts chooses all of them. Layers that mix every expert, whose experts choose, or that choose groups
+    first (K is then a product) are left alone.
 
     Args:
         model: Any module that holds routed layers.
@@ -168,7 +177,7 @@ def choosing_layers(model: nn.Module) -> Dict[str, List[nn.Module]]:
         routers = [
             m for n, m in layer.named_modules()
             if isinstance(m, CHOOSING) and not _inside_other(f'{name}.{n}', name, layers)]
-        if routers and not any(isinstance(router, ExpertChoiceRouter) for router in routers):
+        if routers and not any(isinstance(router, OTHERWISE) for router in routers):
             found[name] = [layer, *routers]
     return found
 
