@@ -6,16 +6,18 @@ import math
 from functools import partial
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from moe_zoo.analysis.force import force_expert
+from moe_zoo.checkpoints.shrink import merge, prune
 from moe_zoo.errors import InputError
 from moe_zoo.layers import MoEMlp
 from moe_zoo.losses import LOSSES, auxiliary_losses, squared_cv
 from moe_zoo.losses.balance import hierarchical_load
-from moe_zoo.routing import HierarchicalRouter, NoisyTopKRouter, checkpoint_routed, routing_context
+from moe_zoo.routing import HierarchicalRouter, NoisyTopKRouter, checkpoint_routed, routing_context, trace_routing
 from moe_zoo.routing.routers import choice_probability, normal_cdf
 
 D, A, E = 8, 3, 12  # groups of 4
@@ -189,6 +191,18 @@ def test_bad_groups_are_one_sentence(kwargs, message):
     with pytest.raises(InputError) as error:
         MoEMlp(D, num_experts=E, num_selected=4, router='hierarchical', router_args=dict(dict(num_groups=A), **kwargs))
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize('shrink', [prune, merge])
+def test_experts_are_not_moved_to_other_groups(shrink):
+    """Of two groups of four the heaviest four may be three of one: the rest would answer for a group that it is not."""
+    model = timm.create_model(
+        'vmoe_vit_b', embed_dim=16, depth=2, num_heads=2, img_size=16, patch_size=8, num_classes=3, num_experts=8,
+        router='hierarchical', router_args=dict(num_groups=2, groups_selected=1)).eval()
+    with torch.no_grad(), trace_routing(model) as trace:
+        model(torch.randn(2, 3, 16, 16))
+    with pytest.raises(InputError, match="^'blocks.1.mlp' chooses groups first .* all groups have to keep as many"):
+        shrink(model, trace, keep=4)
 
 
 # Its load loss.

@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import InputError, counted
 from ..layers import ChannelGate, ChannelGated, RoutedLayer, ShallowEmbedding
 from ..layers.cond_conv import MixingLayer
-from ..routing import AnnealedSoftmaxRouter, Routing, SoftmaxRouter
+from ..routing import AnnealedSoftmaxRouter, HierarchicalRouter, Routing, SoftmaxRouter
 from .upcycle_layers import mixed_parts
 
 Trace = Mapping[str, Sequence[Routing]]
@@ -210,6 +210,11 @@ def _rebuilt(model: nn.Module, plans: Mapping[str, Plan], keep: int) -> nn.Modul
     cfg, args = getattr(model, 'pretrained_cfg', None), getattr(model, '_model_args', None)
     if args is None or not cfg:
         raise InputError(f'{type(model).__name__}: only a model made by timm.create_model can be made again smaller.')
+    for name in plans:
+        if isinstance(getattr(model.get_submodule(name), 'router', None), HierarchicalRouter):
+            raise InputError(
+                f'{name!r} chooses groups first and then an expert in each: all groups have to keep as many, and none'
+                ' of its experts can go alone.')
     ratio = args.get('expert_ratio', 1)
     if keep % ratio:
         raise InputError(f'keep={keep} with expert_ratio={ratio}: use a multiple of it.')
