@@ -9,6 +9,7 @@ from timm.layers import set_reentrant_ckpt
 from timm.models import save_for_hf
 
 import moe_zoo
+from moe_zoo.checkpoints.shrink import prune
 from moe_zoo.errors import InputError
 from moe_zoo.layers import DynamicConv2d, MoEConv2d, MoEMlp, RoutedConv2d
 from moe_zoo.losses import auxiliary_losses
@@ -163,6 +164,25 @@ def test_gradient_checkpointing(reentrant):
             torch.testing.assert_close(router_gradient(), wanted)
     finally:
         set_reentrant_ckpt(False)
+
+
+def test_what_moefy_made_is_not_made_again_as_its_base():
+    model = moe_zoo.moefy(dense('resnet18'), 'layer4.*.conv2', 'moe_conv', num_experts=4)
+    with torch.no_grad(), trace_routing(model) as trace:
+        model(torch.randn(2, 3, 32, 32))
+    with pytest.raises(InputError, match='^MoefiedResNet: only a model made by timm.create_model can be made again'):
+        prune(model, trace, keep=2)
+
+
+def test_a_routed_stem_takes_other_channels():
+    base = dense('resnet18')
+    overlay = dict(state_dict=base.state_dict(), num_classes=5)
+    kwargs = dict(num_classes=5, in_chans=1, pretrained=True, pretrained_cfg_overlay=overlay)
+    model = timm.create_model('moefied', base='resnet18', targets='conv1', num_experts=3, **kwargs).eval()
+    x = torch.randn(2, 1, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(x), timm.create_model('resnet18', **kwargs).eval()(x), atol=1e-4, rtol=1e-4)
 
 
 def test_refusals():

@@ -83,6 +83,7 @@ def moefy(
         replaced = model.get_submodule(name)
         routed = make(replaced, LAYERS[layer], num_experts=num_experts, **layer_args).train(replaced.training)
         model.set_submodule(name, routed)
+    vars(model).pop('_model_args', None)  # they make the model that it was
     if not isinstance(model, RoutedModel):
         model.__class__ = _routed_class(type(model))
     if not any(value.is_meta for value in dense.values()):
@@ -195,7 +196,6 @@ def _build(base: str, targets: Any, layer: str, layer_args: Dict[str, Any], pret
         raise InputError(
             f'pretrained=True: the weights of base={base!r} cannot be fetched ({type(error).__name__}); pass its'
             ' model.safetensors as pretrained_cfg_overlay=dict(file=...).') from error
-    vars(model).pop('_model_args', None)  # the base's; those of the whole are recorded by the factory
     return moefy(model, targets, layer, **layer_args)
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping
 
 import torch
-from timm.models import build_model_with_cfg, get_pretrained_cfg, resolve_pretrained_cfg
+from timm.models import adapt_input_conv, build_model_with_cfg, get_pretrained_cfg, resolve_pretrained_cfg
 from torch import nn
 
 from ..checkpoints import is_routed, upcycle
 from ..errors import InputError
+from ..layers import RoutedLayer
 
 # What a name without a file to download takes besides weights of its own.
 TAKES = {
@@ -51,7 +52,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     """The weights of a dense network are upcycled, those of the model itself pass as they are.
 
     A classifier for other classes, or none, leaves the model its own; the first convolution stays the dense one, which
-    timm fits to other input channels.
+    timm fits to other input channels; where it is routed it is fitted before.
     """
     if is_routed(state_dict, model):
         return state_dict
@@ -62,6 +63,11 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
             ignore.append(classifier)
     stems = _names(cfg.get('first_conv')) if model.in_chans != cfg['input_size'][0] else []
     stems = [name for name in stems if f'{name}.weight' in state_dict]
+    routed = {f'{name}.weight' for name in stems if isinstance(model.get_submodule(name), RoutedLayer)}
+    if routed:
+        stems = [name for name in stems if f'{name}.weight' not in routed]
+        state_dict = {
+            k: adapt_input_conv(model.in_chans, v) if k in routed else v for k, v in state_dict.items()}
     upcycled = upcycle(state_dict, model, ignore=ignore + stems)
     return {**upcycled, **{k: v for k, v in state_dict.items() if k.rpartition('.')[0] in stems}}
 
