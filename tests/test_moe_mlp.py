@@ -341,6 +341,7 @@ def test_fx_takes_the_layer_as_a_leaf():
     (dict(noise_std=-1.), 'noise_std=-1.0, num_shared_experts=0: use 0 or more for both'),
     (dict(num_shared_experts=-1), 'noise_std=1.0, num_shared_experts=-1: use 0 or more for both'),
     (dict(capacity=0), 'capacity=0: use at least 1'),
+    (dict(capacity=2.5), 'capacity=2.5: use a whole number'),
     (dict(group_size=0), 'group_size=0: use at least 1'),
     (dict(capacity_factor=0.), 'capacity_factor=0.0: use a number above 0, or None to drop nothing'),
     (dict(capacity_rounding='floor'), "capacity_rounding='floor': use 'ceil' or 'round'"),

@@ -3,6 +3,7 @@
 Letters: B images, D width, M hidden width of an expert, T routed tokens (of the whole batch), E experts, S tokens a
 group, C tokens of an expert.
 """
+import numbers
 from typing import List, Mapping, Optional, Tuple, Type, Union
 
 import torch
@@ -155,8 +156,10 @@ class ExpertMlps(RoutedLayer):
 
 
 def check_at_least_one(**values: Optional[int]) -> None:
-    """Raises: InputError: A keyword is below 1."""
+    """Raises: InputError: A keyword is below 1, or no whole number."""
     for name, value in values.items():
+        if value is not None and not isinstance(value, numbers.Integral):
+            raise InputError(f'{name}={value!r}: use a whole number.')
         if value is not None and value < 1:
             raise InputError(f'{name}={value}: use at least 1.')
 
