@@ -406,7 +406,7 @@ def grid_map(
             if fill:
                 parts.append(
                     f'<rect x="{columns[0] * side:.1f}" y="{row * side:.1f}" width="{len(columns) * side + .1:.1f}" '
-                    f'height="{side + .1:.1f}" fill="{fill}"/>')
+                    f'height="{side + .4:.1f}" fill="{fill}"/>')  # over the seam to the next row
     for row, column, letter in marks:
         parts.append(_text((column + .5) * side, (row + .5) * side + 4, letter))
     points = [((column + .5) * side, (row + .5) * side, expert) for row, column, expert in way]
