@@ -1,6 +1,7 @@
 """`moefy` and the name `moefied`: the function is kept, routing is heard, arguments rebuild it, refusals are clear."""
 import copy
 import json
+import pickle
 
 import pytest
 import timm
@@ -183,6 +184,23 @@ def test_a_routed_stem_takes_other_channels():
     with torch.no_grad():
         torch.testing.assert_close(
             model(x), timm.create_model('resnet18', **kwargs).eval()(x), atol=1e-4, rtol=1e-4)
+
+
+def test_pickled_whole_it_is_the_same_model():
+    model, x = timm.create_model('moefied', base='resnet18', num_classes=5).eval(), torch.randn(2, 3, 32, 32)
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again) is type(model)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+
+
+def test_a_distilled_base_keeps_its_two_outputs():
+    model = timm.create_model(
+        'moefied', base='deit_tiny_distilled_patch16_224', targets='blocks.1.mlp', layer='moe_mlp', num_classes=5,
+        **SMALL).train()
+    model.set_distilled_training()
+    outputs = model(torch.randn(2, 3, 32, 32))
+    assert [tuple(each.shape) for each in outputs] == [(2, 5), (2, 5)]
 
 
 def test_refusals():

@@ -165,9 +165,21 @@ class _Moefied(RoutedModel):
             return self.forward_head(self.forward_features(x))  # TorchScript knows no super()
         else:
             output = super().forward(x)
-            if isinstance(output, tuple) and torch.is_grad_enabled():
+            # Distilled models return a tuple of their own.
+            if isinstance(output, tuple) and isinstance(output[1], list) and torch.is_grad_enabled():
                 _refuse_lost_gradients(output[1])
             return output
+
+    @torch.jit.ignore
+    def __reduce_ex__(self, protocol: int):
+        # Pickle looks classes up by name, and this one is made at run time.
+        return (_bare, (type(self).__bases__[1],), *super().__reduce_ex__(protocol)[2:])
+
+
+def _bare(cls: Type[nn.Module]) -> nn.Module:
+    """A routed model without its state, for pickle."""
+    routed = _routed_class(cls)
+    return routed.__new__(routed)
 
 
 def _refuse_lost_gradients(routings: Sequence[Any]) -> None:
