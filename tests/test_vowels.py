@@ -69,7 +69,7 @@ def test_a_bad_table_is_one_sentence(tmp_path):
     frequencies = ', line 3: Speaker is to be a whole number, and F0, F1, F2, F3 frequencies in Hz.'
     for cells in (['m', 'one', *good[2:]], [*good[:6], 'high'], [*good[:6], '-1'], [*good[:6], 'nan'], good[:6]):
         assert told(*cells) == frequencies
-    with pytest.raises(InputError, match="' holds 0 CSV files: give one, or a folder with one."):
+    with pytest.raises(InputError, match="nowhere' does not exist: give a CSV, or a folder with one."):
         load_vowels(str(tmp_path / 'nowhere'))
     write(tmp_path / 'second.csv')
     with pytest.raises(InputError, match="' holds 2 CSV files: give one, or a folder with one."):

@@ -93,6 +93,8 @@ def load_vowels(path: Optional[str] = None) -> Vowels:
 def _find(path: Path) -> Path:
     if path.is_file():
         return path
+    if not path.exists():
+        raise InputError(f"--data-dir '{path}' does not exist: give a CSV, or a folder with one.")
     found = sorted(path.glob('*.csv'))
     if len(found) != 1:
         raise InputError(f"--data-dir '{path}' holds {len(found)} CSV files: give one, or a folder with one.")
