@@ -474,6 +474,8 @@ def test_wrong_inputs_are_one_sentence():
         layer(x, phi[:2], goal)
     with pytest.raises(InputError, match=r'goal of 0 values: the fusion was made for goal_dim=2'):
         layer(x, phi)
+    with pytest.raises(InputError, match=r'goal of 0 values: the fusion was made for goal_dim=2'):
+        SituationalFusion([3, 5, 4], 4, goal_dim=2, goal_to_gate=True)(x, phi)
     with pytest.raises(InputError, match='One output with mix=.probabilities.'):
         layer.reset_heads(1)
     with pytest.raises(InputError, match=r'An affinity measured on 3 images: use 4 at least'):

@@ -208,10 +208,10 @@ class SituationalFusion(RoutedLayer):
             goal: Optional[torch.Tensor] = None,
             pre_logits: bool = False,
     ) -> torch.Tensor:
-        weights = self.weigh(x, goal)
         features = [F.dropout(each.flatten(1), self.drop_rate, self.training) for each in representations]
         if not torch.jit.is_scripting():
             self._check_inputs(features, goal)
+        weights = self.weigh(x, goal)
         if pre_logits or self.num_outputs == 0:
             return self.scale(features, weights)
         if self.concatenates:
