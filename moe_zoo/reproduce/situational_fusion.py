@@ -362,8 +362,8 @@ def figures(results: dict[str, Any]) -> list[Figure]:
         f'Plan of a building with the way of the agent of action fusion to the nearest {goal}, {len(way) - 1} steps. '
         f'The most weight on the way has {leading}.',
         f'A building that the agent has never seen: its way from the ring to the nearest {goal} (letters: chair, '
-        'table, bed, door), coloured by the representation that has the most weight. The first episode of 15 steps or more '
-        f'that succeeded, seed {results["plan"]["seeds"][0]}.')]
+        'table, bed, door), coloured by the representation that has the most weight. The first episode of 15 '
+        f'steps or more that succeeded, seed {results["plan"]["seeds"][0]}.')]
     situations = list(runs[0]['weights'])
     shares = [[100 * sum(run['weights'][name][k] for run in runs) / len(runs) for name in situations]
               for k in range(len(NAMES))]
@@ -449,7 +449,8 @@ EXPERIMENT = Experiment(
         _above('action', 'mean', 'The gate gives geometry more weight in corridors than in rooms.', 3.8,
                'geometry_shift'),
         _above('action', 'mean', 'It gives meaning more weight in rooms than in corridors.', 1., 'meaning_shift'),
-        _above('action', 'mean', 'The more open a place, the more weight meaning has.', .02, 'openness', unit='correlation'),
+        _above('action', 'mean', 'The more open a place, the more weight meaning has.', .02, 'openness',
+               unit='correlation'),
     ),
     run=run_agents,
     load=load,
