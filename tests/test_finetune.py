@@ -1,5 +1,6 @@
 """`moe-zoo finetune`: from a dense file and a folder of classes to a model that knows their names."""
 import json
+import shutil
 from collections import Counter
 
 import pytest
@@ -13,6 +14,7 @@ from moe_zoo.data import load_digits_split
 from moe_zoo.engine import finetune
 from moe_zoo.engine.config import load_config
 from moe_zoo.engine.data import open_datasets
+from moe_zoo.engine.evaluate import evaluate
 from moe_zoo.engine.predict import main as predict
 
 NAMES = ['eight', 'one', 'two']  # of the folders; sorted
@@ -63,6 +65,12 @@ def test_from_dense_weights_beside_the_twin_to_names(folder, tmp_path, capsys):
     assert predict([str(tmp_path / 'out/run'), str(folder / 'one' / '3.png')]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in NAMES)
+    # A tenth of the folder of training was held out; of another folder all images are for evaluation.
+    shutil.copytree(folder, tmp_path / 'other')
+    checkpoint = tmp_path / 'out/run/last.pth.tar'
+    for data, images in ((folder, 6), (tmp_path / 'other', 60)):
+        found = evaluate(overrides={'data_dir': str(data)}, checkpoint=checkpoint, usage=False, quiet=True)
+        assert found['images'] == images
 
 
 def test_experts_and_routers_learn_at_the_rate_of_their_block():

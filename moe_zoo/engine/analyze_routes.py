@@ -44,7 +44,7 @@ def open_pair(
     if before == UNTRAINED:
         torch.manual_seed(classifier.args.seed)
         content = read_checkpoint(checkpoint) if checkpoint else {}
-        recipe = recipe_of(config, content, None if 'model' in overrides else checkpoint)
+        recipe = recipe_of(config, content, overrides, checkpoint)
         settled = {**overrides, 'num_classes': classifier.model.num_classes, 'pretrained': False,
                    'pretrained_path': None, 'initial_checkpoint': ''}
         other, _ = open_classifier(None, recipe, settled, with_data=False)

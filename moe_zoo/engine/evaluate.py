@@ -108,7 +108,7 @@ def evaluate(
     from ..analysis.usage import measure_usage
     content = read_checkpoint(checkpoint) if checkpoint else {}
     overrides = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
-    args = load_config(recipe_of(config, content, None if 'model' in overrides else checkpoint), overrides)
+    args = load_config(recipe_of(config, content, overrides, checkpoint), overrides)
     if not (checkpoint or args.initial_checkpoint or args.pretrained or args.pretrained_path):
         raise InputError('Nothing to evaluate: give --checkpoint FILE, or pretrained=true for a model with weights.')
     reporter, device = Reporter(quiet), open_device(args)

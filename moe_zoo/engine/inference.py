@@ -28,8 +28,10 @@ from .data import LEFT_OUT, class_list, class_names, image_mode, open_dataset, s
 ELSEWHERE = ('device', 'resume', 'initial_checkpoint', 'pretrained', 'pretrained_path', 'device_modules')
 
 
-def recipe_of(config: Any, content: Mapping[str, Any], checkpoint: Any) -> Any:
+def recipe_of(config: Any, content: Mapping[str, Any], overrides: Mapping[str, Any], checkpoint: Any) -> Any:
     """The recipe that was given, or the options that the checkpoint was trained with, which it then must tell.
+
+    Images of another folder than that of training are for evaluation all of them, whatever share was held out there.
 
     Raises:
         InputError: Neither is there.
@@ -38,11 +40,15 @@ def recipe_of(config: Any, content: Mapping[str, Any], checkpoint: Any) -> Any:
         return config
     saved = content.get('args')
     saved = vars(saved) if isinstance(saved, argparse.Namespace) else saved
-    if not saved and checkpoint:
+    if not saved and checkpoint and 'model' not in overrides:
         raise InputError(
             f"The checkpoint '{checkpoint}' does not say what it was trained with: give --config FILE or"
             ' model=NAME.')
-    return {name: value for name, value in (saved or {}).items() if name in OPTIONS and name not in ELSEWHERE}
+    recipe = {name: value for name, value in (saved or {}).items() if name in OPTIONS and name not in ELSEWHERE}
+    given, trained = overrides.get('data_dir'), recipe.get('data_dir')
+    if given and (not trained or Path(given).resolve() != Path(trained).resolve()):
+        recipe.pop('val_share', None)
+    return recipe
 
 
 def load_model(
@@ -128,7 +134,7 @@ def open_classifier(
     """
     content = read_checkpoint(checkpoint) if checkpoint else {}
     overrides = dict(overrides)
-    recipe = recipe_of(config, content, None if 'model' in overrides else checkpoint)
+    recipe = recipe_of(config, content, overrides, checkpoint)
     if overrides.get('data_dir'):
         overrides.setdefault('dataset', '')  # a folder that is given wins over the digits of a recipe
     args = load_config(recipe, overrides)
