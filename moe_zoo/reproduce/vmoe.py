@@ -150,7 +150,7 @@ PRIORITY = Experiment(
              'are dropped, the answer on an image depends on the others of its group, in any order; with room for all '
              'the three are the same network, whose accuracy is that at capacity 8. The network has 4 blocks of width '
              '64, all routed, 8 experts, one a token; with experts in half of the blocks a pilot found that even a '
-             'tenth of the capacity costs 1 to 5 points only, and with two experts a token the second hardly counts. '
+             'tenth of the capacity costs 1 to 6 points only, and with two experts a token the second hardly counts. '
              'Images are digits of 16 x 16 pixels anywhere on a ground of 32 x 32, 64 patches. `busy`: of the quarter '
              f'of the patches of an image with the most contrast, the percent that finds a slot at capacity {SMALL:g}; '
              '`calm`: of the others.',
