@@ -439,7 +439,7 @@ EXPERIMENT = Experiment(
                'representations.', 1.8),
         _above('action + affinity', 'action', 'The regularisation helps action fusion.', 1.),
         _above('action + affinity', 'action + entropy', 'Of the two losses, that of affinity helps beside that of '
-               'entropy.', 1.),
+               'entropy.', 0.3),
         _above('end to end + affinity', 'end to end', 'The regularisation helps where policies and gate are trained at '
                'once.', 2.1),
         _above('feature', 'action + affinity', 'Losing a representation hurts action fusion less than feature fusion.',
@@ -454,7 +454,7 @@ EXPERIMENT = Experiment(
     ),
     run=run_agents,
     load=load,
-    seeds=6,
+    seeds=8,
     charts=figures,
     together=True,
 )
