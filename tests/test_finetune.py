@@ -16,6 +16,7 @@ from moe_zoo.engine.config import load_config
 from moe_zoo.engine.data import open_datasets
 from moe_zoo.engine.evaluate import evaluate
 from moe_zoo.engine.predict import main as predict
+from moe_zoo.errors import InputError
 
 NAMES = ['eight', 'one', 'two']  # of the folders; sorted
 
@@ -49,6 +50,14 @@ def test_a_share_of_every_class_is_held_out_by_the_seed(folder):
         (folder / 'val' / name).mkdir()
         (folder / 'train' / name / '0.png').rename(folder / 'val' / name / '0.png')
     assert [len(part) for part in files()] == [57, 3]  # a folder for evaluation wins
+
+
+def test_nothing_is_not_evaluated(folder):
+    for name in NAMES:
+        for i in range(1, 20):
+            (folder / name / f'{i}.png').unlink()
+    with pytest.raises(InputError, match="^val_share=0.1: no class of '.*' has two images, so that none can be held"):
+        open_datasets(load_config({'data_dir': str(folder), 'val_share': 0.1}))
 
 
 def test_from_dense_weights_beside_the_twin_to_names(folder, tmp_path, capsys):

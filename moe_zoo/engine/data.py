@@ -169,6 +169,10 @@ def _part_of(reader: Any, args: argparse.Namespace, training: bool) -> Any:
         number = min(len(samples) - 1, max(1, round(args.val_share * len(samples))))
         held_out = set(random.Random(f'{args.seed} {target}').sample(range(len(samples)), number))
         chosen += [sample for i, sample in enumerate(samples) if (i in held_out) != training]
+    if not chosen:
+        raise InputError(
+            f"val_share={args.val_share}: no class of '{reader.root}' has two images, so that none can be held out; add"
+            f" images, or a folder '{args.val_split}'.")
     part = copy.copy(reader)
     part.samples = chosen
     return part
