@@ -227,6 +227,17 @@ def test_what_cannot_shrink_is_told(call, message):
         call(model, traced(model))
 
 
+@pytest.mark.parametrize('shrink', [prune, merge])
+@pytest.mark.parametrize('name, kwargs, message', [
+    ('deepmoe_resnet18', RESNET, ' is a ChannelGate: how many experts it has follows from the network around it'),
+    ('fusion_trio', dict(encoders=('resnet10t', 'resnet14t')), "^'fusion' is a SituationalFusion: how many experts"),
+])
+def test_channels_and_encoders_are_no_experts_to_remove(shrink, name, kwargs, message):
+    model = timm.create_model(name, num_classes=5, **kwargs).eval()
+    with pytest.raises(InputError, match=message):
+        shrink(model, traced(model), keep=2)
+
+
 def test_experts_of_a_hierarchy_cannot_be_taken_apart():
     model = routed('condconv_resnet18', num_experts=4, route_fn='hierarchical')
     with pytest.raises(InputError, match='routing_fn.weight of shape .* cannot be taken apart by experts'):

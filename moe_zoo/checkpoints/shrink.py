@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError, counted
-from ..layers import ChannelGate, ChannelGated, RoutedLayer, ShallowEmbedding
+from ..layers import ChannelGate, ChannelGated, RoutedLayer, ShallowEmbedding, SituationalFusion
 from ..layers.cond_conv import MixingLayer
 from ..routing import AnnealedSoftmaxRouter, HierarchicalRouter, Routing, SoftmaxRouter
 from .upcycle_layers import mixed_parts
@@ -56,6 +56,7 @@ def prune(model: nn.Module, trace: Trace, keep: Optional[int] = None, share: Opt
             or a model whose experts cannot be taken apart.
     """
     masses = _masses(model, trace)
+    _check_separable(model, masses)
     if (keep is None) == (share is None):
         raise InputError(f'keep={keep}, share={share}: give exactly one of the two.')
     if keep is None:
@@ -80,6 +81,7 @@ def merge(model: nn.Module, trace: Trace, keep: int) -> nn.Module:
         model, trace, keep: As in `prune`.
     """
     masses = _masses(model, trace)
+    _check_separable(model, masses)
     _check_count(keep, masses)
     plans = {}
     for name, mass in masses.items():
@@ -181,6 +183,19 @@ def _masses(model: nn.Module, trace: Trace, mean: bool = False) -> Dict[str, tor
     return masses
 
 
+def _check_separable(model: nn.Module, masses: Mapping[str, torch.Tensor]) -> None:
+    for name in masses:
+        layer = model.get_submodule(name)
+        if isinstance(layer, (ChannelGate, SituationalFusion)):
+            raise InputError(
+                f'{name!r} is a {type(layer).__name__}: how many experts it has follows from the network around it, and'
+                ' none of them can go alone.')
+        if isinstance(getattr(layer, 'router', None), HierarchicalRouter):
+            raise InputError(
+                f'{name!r} chooses groups first and then an expert in each: all groups have to keep as many, and none'
+                ' of its experts can go alone.')
+
+
 def _check_count(keep: int, masses: Mapping[str, torch.Tensor]) -> None:
     fewest = min(len(mass) for mass in masses.values())
     if not 1 <= keep <= fewest:
@@ -210,11 +225,6 @@ def _rebuilt(model: nn.Module, plans: Mapping[str, Plan], keep: int) -> nn.Modul
     cfg, args = getattr(model, 'pretrained_cfg', None), getattr(model, '_model_args', None)
     if args is None or not cfg:
         raise InputError(f'{type(model).__name__}: only a model made by timm.create_model can be made again smaller.')
-    for name in plans:
-        if isinstance(getattr(model.get_submodule(name), 'router', None), HierarchicalRouter):
-            raise InputError(
-                f'{name!r} chooses groups first and then an expert in each: all groups have to keep as many, and none'
-                ' of its experts can go alone.')
     ratio = args.get('expert_ratio', 1)
     if keep % ratio:
         raise InputError(f'keep={keep} with expert_ratio={ratio}: use a multiple of it.')
