@@ -6,8 +6,9 @@ import pickle
 import pytest
 import timm
 import torch
-from timm.layers import set_reentrant_ckpt
+from timm.layers import Mlp, set_reentrant_ckpt
 from timm.models import save_for_hf
+from torch import nn
 
 import moe_zoo
 from moe_zoo.checkpoints.shrink import prune
@@ -217,7 +218,14 @@ def test_refusals():
             moe_zoo.moefy(model, targets, layer)
     with pytest.raises(InputError, match="^'dyconv' has no keyword 'temprature'. Did you mean 'temperature'"):
         moe_zoo.moefy(model, 'layer4.*.conv2', 'dyconv', temprature=1)
-    assert model.state_dict().keys() == before
+    with pytest.raises(InputError, match='^targets=.*: give the name of a module, or a pattern of names'):
+        moe_zoo.moefy(model, [], 'condconv')
+    assert model.state_dict().keys() == before and type(model) is timm.models.ResNet
+    # 64 hidden units in the first of two MLPs, 66 in the second: 4 narrower experts for each expert fit the first alone
+    two = nn.Sequential(Mlp(8, 64), Mlp(8, 66))
+    with pytest.raises(InputError, match='expert_ratio=4 does not divide the hidden width 66'):
+        moe_zoo.moefy(two, '*', expert_ratio=4)
+    assert all(type(module) is Mlp for module in two)
     with pytest.raises(InputError, match="^base='resnet81' is no model of timm. Did you mean 'resnet18'"):
         timm.create_model('moefied', base='resnet81')
     with pytest.raises(InputError, match="^base='resnet18.nothing': resnet18 has no weights of this tag. Did you"):

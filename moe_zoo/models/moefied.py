@@ -79,9 +79,11 @@ def moefy(
     before = [name for name, module in model.named_modules() if isinstance(module, RoutedLayer)]
     dense = model.state_dict()
     make = _mlp if layer == 'moe_mlp' else _conv
+    made = {}  # all of them first: one that cannot be made leaves the model as it is
     for name in names:
         replaced = model.get_submodule(name)
-        routed = make(replaced, LAYERS[layer], num_experts=num_experts, **layer_args).train(replaced.training)
+        made[name] = make(replaced, LAYERS[layer], num_experts=num_experts, **layer_args).train(replaced.training)
+    for name, routed in made.items():
         model.set_submodule(name, routed)
     vars(model).pop('_model_args', None)  # they make the model that it was
     if not isinstance(model, RoutedModel):
@@ -107,6 +109,8 @@ def find_targets(model: nn.Module, patterns: Sequence[str], layer: str) -> List[
     Raises:
         InputError: A pattern matches nothing, or nothing that can be replaced.
     """
+    if not patterns:
+        raise InputError(f'targets={patterns!r}: give the name of a module, or a pattern of names.')
     fits = _is_mlp if layer == 'moe_mlp' else _is_conv
     candidates = [name for name, module in model.named_modules() if fits(module) and name]
     found: List[str] = []
