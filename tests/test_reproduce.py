@@ -454,6 +454,18 @@ def test_the_section_shows_arms_claims_and_every_run(results, monkeypatch, tmp_p
     assert report.section(half, 'failed', 'It broke.').headline == 'b is better. 4 of 6 runs are done. It broke.'
 
 
+def test_results_of_other_arms_are_not_given_to_todays_charts(results, monkeypatch, tmp_path):
+    def charts(_):
+        return ['drawn today']
+
+    now = replace(experiment_of_four(tmp_path), charts=charts)
+    monkeypatch.setattr(report, 'find_experiment', lambda name: now)
+    assert 'drawn today' in report.section(results).blocks
+    monkeypatch.setattr(report, 'find_experiment', lambda name: replace(
+        now, arms=(*now.arms, Arm('new', {}))))
+    assert 'drawn today' not in report.section(results).blocks
+
+
 def test_the_page_says_which_experiment_runs_which_waits_and_which_failed(results, monkeypatch, tmp_path):
     monkeypatch.setattr(report, 'FILES', {'one': '', 'four': '', 'absent': ''})
     for name in ('one', 'four'):

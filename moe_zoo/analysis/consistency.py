@@ -323,8 +323,9 @@ def consistency_section(
         f' its area, enlarged and flipped with a probability of {result["hflip"]:g}. A patch of the crop and the patch'
         ' of the image that lies under its centre show the same thing; they **change** where the sets of experts they'
         ' get differ. **By chance** is the share that would change if the choices were dealt to the patches at random;'
-        ' near it, the place in the picture decides, or nothing does, and not what is shown. A router that sends'
-        ' everything to one expert reaches 0, too: then chance is 0 as well.')
+        ' near it, the place in the picture decides, or nothing does, and not what is shown. Fewer is not better by'
+        ' itself: a router that sends everything to one expert reaches 0, and chance with it; an untrained one may'
+        ' follow plain brightness, which a crop hardly changes. Read it beside chance and accuracy.')
     rows = [
         [f'{name}: `{layer["layer"]}`' if len(named) > 1 else f'`{layer["layer"]}`', layer['experts'],
          '–' if layer['selected'] is None else layer['selected'], f'{layer["rows"]} x {layer["columns"]}',

@@ -22,6 +22,8 @@ ROWS = 12  # classes of a table of shades, and experts of a chart
 THUMBNAIL = 96  # pixels
 WHOLE = 224  # pixels of a picture over which patches are drawn
 
+LEFT_OUT = 'What was left out'  # the last section, where anything was
+
 LEAD = (
     'A mixture of experts is a network in which a router decides, image by image or patch by patch, how much each of '
     'several sub-networks, the experts, has to say. This page shows what the router of one model decides, on '
@@ -42,8 +44,10 @@ def expert_page(
         facts: Of the run, for the foot of the page.
         further: Sections to put before the last, which says what was left out.
     """
-    *sections, last = expert_sections(result, pixels)
-    return Page(f'What the experts of {result["model"]} do', LEAD, [*sections, *further, last], facts)
+    sections = expert_sections(result, pixels)
+    last = len(sections) - (sections[-1].title == LEFT_OUT)
+    return Page(
+        f'What the experts of {result["model"]} do', LEAD, [*sections[:last], *further, *sections[last:]], facts)
 
 
 def expert_sections(result: Mapping[str, Any], pixels: torch.Tensor) -> List[Section]:
@@ -56,7 +60,7 @@ def expert_sections(result: Mapping[str, Any], pixels: torch.Tensor) -> List[Sec
         ('What the gates look like', said['depth'], _gates(result, said)),
         ('Where in the image', _where(result), _places(result, pixels)),
         ('If the router chose otherwise', said.get('forced', said.get('k', '')), _otherwise(result, said)),
-        ('What was left out', '', _left_out(result)),
+        (LEFT_OUT, '', _left_out(result)),
     ]
     return [Section(title, 'done', headline, blocks) for title, headline, blocks in parts if blocks]
 

@@ -5,6 +5,7 @@ Letters: E experts, K chosen experts.
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from ..errors import counted
+from .consistency import describe_consistency
 from .experts import TWIN_WEIGHTS
 
 CLEAR = 4  # standard errors by which a share must differ: tables of classes and experts have many cells
@@ -13,7 +14,7 @@ FORCED_CLEAR = 2  # standard errors by which an accuracy must differ
 
 
 def findings(result: Mapping[str, Any]) -> Dict[str, str]:
-    """One sentence or two on each part: overview, balance, alike, classes, gates, depth, forced and k.
+    """One sentence or two on each part: overview, balance, alike, classes, gates, depth, forced, k and consistency.
 
     Args:
         result: From `moe_zoo.engine.analyze_experts.analyze_classifier`.
@@ -23,7 +24,7 @@ def findings(result: Mapping[str, Any]) -> Dict[str, str]:
     """
     parts = {
         'overview': _overview, 'balance': _balance, 'alike': _alike, 'classes': _classes, 'gates': _gates,
-        'depth': _depth, 'forced': _forced, 'k': _sweep,
+        'depth': _depth, 'forced': _forced, 'k': _sweep, 'consistency': _consistency,
     }
     found = {key: say(result) for key, say in parts.items()}
     return {key: text for key, text in found.items() if text}
@@ -39,6 +40,12 @@ def listing(items: Sequence[Any], most: int = 8) -> str:
     if len(words) > most:
         return f'{", ".join(words[:most])} and {len(words) - most} more'
     return ' and '.join(filter(None, [', '.join(words[:-1]), words[-1]])) if words else 'none'
+
+
+def _consistency(result: Mapping[str, Any]) -> str:
+    if 'consistency' not in result:
+        return ''
+    return describe_consistency([(each['name'], each) for each in result['consistency']['measured']])
 
 
 def _overview(result: Mapping[str, Any]) -> str:

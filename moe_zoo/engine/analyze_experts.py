@@ -17,7 +17,6 @@ from rich.progress import Progress
 from timm.models import safe_model_name
 
 from .. import __version__
-from ..analysis.consistency import describe_consistency
 from ..analysis.expert_figures import write_figures
 from ..analysis.expert_page import expert_page
 from ..analysis.expert_records import locate
@@ -193,6 +192,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         classifier, images, classes, flags.images, flags.layers, not flags.no_force)
     if routes is not None:
         result['consistency'] = routes
+        result['findings'] = findings(result)
     out = flags.out or Path('runs/analyze') / _name(flags)
     text = json.dumps(result)
     with atomic_write(out / 'experts.json') as part:
@@ -205,8 +205,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         except InputError as error:
             print(f'warning: {error}', file=sys.stderr)
     print(text if flags.json else '\n'.join(report(result)))
-    if routes is not None and not flags.json:
-        print(describe_consistency([(each['name'], each) for each in routes['measured']]))
     print(f'written: {out / "index.html"} and what it rests on', file=sys.stderr)
     return 0
 

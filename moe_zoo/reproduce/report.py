@@ -66,11 +66,13 @@ def section(results: Results, unfinished: str = 'pending', reason: str = '') -> 
         headline = f'{claim["text"]} {len(results["runs"])} of {total} runs are done. {reason}'.strip()
         return Section(results['title'], unfinished, headline)
     experiment = find_experiment(results['name'])
+    # Results of an earlier version of the experiment may lack what its charts of today draw.
+    same = [arm.name for arm in experiment.arms] == [arm['name'] for arm in results['arms']]
     blocks = [
         f'{results["question"]} After {results["paper"]}.',
         *_claims(results),
         _intervals(results, claim['metric']),
-        *(experiment.charts(results) if experiment.charts else ()),
+        *(experiment.charts(results) if experiment.charts and same else ()),
         _arms_table(results),
         f'Data: {results["plan"]["data"]}. Plan fixed {results["plan"]["written"]}; {results["plan"]["test"]}. '
         + ', '.join(f'{name} {value}' for name, value in results['made_by'].items() if value) + '.',
