@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from moe_zoo.data import DigitsDataset, load_digits_split, scenes, size_class, write_scenes
+from moe_zoo.engine.config import load_config
+from moe_zoo.engine.data import open_dataset
 from moe_zoo.errors import InputError
 
 pytest.importorskip('sklearn')
@@ -41,6 +43,7 @@ def test_digits_dataset_gives_images_for_timm():
     image, target = dataset[7]
     assert len(dataset) == 355 and image.shape == (8, 8, 3) and target == y_test[7] + 100
     assert np.array_equal(image[..., 0], x_test[7]) and np.array_equal(image[..., 2], x_test[7])
+    assert open_dataset(load_config({'dataset': 'digits', 'in_chans': 1}), True)[0][0].mode == 'L'  # one channel
     with pytest.raises(InputError, match="split must be 'train' or 'test' for the digits, not 'dev'"):
         DigitsDataset('dev')
 

@@ -48,8 +48,9 @@ class DigitsDataset(Dataset):
     Args:
         split: 'train' (1442 images) or 'test' (355; 'val' and 'validation' mean the same).
         seed: Of the split, see `load_digits_split`.
-        transform: Applied to the 8 x 8 RGB image; timm's `create_loader` sets it.
+        transform: Applied to the 8 x 8 image; timm's `create_loader` sets it.
         target_transform: Applied to the target.
+        input_img_mode: PIL's mode of the images.
     """
     classes = tuple(str(digit) for digit in range(10))
 
@@ -59,6 +60,7 @@ class DigitsDataset(Dataset):
             seed: int = 0,
             transform: Optional[Callable] = None,
             target_transform: Optional[Callable] = None,
+            input_img_mode: str = 'RGB',
     ):
         x_train, y_train, x_test, y_test = load_digits_split(seed)
         if split == 'train':
@@ -69,13 +71,14 @@ class DigitsDataset(Dataset):
             raise InputError(f"split must be 'train' or 'test' for the digits, not {split!r}.")
         self.transform = transform
         self.target_transform = target_transform
+        self.input_img_mode = input_img_mode
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int):
         from PIL import Image
-        image = Image.fromarray(self.images[index]).convert('RGB')
+        image = Image.fromarray(self.images[index]).convert(self.input_img_mode)
         target = int(self.targets[index])
         if self.transform is not None:
             image = self.transform(image)

@@ -113,7 +113,7 @@ def open_dataset(args: argparse.Namespace, training: bool, strict: bool = False,
     split = args.train_split if training else args.val_split
     if args.dataset == 'digits':
         from ..data import DigitsDataset
-        return DigitsDataset(split)
+        return DigitsDataset(split, input_img_mode=image_mode(args))
     folder = '/' not in args.dataset
     shared = folder and _holds_out(args)
     known = ('', 'digits', 'folder', *PREFIXES)
