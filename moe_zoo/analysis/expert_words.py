@@ -71,7 +71,7 @@ def _balance(result: Mapping[str, Any]) -> str:
         rest = '' if len(dead) <= 4 else f'; and some of {counted(len(dead) - 4, "further layer")}'
         first = f'**{idle:,} of {total:,} experts are dead**: {named}{rest}.'
     else:
-        first = f'**All {total:,} experts are in use.**'
+        first = f'**All {total:,} experts are in use.**' if total > 1 else '**The one expert is in use.**'
     worst = min(layers, key=lambda layer: layer['entropy'])
     share = max(worst['importance'])
     if worst['entropy'] > 0.9999:
@@ -178,8 +178,10 @@ def _forced(result: Mapping[str, Any]) -> str:
     where = 'everywhere' if forced['everywhere'] else 'in one layer'
     clear = sum(abs(row['difference']) > FORCED_CLEAR * row['difference_se'] for row in rows)
     low, high = min(row['accuracy'] for row in rows), max(row['accuracy'] for row in rows)
-    told = f'none of the {counted(len(rows), "difference")} is clear on this many images.'
-    if clear:
+    told = f'none of the {len(rows)} differences is clear on this many images.'
+    if len(rows) == 1:
+        told = f'the difference is {"" if clear else "not "}clear.'
+    elif clear:
         told = f'{clear} of {counted(len(rows), "difference")} {"is" if clear == 1 else "are"} clear.'
     return (
         f'With a single expert doing all the work {where}, accuracy is **{_range(low, high)}** instead of '
