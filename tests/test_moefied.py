@@ -6,7 +6,7 @@ import pickle
 import pytest
 import timm
 import torch
-from timm.layers import Mlp, set_reentrant_ckpt
+from timm.layers import GluMlp, Mlp, SwiGLU, set_reentrant_ckpt
 from timm.models import save_for_hf
 from torch import nn
 
@@ -28,6 +28,11 @@ CASES = {
     'swin': ('swinv2_cr_tiny_224', {'img_size': 224, 'depths': (1, 1, 1, 1)}, 224, 'stages.3.*.mlp', 'moe_mlp', {},
              MoEMlp, 1),
     'vit': ('vit_tiny_patch16_224', SMALL, 32, 'blocks.*.mlp', 'moe_mlp', {'num_selected': 1}, MoEMlp, 2),
+    'eva-glu': ('eva02_tiny_patch14_224', {**SMALL, 'img_size': 28, 'patch_size': 14, 'swiglu_mlp': True}, 28,
+                'blocks.*.mlp', 'moe_mlp', {}, MoEMlp, 2),
+    'eva-swiglu': ('eva02_base_patch14_224', {**SMALL, 'img_size': 28, 'patch_size': 14}, 28, 'blocks.*.mlp',
+                   'moe_mlp', {}, MoEMlp, 2),
+    'vit-glu': ('vit_tiny_patch16_224', {**SMALL, 'mlp_layer': GluMlp}, 32, 'blocks.*.mlp', 'moe_mlp', {}, MoEMlp, 2),
 }
 
 
@@ -141,6 +146,17 @@ def test_saved_to_a_folder_and_reloaded_from_its_arguments(tmp_path):
         assert torch.equal(again(x), model(x))
 
 
+@pytest.mark.parametrize('case, kind', [('eva-glu', GluMlp), ('eva-swiglu', SwiGLU), ('vit-glu', GluMlp), ('vit', Mlp)])
+def test_experts_are_what_the_mlp_was(case, kind):
+    """The cases above hold what they say, and cost k of them."""
+    base, kwargs, _, _, _, args, _, _ = CASES[case]
+    model = dense(base, **kwargs)
+    assert type(model.blocks[0].mlp) is kind
+    macs = sum(p.numel() for p in model.blocks[0].mlp.parameters() if p.dim() > 1)
+    layer = moe_zoo.moefy(model, 'blocks.0.mlp', num_experts=4, **args).blocks[0].mlp
+    assert layer.max_macs((1, 5, 32)) == 5 * (layer.num_selected * macs + 4 * 32)  # and the router
+
+
 @pytest.mark.parametrize('reentrant', [False, True])
 def test_gradient_checkpointing(reentrant):
     """Plain checkpointing keeps the gradients of the auxiliary losses; the re-entrant kind would drop them."""
@@ -211,7 +227,8 @@ def test_refusals():
         ('layer4.*.conv9', 'condconv', r"^targets='layer4.\*.conv9' matches no module, and layer='condconv' replaces a "
                                        r"plain convolution. Did you mean 'layer4.1.conv"),
         ('layer4.*.bn1', 'condconv', "matches only BatchNorm2d, and layer='condconv' replaces a plain convolution"),
-        ('layer4.*', 'moe_mlp', r"^targets='layer4.\*' matches only BasicBlock, .* replaces timm's Mlp\.$"),
+        ('layer4.*', 'moe_mlp',
+         r"^targets='layer4.\*' matches only BasicBlock, .* replaces timm's Mlp, GluMlp or SwiGLU\.$"),
         ('layer4.*.conv2', 'condcnv', "^layer='condcnv' is unknown. Did you mean 'condconv'"),
     ]:
         with pytest.raises(InputError, match=message):

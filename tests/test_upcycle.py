@@ -4,12 +4,13 @@ Letters: E experts, D width.
 """
 import math
 import re
+from collections import OrderedDict
 
 import pytest
 import timm
 import torch
 from safetensors import safe_open
-from timm.layers import resample_abs_pos_embed
+from timm.layers import GluMlp, SwiGLU, resample_abs_pos_embed
 from torch import nn
 
 from moe_zoo import cli
@@ -435,3 +436,19 @@ def test_files_that_are_no_weights_are_told(dense_file, tmp_path, capsys):
             convert(dense, tmp_path / out, '--model', 'dyconv_mobilenetv2_050')
         assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ['dense.pth.tar', 'torn.pth']
+
+
+@pytest.mark.parametrize('kind, half', [(GluMlp, 'last'), (SwiGLU, 'first')])
+def test_slices_of_a_gated_mlp_make_it_together(kind, half):
+    """Two slices of half the width, each twice among four experts that all are chosen: the dense GLU."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(OrderedDict(mlp=kind(8, 24 if kind is GluMlp else 12, norm_layer=None)))
+    layer = MoEMlp(8, 6, num_experts=4, num_selected=4, glu=half, router_args={'renormalise': True},
+                   act_layer=type(dense.mlp.act), capacity_factor=None)
+    model = nn.Sequential(OrderedDict(mlp=layer)).eval()
+    model.load_state_dict(upcycle(dense.state_dict(), model, method='split'))
+    x = torch.randn(2, 5, 8)
+    torch.testing.assert_close(model(x), dense(x), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+    with pytest.raises(InputError, match="^glu='middle': use 'first' or 'last'"):
+        MoEMlp(8, 6, glu='middle')

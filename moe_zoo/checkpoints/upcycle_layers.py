@@ -206,6 +206,7 @@ def expert_mlps(name: str, layer: MoEMlp, job: Job) -> Makers:
     r = _slices(name, layer, job)
     makers = _start_token_router(name, layer, job, 'random' if fixed and r == 1 else 'zero')
     index = torch.arange(layer.num_experts) % r
+    halves = 2 if layer.glu else 1
     one = (1, 1) if layer.use_conv and len(job.dense.shape(f'{name}.fc1.weight')) == 4 else ()
 
     def experts(key: str, parts: torch.Tensor) -> torch.Tensor:
@@ -215,7 +216,13 @@ def expert_mlps(name: str, layer: MoEMlp, job: Job) -> Makers:
         return torch.stack([perturbed(parts[s], key, e, job.noise or 0.) for e, s in enumerate(index)])
 
     def fc1(key: str, shape: Tuple[int, ...]) -> torch.Tensor:
-        return experts(key, job.dense.take(key, shape).reshape(r, M, *shape[1:2]))
+        """Of a GLU, both halves: in one tensor, or, as timm's SwiGLU has them, in two."""
+        apart = [key.replace('.fc1.', f'.fc1_{half}.') for half in 'gx']
+        if layer.glu and apart[0] in job.dense:
+            value = torch.stack([job.dense.take(half, shape) for half in apart])
+        else:
+            value = job.dense.take(key, (halves * shape[0], *shape[1:]))
+        return experts(key, value.reshape(halves, r, M, *shape[1:2]).transpose(0, 1).flatten(1, 2))
 
     def fc2(key: str) -> torch.Tensor:
         value = job.dense.take(key, (O, r * M, *one)).reshape(O, r, M)
@@ -239,7 +246,7 @@ def _slices(name: str, layer: MoEMlp, job: Job) -> int:
     """r: how many experts are as wide as the dense MLP."""
     if job.method == 'copy':
         return 1
-    width = (job.dense.shape(f'{name}.fc1.weight') or (0,))[0]
+    width = (job.dense.shape(f'{name}.fc2.weight') or (0, 0))[1]
     if width == 0 or width % layer.hidden_features or layer.num_experts % (width // layer.hidden_features):
         raise InputError(
             f"method='split': {name} has {layer.num_experts} experts of width {layer.hidden_features}, which cannot be"

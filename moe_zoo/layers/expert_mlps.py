@@ -78,6 +78,33 @@ class ExpertLinear(nn.Module):
         return f'{ins}, {outs}, num_experts={experts}, bias={self.bias is not None}'
 
 
+class Glu(nn.Module):
+    """A gated linear unit: one half of the channels, activated, times the other.
+
+    Args:
+        act: Of the gating half.
+        half: Which one that is: 'first' as in SwiGLU, 'last' as in timm's GluMlp.
+
+    Shapes:
+        (..., 2 M) -> (..., M).
+
+    Raises:
+        InputError: `half` is neither.
+    """
+    first: torch.jit.Final[bool]
+
+    def __init__(self, act: nn.Module, half: str):
+        super().__init__()
+        if half not in ('first', 'last'):
+            raise InputError(f"glu={half!r}: use 'first' or 'last', the half that gates, or None.")
+        self.act = act
+        self.first = half == 'first'
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, dim=-1)
+        return self.act(a) * b if self.first else a * self.act(b)
+
+
 class ExpertMlps(RoutedLayer):
     """E MLPs in stacks and the grouping of tokens: what `MoEMlp` and `SoftMoEMlp` share."""
 
@@ -96,6 +123,7 @@ class ExpertMlps(RoutedLayer):
             group_size: Optional[int],
             same_init: bool,
             bfloat16_dispatch: bool,
+            glu: Optional[str] = None,
             device=None,
             dtype=None,
     ):
@@ -112,8 +140,10 @@ class ExpertMlps(RoutedLayer):
         self.bfloat16_dispatch = bfloat16_dispatch
         bias = to_2tuple(bias)
         drop = to_2tuple(drop)
-        self.fc1 = ExpertLinear(self.num_experts, in_features, self.hidden_features, bias[0], same_init, **dd)
-        self.act = act_layer()
+        self.glu = glu
+        widths = self.hidden_features * (2 if glu else 1)
+        self.fc1 = ExpertLinear(self.num_experts, in_features, widths, bias[0], same_init, **dd)
+        self.act = Glu(act_layer(), glu) if glu else act_layer()
         self.drop1 = nn.Dropout(drop[0])
         self.norm = norm_layer(self.hidden_features, **dd) if norm_layer is not None else nn.Identity()
         self.fc2 = ExpertLinear(self.num_experts, self.hidden_features, self.out_features, bias[1], same_init, **dd)
@@ -149,7 +179,7 @@ class ExpertMlps(RoutedLayer):
 
     def _expert_macs(self) -> int:
         """MACs of one expert for one token."""
-        return self.hidden_features * (self.in_features + self.out_features)
+        return self.hidden_features * ((2 if self.glu else 1) * self.in_features + self.out_features)
 
     def _group_repr(self) -> str:
         return f'group_size={self.group_size}' if self.group_size else f'group_images={self.group_images}'

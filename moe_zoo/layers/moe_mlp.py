@@ -3,12 +3,13 @@
 Letters: B images, D width, M hidden width of an expert, T routed tokens (of the whole batch), E experts, K chosen ones,
 S tokens a group, C slots an expert has in a group.
 """
+import functools
 import inspect
 import math
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
 import torch
-from timm.layers import Mlp, register_notrace_module
+from timm.layers import GluMlp, Mlp, register_notrace_module
 from torch import nn
 from torch.nn import functional as F
 
@@ -96,6 +97,8 @@ class MoEMlp(ExpertMlps):
         expert_ratio: r times as many experts of a width r times smaller, r times as many chosen: equal MACs.
         same_init: All experts start equal, as in the original.
         bfloat16_dispatch: Round what travels to and from the experts to bfloat16, as the original does on TPUs.
+        glu: Gated experts, whose first layer is twice as wide: 'first' or 'last' is the half that goes through the
+            activation and gates the other, as in timm's SwiGLU and GluMlp; None for plain ones.
 
     Raises:
         InputError: K above E, a hidden width that `expert_ratio` does not divide, an unknown router, loss or rounding,
@@ -130,6 +133,7 @@ class MoEMlp(ExpertMlps):
             expert_ratio: int = 1,
             same_init: bool = True,
             bfloat16_dispatch: bool = False,
+            glu: Optional[str] = None,
             device=None,
             dtype=None,
     ):
@@ -147,7 +151,7 @@ class MoEMlp(ExpertMlps):
             raise InputError(f"capacity_rounding={capacity_rounding!r}: use 'ceil' or 'round'.")
         super().__init__(
             in_features, hidden_features // expert_ratio, out_features, act_layer, norm_layer, bias, drop, use_conv,
-            num_experts * expert_ratio, group_images, group_size, same_init, bfloat16_dispatch, **dd)
+            num_experts * expert_ratio, group_images, group_size, same_init, bfloat16_dispatch, glu, **dd)
         self.num_selected = num_selected * expert_ratio
         self.num_shared_experts = num_shared_experts
         self.by_expert = router == 'expert_choice'
@@ -163,8 +167,9 @@ class MoEMlp(ExpertMlps):
         self.router = create_router(
             router, in_features, self.num_experts, self.num_selected, noise_std, losses, router_args, **dd)
         # n MLPs of width M that all tokens use are one of width n * M.
-        self.shared = Mlp(
-            in_features, num_shared_experts * self.hidden_features, self.out_features,
+        mlp = functools.partial(GluMlp, gate_last=glu == 'last') if glu else Mlp
+        self.shared = mlp(
+            in_features, num_shared_experts * self.hidden_features * (2 if glu else 1), self.out_features,
             act_layer=act_layer, norm_layer=norm_layer, bias=bias, drop=drop, **dd,
         ) if num_shared_experts else None
 

@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Sequence, Type, Union
 
 import timm
 import torch
-from timm.layers import Conv2dSame, Mlp
+from timm.layers import Conv2dSame, GluMlp, Mlp, SwiGLU
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
@@ -34,7 +34,7 @@ LAYERS: Dict[str, Type[RoutedLayer]] = {
 # What a routed layer takes from the module that it replaces, and no keyword may set.
 TAKEN = (
     'in_features', 'hidden_features', 'out_features', 'act_layer', 'norm_layer', 'drop', 'use_conv', 'in_channels',
-    'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'bias', 'device', 'dtype',
+    'out_channels', 'glu', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'bias', 'device', 'dtype',
 )
 # Sources of weights in a configuration of timm's.
 SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id')
@@ -59,7 +59,7 @@ def moefy(
         model: Any timm model, or module with timm's layers; changed in place, and made a `RoutedModel`.
         targets: Names of modules, or patterns of them such as 'blocks.*.mlp' ('*' also spans dots).
         layer: What they become: 'condconv', 'dyconv' or 'moe_conv' instead of convolutions, 'moe_mlp' instead of
-            timm's `Mlp`.
+            timm's `Mlp`, `GluMlp` and `SwiGLU`.
         num_experts: E.
         layer_args: Further keywords of that layer.
 
@@ -121,14 +121,14 @@ def find_targets(model: nn.Module, patterns: Sequence[str], layer: str) -> List[
             hint = nearest(pattern, candidates) or (f' There are {", ".join(candidates[:4])}.' if candidates else '')
             kinds = sorted({type(model.get_submodule(name)).__name__ for name in matched})
             what = f'only {", ".join(kinds[:4])}' if matched else 'no module'
-            wanted = "timm's Mlp" if layer == 'moe_mlp' else 'a plain convolution'
+            wanted = "timm's Mlp, GluMlp or SwiGLU" if layer == 'moe_mlp' else 'a plain convolution'
             raise InputError(f'targets={pattern!r} matches {what}, and layer={layer!r} replaces {wanted}.{hint}')
         found += usable
     return [name for name in candidates if name in found and not any(name.startswith(f'{o}.') for o in found)]
 
 
 def _is_mlp(module: nn.Module) -> bool:
-    return type(module) is Mlp
+    return type(module) in (Mlp, GluMlp, SwiGLU)
 
 
 def _is_conv(module: nn.Module) -> bool:
@@ -143,16 +143,21 @@ def _conv(conv: nn.Conv2d, cls: Callable[..., nn.Module], **kwargs) -> nn.Module
         device=conv.weight.device, dtype=conv.weight.dtype, **kwargs)
 
 
-def _mlp(mlp: Mlp, cls: Type[MoEMlp], **kwargs) -> nn.Module:
+def _mlp(mlp: Union[Mlp, GluMlp, SwiGLU], cls: Type[MoEMlp], **kwargs) -> nn.Module:
     if kwargs.get('router', 'vmoe') == 'vmoe':
         kwargs['router_args'] = dict({'renormalise': True}, **(kwargs.get('router_args') or {}))
     normed = not isinstance(mlp.norm, nn.Identity)
+    fc1, glu = getattr(mlp, 'fc1', None), None
+    if isinstance(mlp, SwiGLU):
+        fc1, glu = mlp.fc1_g, 'first'
+    elif isinstance(mlp, GluMlp):
+        glu = 'last' if mlp.gate_last else 'first'
     return cls(
-        mlp.fc1.weight.shape[1], mlp.fc1.weight.shape[0], mlp.fc2.weight.shape[0],
+        fc1.weight.shape[1], mlp.fc2.weight.shape[1], mlp.fc2.weight.shape[0],
         act_layer=lambda: copy.deepcopy(mlp.act),
         norm_layer=(lambda features, **dd: copy.deepcopy(mlp.norm)) if normed else None,
-        bias=(mlp.fc1.bias is not None, mlp.fc2.bias is not None), drop=(mlp.drop1.p, mlp.drop2.p),
-        use_conv=isinstance(mlp.fc1, nn.Conv2d), device=mlp.fc1.weight.device, dtype=mlp.fc1.weight.dtype, **kwargs)
+        bias=(fc1.bias is not None, mlp.fc2.bias is not None), drop=(mlp.drop1.p, mlp.drop2.p), glu=glu,
+        use_conv=isinstance(fc1, nn.Conv2d), device=fc1.weight.device, dtype=fc1.weight.dtype, **kwargs)
 
 
 @functools.lru_cache(maxsize=None)
