@@ -176,6 +176,7 @@ def test_schedules_tell_the_epochs(run_here, tmp_path, capsys):
     assert capsys.readouterr().out == '9 9 '
 
 
+@pytest.mark.slow
 def test_spawned_processes_know_it_too(repository, tmp_path):
     (tmp_path / 'spawning.py').write_text(SPAWNING)
     done = moe_zoo_run(repository, tmp_path / 'spawning.py', tmp_path)
