@@ -4,7 +4,9 @@ import json
 import pickle
 
 import pytest
+import test_timm_host
 import timm
+import timm_host
 import torch
 from timm.layers import GluMlp, Mlp, SwiGLU, set_reentrant_ckpt
 from timm.models import save_for_hf
@@ -247,3 +249,16 @@ def test_refusals():
         timm.create_model('moefied', base='resnet81')
     with pytest.raises(InputError, match="^base='resnet18.nothing': resnet18 has no weights of this tag. Did you"):
         timm.create_model('moefied', base='resnet18.nothing')
+
+
+@pytest.mark.slow
+@test_timm_host.needs_timm_tests
+@pytest.mark.parametrize('kwargs', [
+    dict(base='convnext_atto', targets='stages.2.*.mlp', layer='moe_mlp'),
+    dict(base='tf_efficientnet_lite0', targets='blocks.5.*.conv_pw', layer='dyconv'),
+    dict(base='resnet26', targets='layer4.*.conv2', layer='moe_conv'),
+], ids=lambda kwargs: kwargs['base'])
+def test_timms_own_tests_pass_on_other_bases(kwargs, tmp_path):
+    """timm feeds this name 128 pixels, so that bases of a fixed size are left out."""
+    found = timm_host.run(['moefied'], test_timm_host.MODULES, tmp_path, kwargs={'moefied': kwargs})
+    test_timm_host.check('moefied', found['moefied'], test_timm_host.GRID)
