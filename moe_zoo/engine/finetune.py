@@ -9,7 +9,7 @@ from typing import Optional, Sequence
 
 from ..errors import InputError, exit_on_input_error
 from .config import parse_command_line
-from .train import run
+from .train import add_run_arguments, run
 
 RECIPE = 'configs/finetune/default.yaml'
 
@@ -27,13 +27,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument('--data-dir', metavar='DIR', required=True, help='folder of images')
     result.add_argument('--from-dense', metavar='FILE', help='weights to begin with, of the dense twin or of the model,'
                                                              ' instead of those that pretrained=true would download')
-    result.add_argument('--twin', action='store_true', help='also fine-tune the dense twin on the same batches')
     result.add_argument('--config', '-c', metavar='FILE', default=RECIPE, help=f'recipe (default: {RECIPE})')
-    result.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
-                        help='continue from the last checkpoint of the run, or from this one')
-    result.add_argument('--strict-data', action='store_true', help='refuse corrupt images instead of skipping them')
-    result.add_argument('--seeds', nargs='+', metavar='N', help='one run for each seed; prints mean and deviation')
-    result.add_argument('options', nargs='*', metavar='key=value', help='options that win over the recipe')
+    add_run_arguments(result)
     return result
 
 

@@ -547,17 +547,23 @@ def parser() -> argparse.ArgumentParser:
                'Several processes: torchrun --nproc_per_node=N tools/train_imagenet.py ...')
     result.add_argument('--config', '-c', metavar='FILE', help='recipe, for example configs/imagenet/vmoe_vit_s.yaml')
     result.add_argument('--data-dir', metavar='DIR', help='folder with a folder for each split')
-    result.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
-                        help='continue from the last checkpoint of the run, or from this one')
-    result.add_argument('--strict-data', action='store_true', help='refuse corrupt images instead of skipping them')
     result.add_argument('--route-consistency', metavar='jsd|prc',
                         help='train on two views of every image, at twice the compute, and pull the routes of their'
                              ' patches together')
-    result.add_argument('--twin', action='store_true',
-                        help='also train the dense twin on the same batches and print the paired difference')
-    result.add_argument('--seeds', nargs='+', metavar='N', help='one run for each seed; prints mean and deviation')
-    result.add_argument('options', nargs='*', metavar='key=value', help='options that win over the recipe')
+    add_run_arguments(result)
     return result
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `run` reads, beside --config."""
+    add = parser.add_argument
+    add('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
+        help='continue from the last checkpoint of the run, or from this one')
+    add('--strict-data', action='store_true', help='refuse corrupt images instead of skipping them')
+    add('--twin', action='store_true',
+        help='also train the dense twin on the same batches and print the paired difference')
+    add('--seeds', nargs='+', metavar='N', help='one run for each seed; prints mean and deviation')
+    add('options', nargs='*', metavar='key=value', help='options that win over the recipe')
 
 
 @exit_on_input_error

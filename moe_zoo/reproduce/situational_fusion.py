@@ -137,9 +137,7 @@ class Agent(nn.Module):
     def candidates(self, representations: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
         """(B, K, A) log-probabilities of the heads one by one."""
         goal = F.one_hot(goals, len(GOALS)).float()
-        outputs = [
-            head(torch.cat([representations[:, k].float(), goal], dim=1)) for k, head in enumerate(self.fusion.heads)]
-        return F.log_softmax(torch.stack(outputs, dim=1), dim=2)
+        return F.log_softmax(self.fusion.propose(list(representations.float().unbind(1)), goal), dim=2)
 
 
 def imitation(log_probabilities: torch.Tensor, optimal: torch.Tensor) -> torch.Tensor:
