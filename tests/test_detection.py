@@ -28,9 +28,13 @@ from torch import nn  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from moe_zoo.data.scenes import write_scenes  # noqa: E402
-from moe_zoo.detection import add_moe_config, install, load_config  # noqa: E402
+from moe_zoo.detection import (  # noqa: E402
+    TimmBackbone,  # noqa: E402
+    add_moe_config,
+    install,
+    load_config,
+)
 from moe_zoo.detection import config as detection_config  # noqa: E402
-from moe_zoo.detection.backbones import TimmBackbone  # noqa: E402
 from moe_zoo.detection.checkpoint import SafeCheckpointer  # noqa: E402
 from moe_zoo.detection.coco import load_datasets  # noqa: E402
 from moe_zoo.detection.train import StarvedExperts, Trainer, main  # noqa: E402

@@ -9,10 +9,11 @@ with warnings.catch_warnings():
     warnings.simplefilter('ignore', FutureWarning)  # of older code: detectron2 and fvcore script functions on import
     import detectron2.modeling  # noqa: F401
 
-from .backbones import TimmBackbone, build_moe_resnet_fpn_backbone, build_timm_fpn_backbone
 from .coco import register_coco, register_digit_scenes
 from .config import add_moe_config, install, load_config
+from .resnet_backbone import build_moe_resnet_fpn_backbone
 from .retinanet import MoERetinaNet
+from .timm_backbone import TimmBackbone, build_timm_fpn_backbone
 
 __all__ = [
     'MoERetinaNet',

@@ -1,8 +1,4 @@
-"""Backbones for detectron2: any hierarchical timm or moe_zoo model, and detectron2's ResNet with a routed last stage.
-
-Both stand under a feature pyramid P3 to P7, as RetinaNet wants it (Lin et al. 2017, arXiv 1708.02002).
-"""
-import logging
+"""A backbone for detectron2: any hierarchical timm or moe_zoo model under a feature pyramid."""
 from functools import partial
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -10,16 +6,13 @@ import timm
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
-from detectron2.modeling.backbone import ResNet
-from detectron2.modeling.backbone.fpn import LastLevelP6P7
-from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from timm.layers import Format
 from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
 
 from ..errors import InputError, nearest, nearest_keyword
-from ..layers.moe_stage import MoEStage
+from .pyramid import moe_options, pyramid, warn_frozen
 
 STAGES = {4: 'res2', 8: 'res3', 16: 'res4', 32: 'res5'}  # stride -> the name that detectron2's parts look for
 
@@ -32,7 +25,7 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         InputError: Unknown model or keyword, strides other than 8, 16 and 32, or a config whose colour order, mean or
             std are not the model's.
     """
-    options = _options(cfg).TIMM
+    options = moe_options(cfg).TIMM
     bottom_up = TimmBackbone(
         options.NAME,
         dict(options.ARGS),
@@ -46,45 +39,9 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         _check_input(cfg, bottom_up)
     frozen = options.FROZEN_BN or cfg.MODEL.BACKBONE.FREEZE_AT > 0
     if frozen and not (options.PRETRAINED or options.CHECKPOINT or cfg.MODEL.WEIGHTS):
-        _warn_frozen('MOE.TIMM.FROZEN_BN False MODEL.BACKBONE.FREEZE_AT 0')
+        warn_frozen('MOE.TIMM.FROZEN_BN False MODEL.BACKBONE.FREEZE_AT 0')
     bottom_up.freeze(cfg.MODEL.BACKBONE.FREEZE_AT, options.FROZEN_BN)
-    return _pyramid(cfg, bottom_up)
-
-
-@BACKBONE_REGISTRY.register()
-def build_moe_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """detectron2's own ResNet whose res5 is a routed stage of E copies of it, under P3 to P7.
-
-    The closest precedent is the backbone variant of Pavlitska et al. 2022 (E = 4, K = 2, KL loss with weight 0.25).
-    Weights for the dense ResNet, a classifier's or a detector's, load as they are: res5 becomes every expert, moved a
-    little (MOE.RES5.PERTURB).
-
-    Raises:
-        InputError: K is not between 1 and E, res5 is not among OUT_FEATURES, or NORM is a synchronised one.
-    """
-    options = _options(cfg).RES5
-    resnet_options = cfg.MODEL.RESNETS
-    if 'res5' not in resnet_options.OUT_FEATURES:
-        raise InputError(f'MODEL.RESNETS.OUT_FEATURES {list(resnet_options.OUT_FEATURES)}: the routed stage is res5, '
-                         'add it.')
-    if 'Sync' in str(resnet_options.NORM):
-        raise InputError(f'MODEL.RESNETS.NORM {resnet_options.NORM!r}: experts see different images on every rank and '
-                         "cannot synchronise; use 'FrozenBN', 'BN' or 'GN'.")
-    if resnet_options.NORM == 'FrozenBN' and not cfg.MODEL.WEIGHTS:
-        _warn_frozen('MODEL.RESNETS.NORM BN MODEL.BACKBONE.FREEZE_AT 0')
-    resnet = _resnet(cfg, input_shape)
-    stage = MoEStage.from_dense(
-        resnet.res5,
-        in_chs=resnet.res5[0].in_channels,
-        num_experts=options.NUM_EXPERTS,
-        num_selected=options.NUM_SELECTED,
-        constraint=None,
-        noise=options.NOISE,
-        losses=[tuple(pair) for pair in options.LOSSES],
-        perturb=options.PERTURB,
-    )
-    resnet.res5 = resnet.stages[-1] = stage  # it is a child by name, and runs from the list
-    return _pyramid(cfg, resnet)
+    return pyramid(cfg, bottom_up)
 
 
 class TimmBackbone(Backbone):
@@ -241,54 +198,3 @@ def _check_input(cfg: CfgNode, backbone: TimmBackbone) -> None:
             raise InputError(
                 f"MODEL.{key} {given}: {backbone.pretrained_cfg['architecture']} expects "
                 f'{[round(w, 3) for w in wanted]} (in RGB, 0 to 255); {remedy}.')
-
-
-def _resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """What detectron2 builds; it fixes the width of ResNet-18 and 34, and here RES2_OUT_CHANNELS sets that too."""
-    options = cfg.MODEL.RESNETS
-    if options.DEPTH not in (18, 34) or options.RES2_OUT_CHANNELS == 64:
-        return build_resnet_backbone(cfg, input_shape)
-    stem = BasicStem(in_channels=input_shape.channels, out_channels=options.STEM_OUT_CHANNELS, norm=options.NORM)
-    stages, in_channels = [], options.STEM_OUT_CHANNELS
-    for i, num_blocks in enumerate([2, 2, 2, 2] if options.DEPTH == 18 else [3, 4, 6, 3]):
-        stages.append(ResNet.make_stage(
-            BasicBlock,
-            num_blocks,
-            in_channels=in_channels,
-            out_channels=options.RES2_OUT_CHANNELS * 2 ** i,
-            stride_per_block=[1 if i == 0 else 2] + [1] * (num_blocks - 1),
-            norm=options.NORM,
-        ))
-        in_channels = options.RES2_OUT_CHANNELS * 2 ** i
-    return ResNet(stem, stages, out_features=options.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
-
-
-def _pyramid(cfg: CfgNode, bottom_up: Backbone) -> FPN:
-    """P3 to P5 from res3 to res5, P6 and P7 by strided convolutions on res5."""
-    shapes = bottom_up.output_shape()
-    missing: List[str] = [name for name in cfg.MODEL.FPN.IN_FEATURES if name not in shapes]
-    if missing or not cfg.MODEL.FPN.IN_FEATURES:
-        raise InputError(f'MODEL.FPN.IN_FEATURES {list(cfg.MODEL.FPN.IN_FEATURES)}: this backbone gives '
-                         f"{list(shapes)}; RetinaNet takes ['res3', 'res4', 'res5'].")
-    channels = cfg.MODEL.FPN.OUT_CHANNELS
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=channels,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelP6P7(shapes['res5'].channels, channels),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
-
-
-def _options(cfg: CfgNode) -> CfgNode:
-    if 'MOE' not in cfg:
-        raise InputError('The config has no node MOE: call moe_zoo.detection.add_moe_config(cfg) after get_cfg(), '
-                         'or run the script through moe-zoo run.')
-    return cfg.MOE
-
-
-def _warn_frozen(remedy: str) -> None:
-    logging.getLogger(__name__).warning(
-        'MODEL.WEIGHTS is empty and BatchNorm is frozen: random weights without normalisation diverge within a few '
-        'iterations. Give weights, or train from scratch with %s.', remedy)
