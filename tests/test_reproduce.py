@@ -408,6 +408,9 @@ def test_fit_learns_and_tells_the_model_of_epochs_and_steps():
     assert not model.training and not averaged.training
     assert not torch.equal(averaged.module.weight, model.weight)
     assert training.fit(Told(), data, epochs=1) is None
+    part = Told()
+    training.fit(part, data, epochs=1.6, batch_size=8, lr=.5)  # 1.6 times 4 batches are 6.4
+    assert part.epochs == [0, 1] and part.steps == 6
     assert training.cost(model, data) == {'parameters': 10, 'macs': 8}
 
 

@@ -7,6 +7,7 @@ Letters: N images, B images of a batch, C channels, H x W pixels.
 """
 import math
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -187,7 +188,7 @@ def _tensor(images: np.ndarray, size: int) -> torch.Tensor:
 def fit(
         model: nn.Module,
         data: Data,
-        epochs: int,
+        epochs: float,
         batch_size: int = 64,
         lr: float = 0.05,
         seed: int = 0,
@@ -208,7 +209,8 @@ def fit(
 
     Args:
         model: A classifier; `set_epoch` is called on its modules as every epoch begins, `end_step` after every step.
-        epochs, batch_size: Of the training images; the last batch of an epoch is left out unless it is full.
+        epochs, batch_size: Of the training images; the last batch of an epoch is left out unless it is full, and a
+            fraction of an epoch is rounded to whole batches.
         lr, opt, weight_decay: Of timm's optimiser.
         warmup_epochs, sched: Of timm's schedule, which moves after every step.
         shift: Every training image is moved by up to so many pixels along both axes, the edge being repeated.
@@ -225,16 +227,17 @@ def fit(
     if ema is not None:
         task.setup_ema(decay=ema)
     optimizer = create_optimizer_v2(model, opt=opt, lr=lr, weight_decay=weight_decay)
-    steps = max(1, len(data.train.targets) // batch_size)
+    per_epoch = max(1, len(data.train.targets) // batch_size)
+    steps = max(1, round(epochs * per_epoch))
     schedule, _ = create_scheduler_v2(
-        optimizer, sched, num_epochs=epochs, warmup_epochs=warmup_epochs, warmup_lr=lr / 10,
-        step_on_epochs=False, updates_per_epoch=steps)
+        optimizer, sched, num_epochs=steps / per_epoch, warmup_epochs=warmup_epochs, warmup_lr=lr / 10,
+        step_on_epochs=False, updates_per_epoch=per_epoch)
     order = torch.Generator().manual_seed(seed)
     done = 0
-    for epoch in range(epochs):
+    for epoch in range(math.ceil(steps / per_epoch)):
         task.train()
         set_epoch(model, epoch)
-        for batch in batches(data.train, batch_size, order, shift):
+        for batch in islice(batches(data.train, batch_size, order, shift), steps - done):
             if schedule is not None:
                 schedule.step_update(done)
             optimizer.zero_grad()
