@@ -11,11 +11,11 @@ from image_folders import write_images
 from torch.nn import functional as F
 
 from moe_zoo.data import Grid, match_items, pair_up, random_views
+from moe_zoo.data.random_state import seed_stream
 from moe_zoo.engine import RouteConsistencyTask
 from moe_zoo.engine.config import load_config
 from moe_zoo.engine.consistency import route_consistency
 from moe_zoo.engine.data import create_loaders, open_dataset
-from moe_zoo.engine.random_state import seed_stream
 from moe_zoo.engine.train import main, train
 from moe_zoo.errors import InputError
 from moe_zoo.losses import jsd_loss, prc_loss

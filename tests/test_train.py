@@ -14,11 +14,11 @@ import torch
 import yaml
 from image_folders import write_images
 
+from moe_zoo.data.random_state import get_random_state, iterate_apart, seed_stream, set_random_state
 from moe_zoo.engine import compare
 from moe_zoo.engine.checkpoint import read_checkpoint, save_atomically
 from moe_zoo.engine.config import load_config
 from moe_zoo.engine.log import BalanceWatch, EpochLog, describe_losses, duration
-from moe_zoo.engine.random_state import get_random_state, iterate_apart, seed_stream, set_random_state
 from moe_zoo.engine.train import newest_checkpoint, train
 from moe_zoo.errors import InputError
 from moe_zoo.resources import folder

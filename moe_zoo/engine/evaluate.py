@@ -13,6 +13,7 @@ from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch import nn
 from torch.utils.data import Dataset
 
+from ..data.random_state import iterate_apart
 from ..errors import InputError, atomic_write, counted, exit_on_input_error
 from ..layers import RoutedLayer
 from .build import mixed_precision, open_device
@@ -21,7 +22,6 @@ from .config import load_config, parse_command_line, parse_overrides
 from .data import LEFT_OUT, CheckedImages, create_loaders, settle_num_classes
 from .inference import known_classes, load_model, open_evaluation, recipe_of
 from .log import Reporter
-from .random_state import iterate_apart
 
 
 @torch.no_grad()

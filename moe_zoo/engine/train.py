@@ -20,6 +20,7 @@ from timm.data import resolve_data_config
 from timm.models import safe_model_name
 from timm.utils import dispatch_clip_grad, unwrap_model
 
+from ..data.random_state import get_random_state, iterate_apart, seed_stream, set_random_state
 from ..errors import InputError, atomic_write, counted, exit_on_input_error
 from ..layers import ChannelGate, RoutedLayer, ShallowEmbedding
 from .build import (
@@ -37,7 +38,6 @@ from .consistency import RouteConsistencyTask, check_routes
 from .data import class_list, class_names, create_loaders, open_datasets
 from .evaluate import evaluate_loader, report_corrupt
 from .log import BalanceWatch, Clock, EpochLog, Reporter, describe_balance, describe_live, describe_losses, track
-from .random_state import get_random_state, iterate_apart, seed_stream, set_random_state
 from .task import MoEClassificationTask
 
 NEVER = torch.iinfo(torch.int64).max

@@ -1,7 +1,7 @@
 """Random states that make a resumed run the uninterrupted one, and a twin's batches those of the model.
 
-Every epoch starts from states that depend on seed, epoch and rank alone, so that an epoch can be entered without the
-ones before it. Data (order, worker seeds, augmentation, mixup) draw from a state of their own, so that what a model
+Every epoch (of a detector: every iteration and every image) starts from states that depend on seed, epoch and rank
+alone, so that it can be entered without the ones before it. Data (order, worker seeds, augmentation, mixup) draw from a state of their own, so that what a model
 draws (dropout, router noise) does not move them.
 """
 import random
@@ -16,7 +16,7 @@ MODEL, DATA = 0, 1  # streams of random numbers within an epoch
 
 
 def seed_stream(seed: int, epoch: int, rank: int = 0, stream: int = MODEL) -> None:
-    """Set the states of Python, NumPy and torch for one stream of one epoch on one rank."""
+    """Set the states of Python, NumPy and torch for one stream of one epoch (iteration, image) on one rank."""
     word = int(np.random.SeedSequence([seed, epoch, rank, stream]).generate_state(1)[0])
     random.seed(word)
     np.random.seed(word)
