@@ -64,7 +64,8 @@ def run(
         folder: Where the extended file and the report go.
         meta_only: Names too large for real tensors here.
         non_std: Name patterns for `NON_STD_FILTERS`.
-        kwargs: Keywords that a name is built with, where the test gives no others: for models that are too large.
+        kwargs: Keywords that a name is built with, where the test gives no others: for models that are too large. The
+            size of an image is then the built model's, not the one that is registered for the name.
 
     Returns:
         The outcomes by model name. A model that no test was found for has an empty list.
@@ -120,6 +121,14 @@ def pytest_configure():
         return create_model(model_name, *args, **{**kwargs.get(model_name, {}), **given})
 
     timm.create_model = create_smaller
+    get_value = timm.get_pretrained_cfg_value
+
+    def value_of_smaller(model_name, key):
+        if model_name not in kwargs:
+            return get_value(model_name, key)
+        return create_smaller(model_name, device='meta').pretrained_cfg.get(key)
+
+    timm.get_pretrained_cfg_value = value_of_smaller
 
 
 def pytest_collection_modifyitems(items):

@@ -75,23 +75,37 @@ def moefy(
     for keyword in layer_args:
         if keyword not in known:
             raise InputError(f'{layer!r} has no keyword {keyword!r}.{nearest(keyword, known)}')
-    names = find_targets(model, [targets] if isinstance(targets, str) else list(targets), layer)
-    before = [name for name, module in model.named_modules() if isinstance(module, RoutedLayer)]
-    dense = model.state_dict()
-    make = _mlp if layer == 'moe_mlp' else _conv
-    made = {}  # all of them first: one that cannot be made leaves the model as it is
-    for name in names:
-        replaced = model.get_submodule(name)
-        made[name] = make(replaced, LAYERS[layer], num_experts=num_experts, **layer_args).train(replaced.training)
-    for name, routed in made.items():
-        model.set_submodule(name, routed)
+    if hasattr(model, '_orig_mod'):
+        raise InputError('The model is compiled: give moefy the model itself, and compile what it returns.')
+    names = find_targets(model, targets, layer)
+    _replace(model, names, layer, dict(layer_args, num_experts=num_experts))
     vars(model).pop('_model_args', None)  # they make the model that it was
     if not isinstance(model, RoutedModel):
         model.__class__ = _routed_class(type(model))
-    if not any(value.is_meta for value in dense.values()):
-        model.load_state_dict(upcycle(dense, model, ignore=before))
     _logger.info(f'{len(names)} modules became {LAYERS[layer].__name__} of {num_experts} experts: {", ".join(names)}')
     return model
+
+
+def _replace(model: nn.Module, names: Sequence[str], layer: str, layer_args: Dict[str, Any]) -> None:
+    """Put routed layers with the weights of what they replace; a model for which that fails stays as it is."""
+    dense, make = model.state_dict(), _mlp if layer == 'moe_mlp' else _conv
+    before = [name for name, module in model.named_modules() if isinstance(module, RoutedLayer)]
+    replaced = {name: model.get_submodule(name) for name in names}
+    made = {
+        name: make(module, LAYERS[layer], **layer_args).train(module.training) for name, module in replaced.items()}
+    try:
+        _put(model, made)
+        if not any(value.is_meta for value in dense.values()):
+            method = 'split' if layer_args.get('expert_ratio', 1) > 1 else 'copy'
+            model.load_state_dict(upcycle(dense, model, method=method, ignore=before))
+    except Exception:
+        _put(model, replaced)
+        raise
+
+
+def _put(model: nn.Module, modules: Dict[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        model.set_submodule(name, module)
 
 
 def layer_keywords(layer: str) -> List[str]:
@@ -103,28 +117,49 @@ def layer_keywords(layer: str) -> List[str]:
     return [k for k in dict.fromkeys(keywords) if k not in ('self', 'num_experts', *TAKEN)]
 
 
-def find_targets(model: nn.Module, patterns: Sequence[str], layer: str) -> List[str]:
+def find_targets(model: nn.Module, patterns: Union[str, Sequence[str]], layer: str) -> List[str]:
     """Names of the modules that match, can be replaced and are not part of another one of them.
 
     Raises:
-        InputError: A pattern matches nothing, or nothing that can be replaced.
+        InputError: A pattern matches nothing, or nothing that can be replaced, or what others share.
     """
-    if not patterns:
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if not (isinstance(patterns, (list, tuple)) and patterns and all(isinstance(each, str) for each in patterns)):
         raise InputError(f'targets={patterns!r}: give the name of a module, or a pattern of names.')
-    fits = _is_mlp if layer == 'moe_mlp' else _is_conv
-    candidates = [name for name, module in model.named_modules() if fits(module) and name]
+    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    routed = tuple(f'{name}.' for name, module in modules.items() if isinstance(module, RoutedLayer))
+    fits, wanted = _is_conv, 'a plain convolution'
+    if layer == 'moe_mlp':
+        fits, wanted = _is_mlp, "timm's Mlp, GluMlp or SwiGLU"
+    candidates = [name for name, module in modules.items() if fits(module) and not name.startswith(routed)]
     found: List[str] = []
     for pattern in patterns:
-        matched = [name for name, _ in model.named_modules() if name and fnmatch.fnmatchcase(name, pattern)]
+        matched = [name for name in modules if fnmatch.fnmatchcase(name, pattern)]
         usable = [name for name in matched if name in candidates]
         if not usable:
             hint = nearest(pattern, candidates) or (f' There are {", ".join(candidates[:4])}.' if candidates else '')
-            kinds = sorted({type(model.get_submodule(name)).__name__ for name in matched})
+            kinds = sorted({
+                type(modules[name]).__name__ + ' inside routed layers' * name.startswith(routed) for name in matched})
             what = f'only {", ".join(kinds[:4])}' if matched else 'no module'
-            wanted = "timm's Mlp, GluMlp or SwiGLU" if layer == 'moe_mlp' else 'a plain convolution'
             raise InputError(f'targets={pattern!r} matches {what}, and layer={layer!r} replaces {wanted}.{hint}')
         found += usable
-    return [name for name in candidates if name in found and not any(name.startswith(f'{o}.') for o in found)]
+    names = [name for name in candidates if name in found and not any(name.startswith(f'{o}.') for o in found)]
+    _check_unshared(model, names)
+    return names
+
+
+def _check_unshared(model: nn.Module, names: Sequence[str]) -> None:
+    """Raises: InputError: Another module has a weight of one that is to be replaced, and would lose it or keep it."""
+    owners: Dict[nn.Parameter, List[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter, []).append(name)
+    for name in names:
+        for parameter in model.get_submodule(name).parameters():
+            first, *others = owners[parameter]
+            if others:
+                raise InputError(
+                    f'targets: {first} and {others[0]} are one weight, and experts cannot share it with another module;'
+                    ' choose modules with weights of their own.')
 
 
 def _is_mlp(module: nn.Module) -> bool:
@@ -144,7 +179,7 @@ def _conv(conv: nn.Conv2d, cls: Callable[..., nn.Module], **kwargs) -> nn.Module
 
 
 def _mlp(mlp: Union[Mlp, GluMlp, SwiGLU], cls: Type[MoEMlp], **kwargs) -> nn.Module:
-    if kwargs.get('router', 'vmoe') == 'vmoe':
+    if kwargs.get('router', 'vmoe') in ('vmoe', 'cosine'):
         kwargs['router_args'] = dict({'renormalise': True}, **(kwargs.get('router_args') or {}))
     normed = not isinstance(mlp.norm, nn.Identity)
     fc1, glu = getattr(mlp, 'fc1', None), None
@@ -264,11 +299,11 @@ def moefied(
 
 
 def _out_indices(base: str, features_only: bool = False, out_indices: Any = None, **kwargs) -> Dict[str, Any]:
-    """All stages of the base, or the last three of what has a level for every block, as timm does for ViTs."""
+    """The levels that timm gives for the base."""
     if not features_only or out_indices is not None:
         return {}
-    levels = len(timm.create_model(base, device='meta').feature_info)
-    return {'out_indices': tuple(range(levels)) if levels <= 5 else 3}
+    features = timm.create_model(base, features_only=True, **{**kwargs, 'device': 'meta'})
+    return {'out_indices': features.feature_info.out_indices}
 
 
 def _cfg_of(base: str) -> Any:
