@@ -34,6 +34,8 @@ class Routing(NamedTuple):
         chances: (T, E) where experts are chosen on two levels with noise: probability that an expert is chosen in its
             group if only its own noise is drawn again, zero in groups that the item did not choose. Else None.
         group_chances: (T, A) the same for the A groups.
+        levels: L where the items are the levels of a feature pyramid, finest first, image by image: shape is (B, L).
+            0 where they are anything else.
     """
     logits: torch.Tensor
     gates: torch.Tensor
@@ -50,6 +52,7 @@ class Routing(NamedTuple):
     affinity: Optional[torch.Tensor] = None
     chances: Optional[torch.Tensor] = None
     group_chances: Optional[torch.Tensor] = None
+    levels: int = 0
 
     @property
     def num_experts(self) -> int:
