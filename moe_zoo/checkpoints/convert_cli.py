@@ -4,23 +4,29 @@ The arrays of a released V-MoE are read, renamed and written one by one: a file 
 its largest array.
 """
 import argparse
+import inspect
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors.torch import save_file
+from timm.models.swin_transformer import SwinTransformer
 
 import moe_zoo  # noqa: F401 - registers the models
 
 from ..engine.checkpoint import find_weights, read_checkpoint
 from ..engine.config import parse_overrides
-from ..errors import InputError, atomic_write, exit_on_input_error, nearest, nearest_keyword
+from ..errors import InputError, atomic_write, counted, exit_on_input_error, nearest, nearest_keyword
 from ..models.vmoe import resize_table
 from . import LazyTensor, plan_vmoe, read_vmoe, upcycle, write_safetensors
+from .swin_moe import plan_swin_moe
 from .upcycle import METHODS, ROUTERS
 
+SWIN = 'swin_tiny_patch4_window7_224'  # of timm, which all keywords of a Swin make another
 EXAMPLES = """
 examples:
   %(prog)s vmoe_s32_last2_ilsvrc2012_randaug_light1 vmoe_s.safetensors --model vmoe_vit_s
@@ -38,6 +44,13 @@ examples:
 DENSE is a checkpoint of timm, of this project's training, or a plain state dictionary. Exit code 2: the input cannot be
 used, and nothing was written.
 """
+SWIN_EXAMPLES = """
+examples:
+  %(prog)s swin_moe_small_patch4_window12_192_32expert_32gpu_22k swin_moe_s.safetensors
+
+FOLDER has NAME.pth.rank0, NAME.pth.rank1 and so on and NAME.pth.master, as in Swin-Transformer's archives; where it has
+several NAMEs, say which: FOLDER/NAME.pth. Exit code 2: the input cannot be used, and nothing was written.
+"""
 
 
 @exit_on_input_error
@@ -46,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.format == 'vmoe':
         print(convert_vmoe(args.prefix, args.out, args.model, args.img_size))
+    elif args.format == 'swin-moe':
+        print(convert_swin_moe(args.folder, args.out))
     else:
         print(convert_dense(
             args.dense, args.out, args.model, parse_overrides(args.model_kwargs),
@@ -84,6 +99,74 @@ def convert_vmoe(prefix: str, out: str | Path, model: str | None = None, img_siz
         model = next((name for name in known if not _misfit(plan, name, kwargs)), None)
     write_safetensors(out, plan, {'source': Path(prefix).name})
     return f"'{out}': {len(plan)} tensors, {_parameters(plan):,} parameters. {_usage(model, kwargs, out)}"
+
+
+def convert_swin_moe(folder: str | Path, out: str | Path) -> str:
+    """Join a released Swin-MoE, which has one file a rank, into a safetensors file for timm's Swin made routed.
+
+    Tensors are read, joined and written one by one.
+
+    Args:
+        folder: Of the files; or the path that they have in common, up to `.pth`.
+        out: File to write, `*.safetensors`.
+
+    Returns:
+        What was written, and the call that loads it.
+
+    Raises:
+        InputError: Files are missing or of another layout, or do not belong together; nothing is written then.
+    """
+    out = _output(out)
+    paths, master = _rank_files(Path(folder))
+    ranks, rest = [_weights_in(path) for path in paths], _weights_in(master) if master else {}
+    try:
+        plan, kwargs = plan_swin_moe(ranks, rest)
+    except InputError as error:
+        raise InputError(f"FOLDER '{folder}': {error}") from error
+    misfit = _misfit(plan, 'moefied', dict(kwargs, base=SWIN))
+    if misfit:
+        raise InputError(f"FOLDER '{folder}' is of another model than timm's Swin: {misfit}.")
+    write_safetensors(out, plan, {'source': paths[0].name.removesuffix('.rank0')})
+    # What timm takes from the configuration, where the images' size and the classes are looked up too.
+    size, classes, channels = (kwargs.pop(key) for key in ('img_size', 'num_classes', 'in_chans'))
+    overlay = dict(file=str(out), num_classes=classes, input_size=(channels, size, size))
+    defaults = inspect.signature(SwinTransformer.__init__).parameters
+    kwargs = {k: v for k, v in kwargs.items() if k not in defaults or v != defaults[k].default}
+    words = ''.join(f', {key}={value!r}' for key, value in kwargs.items())
+    return (
+        f"'{out}': {len(plan)} tensors, {_parameters(plan):,} parameters of {counted(len(ranks), 'rank')}. Load it by "
+        f"timm.create_model('moefied', pretrained=True, base='{SWIN}'{words}, pretrained_cfg_overlay={overlay}).")
+
+
+def _rank_files(folder: Path) -> tuple[list[Path], Path | None]:
+    """Files of the ranks in order, and the master's where there is one.
+
+    Raises: InputError: There are none, those of several checkpoints, or one is missing.
+    """
+    stem = '' if folder.is_dir() else folder.name
+    around = folder if folder.is_dir() else folder.parent
+    found: dict[str, dict[int, Path]] = {}
+    for path in sorted(around.glob('*.rank*')):
+        match = re.fullmatch(r'(.+)\.rank(\d+)', path.name)
+        if match and stem in ('', match[1]):
+            found.setdefault(match[1], {})[int(match[2])] = path
+    if not found:
+        whole = next(iter(sorted(around.glob('*.global'))), None)
+        raise InputError(
+            f"'{folder}' has no files NAME.pth.rank0, NAME.pth.rank1 and so on." + (
+                f" '{whole.name}' has the experts of one rank only." if whole else ''))
+    if len(found) > 1:
+        raise InputError(f"'{folder}' has {len(found)} checkpoints: say which, such as '{around / next(iter(found))}'.")
+    (name, ranks), = found.items()
+    for number in range(max(ranks)):
+        if number not in ranks:
+            raise InputError(f"'{folder}' has files of ranks up to {max(ranks)}, and '{name}.rank{number}' is missing.")
+    master = around / f'{name}.master'
+    return [ranks[number] for number in sorted(ranks)], master if master.exists() else None
+
+
+def _weights_in(path: Path) -> dict[str, torch.Tensor]:
+    return find_weights(read_checkpoint(path, mmap=True), path)
 
 
 def convert_dense(dense: str | Path, out: str | Path, name: str, kwargs: dict[str, Any], **options) -> str:
@@ -182,6 +265,11 @@ def _parser() -> argparse.ArgumentParser:
     vmoe.add_argument('out', metavar='OUT', help='safetensors file to write')
     vmoe.add_argument('--model', metavar='NAME', help='refuse what this model does not take')
     vmoe.add_argument('--img-size', metavar='N', type=int, help='resize the table of positions for N x N images')
+    swin = formats.add_parser(
+        'swin-moe', help='a released Swin-MoE, one file a rank, joined', epilog=SWIN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    swin.add_argument('folder', metavar='FOLDER', help='of the files of all ranks')
+    swin.add_argument('out', metavar='OUT', help='safetensors file to write')
     dense = formats.add_parser(
         'upcycle', help="a dense network's weights, as the start of a routed model", epilog=UPCYCLE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter)

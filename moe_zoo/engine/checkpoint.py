@@ -84,8 +84,12 @@ def save_atomically(state: Any, path: PathLike, shown: PathLike = '') -> None:
             raise
 
 
-def read_checkpoint(path: PathLike) -> Dict[str, Any]:
+def read_checkpoint(path: PathLike, mmap: bool = False) -> Dict[str, Any]:
     """A checkpoint as a dictionary: one of ours or timm's, a plain state dict, or a .safetensors file.
+
+    Args:
+        path: The file.
+        mmap: Leave the tensors of torch's files where they are, to be read when they are used.
 
     Raises:
         InputError: The file is missing, truncated, not a checkpoint, or wants code to be executed.
@@ -97,7 +101,7 @@ def read_checkpoint(path: PathLike) -> Dict[str, Any]:
         if path.suffix == '.safetensors':
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location='cpu', weights_only=True)
+            content = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except (SafetensorError, EOFError, RuntimeError, ValueError, KeyError, OSError, AttributeError) as error:
         raise InputError(f"The checkpoint '{path}' cannot be read: {_damage(path)}.") from error
     except Exception as error:  # pickle.UnpicklingError has many shapes

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError, nearest
 from ..routing import (
+    CosineTopKRouter,
     ExpertChoiceRouter,
     HierarchicalRouter,
     NoisyTopKRouter,
@@ -35,6 +36,7 @@ from .expert_mlps import ExpertMlps, check_at_least_one, known_losses
 
 ROUTERS = {
     'vmoe': SoftmaxTopKRouter,
+    'cosine': CosineTopKRouter,
     'shazeer': NoisyTopKRouter,
     'hierarchical': HierarchicalRouter,
     'sigmoid': SigmoidTopKRouter,
@@ -75,13 +77,13 @@ class MoEMlp(ExpertMlps):
         use_conv: Tokens are the positions of a (B, D, H, W) map.
         num_experts: E.
         num_selected: K.
-        router: 'vmoe' (softmax before top-k), 'shazeer' (noisy top-k before softmax), 'hierarchical' (the same on two
-            levels, with `router_args=dict(num_groups=4, groups_selected=2)`), 'sigmoid' (normalised sigmoid gates,
-            choice corrected by a bias that balances the load), 'expert_choice' (see above).
+        router: 'vmoe' (softmax before top-k), 'cosine' (the same of cosines), 'shazeer' (noisy top-k before softmax),
+            'hierarchical' (the same on two levels, with `router_args=dict(num_groups=4, groups_selected=2)`), 'sigmoid'
+            (normalised sigmoid gates, choice corrected by a bias that balances the load), 'expert_choice' (see above).
         router_args: Further keywords of that router, for example `dict(renormalise=True)`.
-        noise_std: Noise on the logits in training: numerator of the standard deviation `noise_std / E` for 'vmoe' and
-            'expert_choice'; for 'shazeer' and 'hierarchical', whose noise is learned, 0 switches it off; without
-            meaning for 'sigmoid'.
+        noise_std: Noise on the logits in training: numerator of the standard deviation `noise_std / E` for 'vmoe',
+            'cosine' and 'expert_choice'; for 'shazeer' and 'hierarchical', whose noise is learned, 0 switches it off;
+            without meaning for 'sigmoid'.
         losses: Weight of each auxiliary loss by name; None for the router's own, {} for none.
         capacity_factor: Slots an expert has in training, relative to S K / E; None drops nothing, as any factor of
             E / K or more.
@@ -313,7 +315,7 @@ def create_router(
     sizes = [in_features, num_experts, num_selected]
     if name == 'expert_choice':
         sizes.pop()  # every token is offered to every expert
-    if name in ('vmoe', 'expert_choice'):
+    if name in ('vmoe', 'cosine', 'expert_choice'):
         args.setdefault('noise_std', noise_std)
     elif name in ('shazeer', 'hierarchical'):
         args.setdefault('noise', noise_std != 0)

@@ -36,6 +36,7 @@ TAKEN = (
     'in_features', 'hidden_features', 'out_features', 'act_layer', 'norm_layer', 'drop', 'use_conv', 'in_channels',
     'out_channels', 'glu', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'bias', 'device', 'dtype',
 )
+UNTRAINED = 'untrained'  # tag of the name's own configuration, which is that of the default base
 # Sources of weights in a configuration of timm's.
 SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id')
 
@@ -242,7 +243,7 @@ def _cfg(**kwargs) -> Dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({'moefied.untrained': _cfg()})
+default_cfgs = generate_default_cfgs({f'moefied.{UNTRAINED}': _cfg()})
 
 
 def _build(base: str, targets: Any, layer: str, layer_args: Dict[str, Any], pretrained: bool, **kwargs) -> nn.Module:
@@ -284,6 +285,10 @@ def moefied(
     layer_args = {key: kwargs.pop(key) for key in keywords if key in kwargs}
     given, overlay = kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None) or {}
     own = given if isinstance(given, dict) or dataclasses.is_dataclass(given) else None
+    if isinstance(given, dict) and given.get('tag') == UNTRAINED:
+        # Scripts look up a name's configuration and overlay it before they build, when they know no base.
+        ours = timm.get_pretrained_cfg('moefied').to_dict()
+        own, overlay = None, {**{key: value for key, value in given.items() if value != ours.get(key)}, **overlay}
     of_base = pretrained and own is None and not any(overlay.get(source) for source in SOURCES)
     return build(
         functools.partial(

@@ -15,6 +15,7 @@ from .hierarchical import HierarchicalRouter
 from .notices import end_step, end_step_after_optimizer, set_epoch
 from .routers import (
     AnnealedSoftmaxRouter,
+    CosineTopKRouter,
     NoisyTopKRouter,
     SigmoidRouter,
     SigmoidTopKRouter,
@@ -27,6 +28,7 @@ from .types import Routing
 
 __all__ = [
     'AnnealedSoftmaxRouter',
+    'CosineTopKRouter',
     'ExpertChoiceRouter',
     'HierarchicalRouter',
     'NoisyTopKRouter',

@@ -10,6 +10,7 @@ Letters: T routed items, D features, E experts, K chosen experts.
 | `NoisyTopKRouter` | learned noise, top-k, **then** softmax over the k kept | Shazeer et al. 2017 |
 | `HierarchicalRouter` (hierarchical.py) | the same on two levels, groups of experts and experts | the same |
 | `SoftmaxTopKRouter` | softmax over all experts, **then** top-k, not renormalised | V-MoE, Riquelme et al. 2021 |
+| `CosineTopKRouter` | the same of scaled cosines between item and expert | Swin-MoE (Tutel, Hwang et al. 2022) |
 | `SigmoidTopKRouter` | sigmoid, top-k by gate plus bias, chosen gates normalised | Wang et al. 2024 |
 
 Router arithmetic is float32 whatever the autocast: differences between logits decide, and bfloat16 has three digits.
@@ -27,6 +28,7 @@ from .constraints import SelectionBias, create_constraint
 from .types import Routing
 
 Losses = Tuple[Tuple[str, float], ...]
+MAX_FACTOR = 100.0  # of a cosine
 
 # logits (T, E), gates (T, E), weights (T, K), indices (T, K), noisy logits, standard deviation of the noise
 Choice = Tuple[
@@ -417,6 +419,55 @@ class SoftmaxTopKRouter(_TopKRouter):
         if self.renormalise:
             weights = _normalise(weights)
         return logits, gates, weights, indices, noisy, std
+
+
+class CosineTopKRouter(SoftmaxTopKRouter):
+    """`SoftmaxTopKRouter` whose logits are cosines, times a learned factor of at most 100.
+
+    A linear map takes an item to P dimensions, where every expert is a direction; as in Tutel (Hwang et al. 2022, arXiv
+    2206.03382), https://github.com/microsoft/tutel/blob/main/tutel/gates/cosine_top.py, with which one of the released
+    Swin-MoEs was trained.
+
+    Args:
+        projection_features: P.
+        temperature: One divided by the factor at the start.
+        Others: As in `SoftmaxTopKRouter`.
+
+    Raises:
+        InputError: P below 1, or a temperature that the factor cannot reach.
+    """
+
+    def __init__(
+            self,
+            in_features: int,
+            num_experts: int,
+            num_selected: int = 2,
+            noise_std: float = 1.0,
+            renormalise: bool = False,
+            deterministic: Optional[bool] = None,
+            losses: Sequence[Tuple[str, float]] = (('importance', 0.005), ('vmoe_load', 0.005)),
+            projection_features: int = 256,
+            temperature: float = 0.5,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        if not isinstance(projection_features, numbers.Integral) or projection_features < 1:
+            raise InputError(f'projection_features={projection_features!r}: use a whole number, at least 1.')
+        if not temperature >= 1 / MAX_FACTOR:
+            raise InputError(f'temperature={temperature}: use at least {1 / MAX_FACTOR}.')
+        super().__init__(
+            projection_features, num_experts, num_selected, noise_std, renormalise, deterministic, losses, **dd)
+        self.projection = nn.Linear(in_features, projection_features, **dd)
+        self.log_factor = nn.Parameter(torch.full((1,), -math.log(temperature), **dd))
+
+    def compute_logits(self, x: torch.Tensor) -> torch.Tensor:
+        x = linear_float32(x, self.projection.weight, self.projection.bias)
+        factor = self.log_factor.float().clamp(max=math.log(MAX_FACTOR)).exp()
+        return linear_float32(F.normalize(x, dim=-1), F.normalize(self.weight.float(), dim=-1)) * factor
+
+    def macs(self, num_items: int) -> int:
+        return super().macs(num_items) + num_items * self.projection.weight.numel()
 
 
 class SigmoidTopKRouter(_TopKRouter):
