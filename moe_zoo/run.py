@@ -58,8 +58,8 @@ def enter(script: Path, run_name: str) -> Dict[str, Any]:
     detection = 'detectron2' in script.read_text(encoding='utf-8') and bool(importlib.util.find_spec('detectron2'))
     on_unheard(functools.partial(_warn_of_own_loop, detection))
     if detection:
-        from moe_zoo.detection import install
-        install()
+        from moe_zoo.detection import upstream
+        upstream.prepare()
     sys.path.insert(0, str(script.resolve().parent))  # where Python puts the folder of a script
     return runpy.run_path(str(script), run_name=run_name)
 

@@ -17,9 +17,8 @@ from PIL import Image
 
 pytest.importorskip('detectron2', reason='detectron2 is not installed')
 
-import detectron2.config  # noqa: E402
 from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
-from detectron2.config import CfgNode  # noqa: E402
+from detectron2.config import get_cfg  # noqa: E402
 from detectron2.layers import ShapeSpec  # noqa: E402
 from detectron2.modeling import build_model, build_resnet_backbone  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
@@ -31,12 +30,9 @@ from moe_zoo.data.scenes import write_scenes  # noqa: E402
 from moe_zoo.detection import (  # noqa: E402
     TimmBackbone,  # noqa: E402
     add_moe_config,
-    install,
     load_config,
 )
-from moe_zoo.detection import config as detection_config  # noqa: E402
 from moe_zoo.detection.checkpoint import SafeCheckpointer  # noqa: E402
-from moe_zoo.detection.coco import load_datasets  # noqa: E402
 from moe_zoo.detection.train import StarvedExperts, Trainer, main  # noqa: E402
 from moe_zoo.errors import InputError  # noqa: E402
 from moe_zoo.layers.moe_stage import MoEStage  # noqa: E402
@@ -120,13 +116,13 @@ def test_configs_are_found_from_any_folder(tmp_path, monkeypatch):
 def test_overrides_anywhere_and_nested_arguments(tmp_path):
     file = tmp_path / 'own.yaml'
     file.write_text('VERSION: 2\nMOE: {TIMM: {NAME: condconv_resnet18, ARGS: {num_experts: 3, new_one: true}}}\n')
-    cfg = load_config(file, ['MOE.RES5.NUM_EXPERTS', '8', 'MOE.TIMM.ARGS.num_experts', '5'])
-    assert dict(cfg.MOE.TIMM.ARGS) == {'num_experts': 5, 'new_one': True} and cfg.MOE.RES5.NUM_EXPERTS == 8
+    cfg = load_config(file, ['MOE.RESNET.NUM_EXPERTS', '8', 'MOE.TIMM.ARGS.num_experts', '5'])
+    assert dict(cfg.MOE.TIMM.ARGS) == {'num_experts': 5, 'new_one': True} and cfg.MOE.RESNET.NUM_EXPERTS == 8
 
 
 @pytest.mark.parametrize('text, opts, message', [
-    ('MOE: {RES5: {NUM_EXPERT: 4}}', [],
-     "Unknown config key 'MOE.RES5.NUM_EXPERT' in .*own.yaml'.* 'MOE.RES5.NUM_EXPERTS'"),
+    ('MOE: {RESNET: {NUM_EXPERT: 4}}', [],
+     "Unknown config key 'MOE.RESNET.NUM_EXPERT' in .*own.yaml'.* 'MOE.RESNET.NUM_EXPERTS'"),
     ('', ['SOLVER.BASE_LRR', '1'], "Unknown config key 'SOLVER.BASE_LRR' in the command line.* 'SOLVER.BASE_LR'"),
     ('', ['SOLVER.MAX_ITER', 'many'], 'the command line cannot be used as a config: Type mismatch.*SOLVER.MAX_ITER'),
     ('', ['SOLVER.MAX_ITER'], 'KEY VALUE pairs, but there are 1 words'),
@@ -146,25 +142,14 @@ def test_a_missing_config_names_the_nearest():
         load_config('configs/demo/retinanet_digit.yaml')
 
 
-def test_install_lets_other_scripts_read_our_configs_and_data(monkeypatch, repository, scenes):
-    monkeypatch.setattr(detectron2.config, 'get_cfg', detection_config.get_cfg)
-    monkeypatch.setattr(CfgNode, 'freeze', CfgNode.freeze)  # put back afterwards
-    with pytest.raises(KeyError, match='Non-existent config key: MOE'):
-        detectron2.config.get_cfg().merge_from_file(str(repository / path_of(CONFIGS[1])))
-    install()
-    install()
-    cfg = detectron2.config.get_cfg()
+def test_detectron2_knows_our_keys_once_we_are_imported(repository):
+    cfg = get_cfg()
     cfg.merge_from_file(str(repository / path_of(CONFIGS[1])))
-    assert cfg.MOE.RES5.NUM_EXPERTS == 4
+    assert cfg.MOE.RESNET.NUM_EXPERTS == 4
+    cfg.MOE.RESNET.NUM_EXPERTS = 6
     add_moe_config(cfg)
-    assert cfg.MOE.RES5.NUM_EXPERTS == 4  # a second call changes nothing
-    before = cfg.DATASETS.TRAIN
-    cfg.clone().freeze()
-    assert cfg.DATASETS.TRAIN == before  # MOE.DATA is empty
-    cfg.merge_from_list(['MOE.DATA.ROOT', str(scenes)])
-    cfg.freeze()  # as detectron2's tools do before they read data
-    assert cfg.is_frozen() and cfg.DATASETS.TRAIN != before
-    assert [len(load_datasets(cfg.DATASETS[split], 5, False)) for split in ('TRAIN', 'TEST')] == [8, 4]
+    assert cfg.MOE.RESNET.NUM_EXPERTS == 6  # what older scripts call changes nothing
+    assert get_cfg().MOE.RESNET.NUM_EXPERTS == 4  # nor does one config the next
 
 
 # --- backbones
@@ -236,11 +221,11 @@ def test_res5_is_routed_and_everything_before_it_is_detectron2s():
 
 
 @pytest.mark.parametrize('opts, message', [
-    (['MOE.RES5.NUM_SELECTED', '5'], 'num_selected=5 with num_experts=4'),
+    (['MOE.RESNET.NUM_SELECTED', '5'], 'num_selected=5 with num_experts=4'),
     (['MODEL.RESNETS.OUT_FEATURES', "['res3', 'res4']"], 'the routed stage is res5'),
     (['MODEL.RESNETS.NORM', 'SyncBN'], "NORM 'SyncBN': experts see different images"),
     (['MODEL.FPN.IN_FEATURES', "['res3', 'res6']"], r"IN_FEATURES \['res3', 'res6'\]: this backbone gives"),
-    (['MOE.RES5.LOSSES', "[['kll', 0.1]]"], "Unknown auxiliary loss 'kll'. Did you mean 'kl'"),
+    (['MOE.RESNET.LOSSES', "[['kll', 0.1]]"], "Unknown auxiliary loss 'kll'. Did you mean 'kl'"),
 ])
 def test_unfit_routed_backbones_are_refused(opts, message):
     with pytest.raises(InputError, match=message):
@@ -387,7 +372,7 @@ def test_saving_is_all_or_nothing(tmp_path):
 
 def test_loss_dictionary_holds_losses_only_and_diagnostics_go_to_the_storage():
     losses = "[['kl', 0.25], ['importance_unbiased', 0.5]]"
-    model = tiny_model('demo/retinanet_digits', 'MOE.RES5.LOSSES', losses).train()
+    model = tiny_model('demo/retinanet_digits', 'MOE.RESNET.LOSSES', losses).train()
     with EventStorage(19) as storage:  # the twentieth iteration, which detectron2's writers write
         losses = model(images((64, 64), (64, 96)))
         latest = storage.latest()
@@ -589,7 +574,7 @@ def test_single_files_may_be_named_instead_of_a_folder(tiny, scenes):
 
 
 @pytest.mark.parametrize('opts, message', [
-    (['MOE.RES5.NUM_SELECTED', '9'], 'num_selected=9 with num_experts=4: choose between 1 and 4'),
+    (['MOE.RESNET.NUM_SELECTED', '9'], 'num_selected=9 with num_experts=4: choose between 1 and 4'),
     (['MODEL.RETINANET.NUM_CLASSES', '80'],
      "instances_train.json' has 5 categories and MODEL.RETINANET.NUM_CLASSES is 80"),
     (['MOE.DATA.ROOT', '/nowhere'], "is missing: there is no file '/nowhere/annotations/instances_train.json'"),
@@ -597,10 +582,9 @@ def test_single_files_may_be_named_instead_of_a_folder(tiny, scenes):
      "Unknown data set 'coco_2017_trian'. Did you mean 'coco_2017_train'"),
     (['MODEL.WEIGHTS', '/nowhere.pth'], "Checkpoint '/nowhere.pth' does not exist"),
     (['MODEL.BACKBONE.NAME', 'build_moe'], "The model cannot be built .* 'build_moe' found in 'BACKBONE' registry"),
-    (['SOLVER.AMP.ENABLED', 'True'], 'mixed precision in detectron2 needs CUDA'),
     (['--num-processes', '3'], 'IMS_PER_BATCH 2 does not divide into 3 processes'),
     (['SOLVER.BASE_LR', '1e12', 'SOLVER.MAX_ITER', '9', 'SOLVER.CHECKPOINT_PERIOD', '1'],
-     'the loss or a weight is NaN or infinite'),
+     'Training stopped because the (loss|gradient) is .* in iteration [0-9]'),
 ])
 def test_bad_input_ends_with_one_sentence_and_code_2(tiny, capsys, opts, message):
     import re
@@ -609,10 +593,10 @@ def test_bad_input_ends_with_one_sentence_and_code_2(tiny, capsys, opts, message
 
 def test_divergence_keeps_the_last_good_checkpoint(tiny, tmp_path, capsys):
     main([*tiny, 'SOLVER.CHECKPOINT_PERIOD', '1'])
-    infinite = ['MOE.RES5.LOSSES', "[['kl', 1e39]]"]  # beyond float32
+    infinite = ['MOE.RESNET.LOSSES', "[['kl', 1e39]]"]  # beyond float32
     sentence = refusal(capsys, [*tiny, '--resume', 'SOLVER.MAX_ITER', '20', *infinite])
     assert f"the last good checkpoint is '{tmp_path / 'run' / 'model_final.pth'}'" in sentence
-    assert 'iteration=2!' in sentence and "'loss_moe_kl': " in sentence
+    assert 'the loss is NaN or infinite (loss_' in sentence and 'loss_moe_kl inf) in iteration 2, on 0000' in sentence
     state = torch.load(tmp_path / 'run' / 'model_final.pth', weights_only=True)['model']
     assert all(torch.isfinite(value).all() for value in state.values())
 
@@ -691,7 +675,7 @@ def test_auxiliary_gradients_arrive_once():
     grads = []
     for losses in ('[]', "[['kl', 1.0]]", "[['kl', 2.0]]"):
         torch.manual_seed(0)
-        model = tiny_model('demo/retinanet_digits', 'MOE.RES5.LOSSES', losses).train()
+        model = tiny_model('demo/retinanet_digits', 'MOE.RESNET.LOSSES', losses).train()
         torch.manual_seed(1)
         inputs = images((64, 64), (64, 64))
         torch.manual_seed(2)

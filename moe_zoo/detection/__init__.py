@@ -1,30 +1,39 @@
-"""moe_zoo in detectron2: backbones, a meta-architecture, and data sets, registered on import.
+"""moe_zoo in detectron2: backbones, meta-architectures, and data sets, registered on import.
 
-The only package that imports detectron2. Backbones: `build_timm_fpn_backbone`, `build_moe_resnet_fpn_backbone`;
-meta-architecture: `MoERetinaNet`; data sets: `digit_scenes_train`, `digit_scenes_val`.
+The only package that imports detectron2, whose defaults it extends by the config node MOE and whose COCO metrics it
+computes by faster-coco-eval. Backbones: `build_timm_fpn_backbone`, `build_moe_resnet_fpn_backbone`; meta-architecture:
+`MoERetinaNet`; data sets: `digit_scenes_train`, `digit_scenes_val`.
 """
 import warnings
 
 with warnings.catch_warnings():
     warnings.simplefilter('ignore', FutureWarning)  # of older code: detectron2 and fvcore script functions on import
     import detectron2.modeling  # noqa: F401
+    from detectron2.config.defaults import _C
 
 from .coco import register_coco, register_digit_scenes
-from .config import add_moe_config, install, load_config
-from .resnet_backbone import build_moe_resnet_fpn_backbone
-from .retinanet import MoERetinaNet
+from .config import add_moe_config, load_config
+from .evaluation import use_fast_metrics
+from .meta_arch import EpochHook, MoEFCOS, MoEGeneralizedRCNN, MoERetinaNet, with_moe_losses
+from .resnet_backbone import build_moe_resnet_fpn_backbone, route_resnet
 from .timm_backbone import TimmBackbone, build_timm_fpn_backbone
 
 __all__ = [
+    'EpochHook',
+    'MoEFCOS',
+    'MoEGeneralizedRCNN',
     'MoERetinaNet',
     'TimmBackbone',
     'add_moe_config',
     'build_moe_resnet_fpn_backbone',
     'build_timm_fpn_backbone',
-    'install',
     'load_config',
     'register_coco',
     'register_digit_scenes',
+    'route_resnet',
+    'with_moe_losses',
 ]
 
+add_moe_config(_C)
+use_fast_metrics()
 register_digit_scenes()

@@ -50,12 +50,12 @@ def register_user_data(cfg: CfgNode) -> None:
             cfg.DATASETS[key] = (name,)
 
 
-def load_datasets(names: Sequence[str], num_classes: int, filter_empty: bool) -> List[Dict[str, Any]]:
+def load_datasets(cfg: CfgNode, names: Sequence[str], filter_empty: bool) -> List[Dict[str, Any]]:
     """The images and objects of data sets in detectron2's format.
 
     Raises:
-        InputError: A set is unknown, missing, or not COCO JSON; a category is out of range; the number of categories
-            is not `num_classes`.
+        InputError: A set is unknown, missing, or not COCO JSON; a category is out of range; the number of categories is
+            not the model's; the model learns masks and an object has none.
     """
     for name in names:
         if name not in DatasetCatalog.list():
@@ -71,12 +71,45 @@ def load_datasets(names: Sequence[str], num_classes: int, filter_empty: bool) ->
         raise InputError(f"'{label}': {_sentence(error)}") from error
     except (AssertionError, ValueError, TypeError, IndexError) as error:
         raise InputError(f"'{label}' is not usable COCO JSON: {_sentence(error)}") from error
+    key, num_classes = classes_of_model(cfg)
     for name in names:
-        classes = MetadataCatalog.get(name).get('thing_classes')
-        if classes is not None and len(classes) != num_classes:
-            raise InputError(f"'{_json_file(name) or name}' has {len(classes)} categories and "
-                             f'MODEL.RETINANET.NUM_CLASSES is {num_classes}: set it to {len(classes)}.')
+        classes = class_names(name)
+        if classes and len(classes) != num_classes:
+            raise InputError(f"'{_json_file(name) or name}' has {len(classes)} categories and {key} is {num_classes}: "
+                             f'set it to {len(classes)}.')
+    if cfg.MODEL.MASK_ON:
+        for image in dicts:
+            if not all('segmentation' in entry for entry in image['annotations']):
+                raise InputError(f"MODEL.MASK_ON True: '{image['file_name']}' has an object without segmentation in "
+                                 f"'{label}'; without masks set MODEL.MASK_ON False.")
     return dicts
+
+
+def classes_of_model(cfg: CfgNode) -> Tuple[str, int]:
+    """The config key that holds the number of classes of this meta-architecture, and its value."""
+    part = 'ROI_HEADS' if 'RCNN' in cfg.MODEL.META_ARCHITECTURE else 'RETINANET'
+    return f'MODEL.{part}.NUM_CLASSES', cfg.MODEL[part].NUM_CLASSES
+
+
+def class_names(name: str) -> List[str]:
+    """The categories of a data set that was loaded, in the order of their ids; none where they are not known."""
+    return list(MetadataCatalog.get(name).get('thing_classes') or ())
+
+
+def check_same_categories(names: Sequence[str]) -> None:
+    """Refuse data sets, already loaded, whose n-th categories differ: class n of the model would mean two things.
+
+    Raises:
+        InputError: Two sets differ.
+    """
+    first, *others = names
+    for other in others:
+        pairs = enumerate(zip(class_names(first), class_names(other)))
+        differing = next(((n, a, b) for n, (a, b) in pairs if a != b), None)
+        if differing:
+            n, ours, theirs = differing
+            raise InputError(f"Category {n + 1} is {ours!r} in '{_json_file(first) or first}' and {theirs!r} in "
+                             f"'{_json_file(other) or other}': the ids of both must name the same classes.")
 
 
 class ReadableMapper(DatasetMapper):
@@ -113,6 +146,11 @@ class ReadableMapper(DatasetMapper):
                     with open(self.unreadable, 'a') as file:
                         file.write(f'{name}\n')
             return None if self.is_train else {}
+
+
+def unreadable_images(cfg: CfgNode) -> Path:
+    """The file that names, one a line, the images that a run passed over."""
+    return Path(cfg.OUTPUT_DIR) / 'unreadable_images.txt'
 
 
 def skipped_images(unreadable: Path) -> List[str]:

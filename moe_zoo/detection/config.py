@@ -1,14 +1,12 @@
 """The MOE keys of a detectron2 config, and configs read so that a mistake is one sentence.
 
+    import moe_zoo.detection
     cfg = get_cfg()
-    add_moe_config(cfg)
     cfg.merge_from_file('configs/coco/retinanet_moe_res5_r50_fpn_1x.yaml')
 """
-import functools
 from pathlib import Path
 from typing import Iterator, Sequence, Union
 
-import detectron2.config
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
@@ -18,7 +16,11 @@ from .coco import register_user_data
 
 
 def add_moe_config(cfg: CfgNode) -> None:
-    """Add the node MOE, which holds every key of ours. Call it between `get_cfg()` and `merge_from_file`."""
+    """Add the node MOE, which holds every key of ours, where a config has none yet.
+
+    Importing `moe_zoo.detection` does this to detectron2's defaults, so that every `get_cfg()` has it: there is no need
+    to call this, and no harm.
+    """
     if 'MOE' in cfg:
         return
     moe = cfg.MOE = CfgNode()
@@ -33,13 +35,20 @@ def add_moe_config(cfg: CfgNode) -> None:
     # timm's models expect RGB and their own mean and std. False: trust INPUT.FORMAT, PIXEL_MEAN and PIXEL_STD as given.
     moe.TIMM.CHECK_INPUT = True
 
-    # build_moe_resnet_fpn_backbone: detectron2's ResNet, its last stage routed by image.
-    moe.RES5 = CfgNode()
-    moe.RES5.NUM_EXPERTS = 4
-    moe.RES5.NUM_SELECTED = 2
-    moe.RES5.NOISE = True  # learned noise on the gate while training
-    moe.RES5.LOSSES = [['kl', 0.25]]  # (name, weight) pairs; names as in moe_zoo.losses.LOSSES
-    moe.RES5.PERTURB = 0.1  # how far copies of the dense stage are moved apart, relative to each weight's spread
+    # build_moe_resnet_fpn_backbone: detectron2's ResNet with routed stages.
+    moe.RESNET = CfgNode()
+    moe.RESNET.LAYER = 'moe'  # moe, condconv, dyconv or deepmoe
+    moe.RESNET.STAGES = ['res5']
+    moe.RESNET.NUM_EXPERTS = 4
+    moe.RESNET.PERTURB = 0.1  # how far copies of dense weights are moved apart, relative to each weight's spread
+    moe.RESNET.ARGS = CfgNode(new_allowed=True)  # keywords of the layer; see resnet_backbone.LAYERS
+    # Of moe alone:
+    moe.RESNET.NUM_SELECTED = 2
+    moe.RESNET.GATE = 'gap_fc'  # a key of moe_zoo.layers.image_moe.GATES
+    moe.RESNET.NOISE = None  # learned noise on the gate while training; None: yes, but not under a hard constraint
+    moe.RESNET.LOSSES = [['kl', 0.25]]  # (name, weight) pairs; names as in moe_zoo.losses.LOSSES
+    moe.RESNET.CONSTRAINT = 'none'  # relative, mean: hard ones, with LOSSES []; all in moe_zoo.layers.image_moe
+    moe.RESNET.CONSTRAINT_VALUE = None  # threshold or rate; None: the constraint's own
 
     # Own data, for the tools of moe_zoo: a folder with annotations/instances_{train,val}.json, train/ and val/, or the
     # single pieces. They replace DATASETS.TRAIN and DATASETS.TEST.
@@ -68,42 +77,14 @@ def load_config(config_file: Union[str, Path], opts: Sequence[str] = ()) -> CfgN
     """
     path = _find(config_file)
     cfg = get_cfg()
-    add_moe_config(cfg)
-    with _sentences(cfg, f"'{path}'"):
+    with sentences(cfg, f"'{path}'"):
         cfg.merge_from_file(str(path), allow_unsafe=False)
     if len(opts) % 2:
         raise InputError(f'Overrides come as KEY VALUE pairs, but there are {len(opts)} words: {" ".join(opts)}.')
-    with _sentences(cfg, 'the command line'):
+    with sentences(cfg, 'the command line'):
         cfg.merge_from_list(list(opts))
     register_user_data(cfg)
     return cfg
-
-
-def install() -> None:
-    """Let every config of this process know our keys, and use the data that MOE.DATA names once it is frozen: for
-    scripts that never call `add_moe_config`.
-
-    `moe_zoo.run` calls this before it runs detectron2's own tools, which freeze their config when it is complete.
-    """
-    if hasattr(detectron2.config.get_cfg, '__wrapped__'):
-        return
-
-    @functools.wraps(get_cfg)
-    def get_cfg_with_moe() -> CfgNode:
-        cfg = get_cfg()
-        add_moe_config(cfg)
-        return cfg
-
-    freeze = CfgNode.freeze
-
-    @functools.wraps(freeze)
-    def freeze_with_data(cfg: CfgNode) -> None:
-        if 'MOE' in cfg:
-            register_user_data(cfg)
-        freeze(cfg)
-
-    detectron2.config.get_cfg = get_cfg_with_moe
-    CfgNode.freeze = freeze_with_data
 
 
 def _find(config_file: Union[str, Path]) -> Path:
@@ -118,7 +99,7 @@ def _find(config_file: Union[str, Path]) -> Path:
     return path
 
 
-class _sentences:
+class sentences:
     """Turn what yacs, yaml and the file system raise about a config into one sentence each."""
 
     def __init__(self, cfg: CfgNode, where: str):

@@ -2,73 +2,106 @@
 
     tools/train_coco.py --config-file configs/coco/retinanet_moe_res5_r50_fpn_1x.yaml [--eval-only] [--num-gpus 8]
         [--resume] KEY VALUE ...
+
+A run that was killed and resumed is the uninterrupted one, to the last bit on the same machine: batch, augmentation and
+what the model draws in iteration n follow from the seed, n and the rank.
 """
 import argparse
 import json
 import logging
 import math
 import os
+import shutil
 import sys
+import time
 import warnings
 import weakref
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.data.samplers import InferenceSampler
-from detectron2.engine import (
-    AMPTrainer,
-    DefaultTrainer,
-    HookBase,
-    SimpleTrainer,
-    create_ddp_model,
-    default_setup,
-    launch,
-)
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, default_setup, launch
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.utils import comm
+from detectron2.utils import logger as detectron2_logger
 from detectron2.utils.logger import setup_logger
-from torch import multiprocessing, nn
+from torch import distributed, multiprocessing, nn
 from torch.utils.checkpoint import CheckpointError
 
+from ..data.random_state import seed_stream
 from ..errors import InputError, atomic_write, exit_on_input_error
 from .checkpoint import SafeCheckpointer
-from .coco import ReadableMapper, load_datasets, skipped_images
+from .coco import (
+    ReadableMapper,
+    check_same_categories,
+    class_names,
+    load_datasets,
+    skipped_images,
+    unreadable_images,
+)
 from .config import load_config
-from .retinanet import LOG_PERIOD
+from .evaluation import Evaluator, NonEmpty, build_evaluator, build_test_loader
+from .export import export
+from .loader import Batches
+from .meta_arch import LOG_PERIOD, EpochHook
+from .upstream import create_ddp_model
 
 _LOGGER = logging.getLogger(__name__)
 
 
+class Diverged(InputError):
+    """A run that stopped by itself; what it wrote is worth keeping."""
+
+
 class Trainer(DefaultTrainer):
-    """DefaultTrainer, with checked data, checkpoints that are never half-written, CPU ranks, and COCO metrics by
-    faster-coco-eval, which gives pycocotools' numbers in a tenth of the time."""
+    """DefaultTrainer, with checked data, batches that a resumed run enters where it was killed, checkpoints that are
+    never half-written, and ranks or bfloat16 on the CPU."""
 
     def __init__(self, cfg: CfgNode):
         TrainerBase.__init__(self)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         dataset = _training_set(cfg)  # first, because data is what most often is wrong
+        self.classes = class_names(cfg.DATASETS.TRAIN[0])
         loader = self.build_train_loader(cfg, dataset)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        model = distribute(model, cfg.MOE.FIND_UNUSED_PARAMETERS)
-        step = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = step(model, loader, optimizer)
+        model = create_ddp_model(
+            model, broadcast_buffers=False, find_unused_parameters=cfg.MOE.FIND_UNUSED_PARAMETERS)
+        if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE != 'cpu':
+            self._trainer = AmpStep(model, loader, optimizer)
+        else:
+            self._trainer = Step(model, loader, optimizer, bfloat16=cfg.SOLVER.AMP.ENABLED)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self._last_eval_results: Dict[str, Any] = {}
-        self.register_hooks([*self.build_hooks(), StarvedExperts(len(dataset) / cfg.SOLVER.IMS_PER_BATCH)])
+        epoch = len(dataset) / cfg.SOLVER.IMS_PER_BATCH
+        self.register_hooks([
+            EpochHook(epoch), OneRanksBuffers(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD), *self.build_hooks(),
+            StarvedExperts(epoch)])
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As detectron2's; a checkpoint to resume from must be whole, weights to start from need not be."""
         self.checkpointer.complete = resume and self.checkpointer.has_checkpoint()
         super().resume_or_load(resume)
+        self.data_loader.start = self.start_iter
+
+    def run_step(self) -> None:
+        seed_stream(self.data_loader.seed, self.iter, comm.get_rank())
+        super().run_step()
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {**super().state_dict(), 'seed': self.data_loader.seed, 'classes': self.classes}
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.data_loader.seed = state_dict.get('seed', self.data_loader.seed)
+        if state_dict.get('classes', self.classes) != self.classes:
+            raise InputError(f'it was trained on the categories {_some(state_dict["classes"])}, '
+                             f'and DATASETS.TRAIN has {_some(self.classes)}')
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -79,33 +112,90 @@ class Trainer(DefaultTrainer):
             raise InputError(f'The model cannot be built from this config: {reason}.') from error
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode, dataset: Optional[List[Dict[str, Any]]] = None):
+    def build_train_loader(cls, cfg: CfgNode, dataset: Optional[List[Dict[str, Any]]] = None) -> Batches:
         dataset = _training_set(cfg) if dataset is None else dataset
-        return build_detection_train_loader(cfg, dataset=dataset, mapper=ReadableMapper(cfg, True, _unreadable(cfg)))
+        return Batches(cfg, dataset, ReadableMapper(cfg, True, unreadable_images(cfg)))
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        dataset = load_datasets([dataset_name], cfg.MODEL.RETINANET.NUM_CLASSES, filter_empty=False)
-        return NonEmpty(build_detection_test_loader(
-            dataset,
-            mapper=ReadableMapper(cfg, False, _unreadable(cfg)),
-            sampler=InferenceSampler(len(dataset)),
-            num_workers=cfg.DATALOADER.NUM_WORKERS,
-            collate_fn=_readable,
-        ))
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> NonEmpty:
+        return build_test_loader(cfg, dataset_name)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        try:
-            from faster_coco_eval import COCOeval_faster
-            coco_evaluation.COCOeval_opt = COCOeval_faster
-        except ImportError:
-            _LOGGER.warning('faster-coco-eval is not installed: COCO metrics come from pycocotools, ten times slower.')
-        evaluator = COCOEvaluator(dataset_name, tasks=('bbox',), output_dir=os.path.join(cfg.OUTPUT_DIR, 'inference'))
-        if any('area' not in annotation for annotation in evaluator._coco_api.anns.values()):
-            raise InputError(f"'{evaluator._metadata.json_file}' has annotations without area, which COCO's metrics "
-                             'for small, medium and large objects need.')
-        return evaluator
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> Evaluator:
+        return build_evaluator(cfg, dataset_name)
+
+
+class Step(SimpleTrainer):
+    """One iteration, which ends the run at the first loss or gradient that is not finite.
+
+    Args:
+        bfloat16: Run forward under bfloat16 autocast, on the CPU; weights and gradients stay float32.
+    """
+
+    def __init__(self, model: nn.Module, data_loader: Batches, optimizer: torch.optim.Optimizer, bfloat16: bool):
+        super().__init__(model, data_loader, optimizer)
+        self.bfloat16 = bfloat16
+
+    def run_step(self) -> None:
+        start = time.perf_counter()
+        batch = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        with torch.autocast('cpu', torch.bfloat16, enabled=self.bfloat16):
+            losses = self.model(batch)
+        _refuse_infinite(losses, self.iter, self.data_loader.files)
+        self.optimizer.zero_grad()
+        sum(losses.values()).backward()
+        self.after_backward()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if not torch.isfinite(nn.utils.get_total_norm(gradients)):  # equal on all ranks, which therefore all come here
+            files = sum(comm.all_gather(self.data_loader.files), [])
+            raise FloatingPointError(_where(f'the gradient is not finite (losses: {_shown(losses)})', self.iter, files))
+        self._write_metrics(losses, data_time)
+        self.optimizer.step()
+
+
+class AmpStep(AMPTrainer):
+    """detectron2's mixed precision on CUDA, whose scaler passes over an infinite gradient."""
+
+    def _write_metrics(self, loss_dict: Mapping[str, torch.Tensor], data_time: float, *args: Any, **kwargs: Any):
+        _refuse_infinite(loss_dict, self.iter, self.data_loader.files)
+        super()._write_metrics(loss_dict, data_time, *args, **kwargs)
+
+
+def _refuse_infinite(losses: Mapping[str, torch.Tensor], iteration: int, files: List[str]) -> None:
+    if not all(torch.isfinite(loss) for loss in losses.values()):
+        raise FloatingPointError(_where(f'the loss is NaN or infinite ({_shown(losses)})', iteration, files))
+
+
+def _where(what: str, iteration: int, files: List[str]) -> str:
+    folder = os.path.dirname(os.path.commonpath(files)) if len(files) == 1 else os.path.commonpath(files)
+    names = ', '.join(os.path.relpath(file, folder) for file in files)
+    return f"{what} in iteration {iteration}, on {names} of '{folder}'"
+
+
+def _shown(losses: Mapping[str, torch.Tensor]) -> str:
+    return ', '.join(f'{name} {loss.item():.4g}' for name, loss in losses.items())
+
+
+class OneRanksBuffers(HookBase):
+    """Before a checkpoint or an evaluation, every rank takes over the buffers (BatchNorm's, routers') of the first.
+
+    A checkpoint holds those of the first alone, and a resumed run shall not differ; nor shall the ranks of an
+    evaluation. Parameters are equal anyway.
+
+    Args:
+        periods: Iterations between two checkpoints, two evaluations; 0 for none.
+    """
+
+    def __init__(self, *periods: int):
+        self.periods = [period for period in periods if period > 0]
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if comm.get_world_size() > 1 and (
+                done >= self.trainer.max_iter or any(done % period == 0 for period in self.periods)):
+            for buffer in self.trainer.model.buffers():
+                distributed.broadcast(buffer, 0)
 
 
 class StarvedExperts(HookBase):
@@ -136,31 +226,6 @@ class StarvedExperts(HookBase):
                     layer, len(share), starved, 100 * min(share))
 
 
-class NonEmpty:
-    """A loader without the batches that hold no readable image."""
-
-    def __init__(self, loader):
-        self.loader = loader
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self):
-        return (batch for batch in self.loader if batch)
-
-
-def distribute(model: nn.Module, find_unused_parameters: bool = False) -> nn.Module:
-    """DDP where there are several ranks. detectron2 always names a CUDA device, which CPU ranks do not have."""
-    if comm.get_world_size() == 1:
-        return model
-    return create_ddp_model(
-        model,
-        device_ids=[comm.get_local_rank()] if next(model.parameters()).is_cuda else None,
-        broadcast_buffers=False,
-        find_unused_parameters=find_unused_parameters,
-    )
-
-
 @exit_on_input_error
 def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     """The command line of `run`, which it returns the metrics of."""
@@ -168,22 +233,35 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
 
 
 def run(argv: Optional[List[str]] = None) -> Dict[str, Any]:
-    """Train or evaluate as the words of a command line say; see `--help`.
+    """Train, evaluate or export as the words of a command line say; see `--help`.
 
     Returns:
-        COCO metrics of the last evaluation, `{'bbox': {'AP': ..., 'AP50': ..., ...}}` in percent; one such entry a test
-        set where there are several. Also in OUTPUT_DIR/results.json.
+        COCO metrics of the last evaluation, `{'bbox': {'AP': ..., 'AP50': ..., ...}}` in percent, and 'segm' for masks;
+        one such entry a test set where there are several. Also in OUTPUT_DIR/results.json.
 
     Raises:
-        InputError: Something that was given cannot be used, or the training diverged.
+        InputError: Something that was given cannot be used, in which case a new OUTPUT_DIR goes again, or the training
+            diverged.
     """
-    parser = _parser()
-    args = parser.parse_intermixed_args(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_intermixed_args(sys.argv[1:] if argv is None else argv)
     cfg = _config(args)
     processes = max(args.num_gpus, args.num_processes)
     _check_processes(cfg, args, processes)
-    if processes * args.num_machines == 1:
-        return work(args)
+    if args.export:
+        print(export(cfg, args.export))
+        return {}
+    new = not Path(cfg.OUTPUT_DIR).exists()
+    try:
+        if processes * args.num_machines == 1:
+            return work(args)
+        return _launch(cfg, args, processes)
+    except InputError as error:
+        if new and not isinstance(error, Diverged) and not any(Path(cfg.OUTPUT_DIR).glob('*.pth')):
+            shutil.rmtree(cfg.OUTPUT_DIR, ignore_errors=True)
+        raise
+
+
+def _launch(cfg: CfgNode, args: argparse.Namespace, processes: int) -> Dict[str, Any]:
     if cfg.MODEL.DEVICE == 'cpu':
         os.environ['CUDA_VISIBLE_DEVICES'] = ''  # else detectron2 chooses NCCL
     sentences = multiprocessing.get_context('spawn').SimpleQueue()
@@ -193,7 +271,8 @@ def run(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     except (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException):
         if sentences.empty():
             raise
-        raise InputError(sentences.get()) from None
+        kind, sentence = sentences.get()
+        raise {'Diverged': Diverged}.get(kind, InputError)(sentence) from None
     results = Path(cfg.OUTPUT_DIR) / 'results.json'
     return json.loads(results.read_text())['metrics'] if results.exists() else {}
 
@@ -212,18 +291,18 @@ def work(args: argparse.Namespace) -> Dict[str, Any]:
     # A user's mistake is told in one sentence at the end; detectron2 would print its traceback before.
     logging.getLogger('detectron2.engine.train_loop').addFilter(_no_traceback)
     if comm.is_main_process():
-        for stale in (_unreadable(cfg), Path(cfg.OUTPUT_DIR) / 'results.json'):
+        for stale in (unreadable_images(cfg), Path(cfg.OUTPUT_DIR) / 'results.json'):
             stale.unlink(missing_ok=True)
     comm.synchronize()
     try:
         results = _evaluate(cfg, args.resume) if args.eval_only else _train(cfg, args.resume)
     except FloatingPointError as error:
-        raise InputError(_divergence(cfg, error)) from error
+        raise Diverged(_divergence(cfg, error)) from error
     except CheckpointError as error:
         raise InputError('Gradient checkpointing recomputed a routed layer without the true image sizes: checkpoint '
                          'through moe_zoo.routing.checkpoint_routed, which keeps them.') from error
     except ValueError as error:
-        raise _from_worker(error) from error
+        raise _in_a_sentence(error) from error
     if comm.is_main_process():
         _report(cfg, results)
     return results
@@ -252,7 +331,7 @@ def _rank(args: argparse.Namespace, processes: int, sentences) -> None:
     try:
         work(args)
     except InputError as error:
-        sentences.put(str(error))
+        sentences.put((type(error).__name__, str(error)))
         sys.stdout.flush()
         os._exit(2)  # at once: the other ranks may wait for this one inside a collective operation
 
@@ -275,19 +354,17 @@ def _check_processes(cfg: CfgNode, args: argparse.Namespace, processes: int) -> 
                          'CPU add MODEL.DEVICE cpu.')
     if not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % (cfg.SOLVER.REFERENCE_WORLD_SIZE or total):
         raise InputError(f'SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide into {total} processes.')
-    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == 'cpu' and not args.eval_only:
-        raise InputError('SOLVER.AMP.ENABLED True: mixed precision in detectron2 needs CUDA, and MODEL.DEVICE is cpu.')
 
 
 def _report(cfg: CfgNode, results: Dict[str, Any]) -> None:
     """Write results.json, and say what was left out."""
     with atomic_write(Path(cfg.OUTPUT_DIR) / 'results.json') as part:
         part.write_text(json.dumps({'metrics': _plain(results), 'unit': 'percent'}, indent=1))
-    skipped = skipped_images(_unreadable(cfg))
+    skipped = skipped_images(unreadable_images(cfg))
     if skipped:
         _LOGGER.warning(
             'Unreadable images skipped: %d (in an evaluation their objects count as missed), listed in %s, such as %s.',
-            len(skipped), _unreadable(cfg), skipped[0])
+            len(skipped), unreadable_images(cfg), skipped[0])
 
 
 def _plain(value: Any) -> Any:
@@ -302,55 +379,59 @@ def _divergence(cfg: CfgNode, error: FloatingPointError) -> str:
     mark = Path(cfg.OUTPUT_DIR) / 'last_checkpoint'
     kept = f"the last good checkpoint is '{mark.with_name(mark.read_text())}'" if mark.exists() \
         else 'no checkpoint was written before'
-    return (f'Training stopped because the loss or a weight is NaN or infinite ({" ".join(str(error).split())[:300]}); '
-            f'{kept}; lower SOLVER.BASE_LR or lengthen SOLVER.WARMUP_ITERS.')
+    return (f'Training stopped because {" ".join(str(error).split())}; {kept}; lower SOLVER.BASE_LR or lengthen '
+            'SOLVER.WARMUP_ITERS, or look at these images.')
 
 
-def _from_worker(error: ValueError) -> ValueError:
+def _in_a_sentence(error: ValueError) -> ValueError:
     """An InputError that a loader's worker process raised arrives with its traceback as text."""
     text = str(error)
     if 'InputError: ' in text:
         return InputError(text.rsplit('InputError: ', 1)[1].strip())
-    if 'larger than population' in text.lower():
-        return InputError('No image of the training set can be read; the log names them.')
+    if 'Expected more than 1 value per channel' in text:
+        return InputError('A BatchNorm layer saw one value a channel, from which it cannot learn: this batch is too '
+                          'small in images or in pixels; set the NORM keys of MODEL to GN or FrozenBN, or raise '
+                          'SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN.')
     return error
 
 
 def _no_traceback(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, ValueError):
-        error = _from_worker(error)
+        error = _in_a_sentence(error)
     return not isinstance(error, (InputError, FloatingPointError, CheckpointError))
 
 
 def _forget_loggers() -> None:
     """A second run in one process writes to its own stdout and log file, not to those of the first as well."""
     setup_logger.cache_clear()
+    detectron2_logger._cached_log_stream.cache_clear()  # the file may be gone
     for name in ('detectron2', 'fvcore', 'moe_zoo'):
         logging.getLogger(name).handlers.clear()
 
 
 def _training_set(cfg: CfgNode) -> List[Dict[str, Any]]:
-    return load_datasets(
-        cfg.DATASETS.TRAIN, cfg.MODEL.RETINANET.NUM_CLASSES, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    """The images to train on; those to evaluate on are looked at as well, before hours of training."""
+    for name in cfg.DATASETS.TEST:
+        load_datasets(cfg, [name], filter_empty=False)
+    found = load_datasets(cfg, cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    check_same_categories([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+    return found
 
 
-def _readable(batch: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
-    return [image for image in batch if image]
-
-
-def _unreadable(cfg: CfgNode) -> Path:
-    return Path(cfg.OUTPUT_DIR) / 'unreadable_images.txt'
+def _some(names: List[str]) -> str:
+    return f'{", ".join(names[:5])}{f" and {len(names) - 5} more" if len(names) > 5 else ""}'
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description='Train or evaluate a detector from a detectron2 yaml config.',
-        epilog='KEY VALUE pairs change the config, as in SOLVER.BASE_LR 0.005 MOE.RES5.NUM_EXPERTS 8. Data: '
+        epilog='KEY VALUE pairs change the config, as in SOLVER.BASE_LR 0.005 MOE.RESNET.NUM_EXPERTS 8. Data: '
                'DETECTRON2_DATASETS as in detectron2, or MOE.DATA.ROOT DIR (annotations/instances_{train,val}.json, '
                'train/, val/), or MOE.DATA.{TRAIN,TEST}_{JSON,IMAGES}.')
     parser.add_argument('--config-file', required=True, metavar='FILE', help='detectron2 yaml (configs/coco/*.yaml)')
     parser.add_argument('--eval-only', action='store_true', help='evaluate MODEL.WEIGHTS on DATASETS.TEST')
+    parser.add_argument('--export', metavar='FILE', help='write MODEL.WEIGHTS as a TorchScript file and stop')
     parser.add_argument('--resume', action='store_true', help='go on from the last checkpoint in OUTPUT_DIR')
     parser.add_argument('--num-gpus', type=int, default=1, metavar='N', help='processes on this machine, one a GPU')
     parser.add_argument('--num-processes', type=int, default=1, metavar='N', help='the same, for processes on the CPU')

@@ -1,0 +1,49 @@
+"""What detectron2's own scripts want besides our parts, which `moe_zoo.run` gives them: see `prepare`."""
+import functools
+from typing import Any
+
+import detectron2.engine
+from detectron2.config import CfgNode
+from detectron2.engine import defaults
+from torch import nn
+
+from .coco import register_user_data
+from .config import sentences
+
+_create_ddp_model = defaults.create_ddp_model
+
+
+def create_ddp_model(model: nn.Module, **options: Any) -> nn.Module:
+    """detectron2's, which always names a CUDA device, for processes on the CPU as well: those have none."""
+    if not next(model.parameters()).is_cuda:
+        options.setdefault('device_ids', None)
+    return _create_ddp_model(model, **options)
+
+
+def prepare() -> None:
+    """Let scripts of detectron2 train several processes on the CPU, use the data that MOE.DATA names, and answer a
+    wrong config by one sentence."""
+    if defaults.create_ddp_model is create_ddp_model:
+        return
+    defaults.create_ddp_model = detectron2.engine.create_ddp_model = create_ddp_model
+    for name, where in (('merge_from_file', "'{}'"), ('merge_from_list', 'the command line')):
+        setattr(CfgNode, name, _in_one_sentence(getattr(CfgNode, name), where))
+    CfgNode.freeze = _with_data(CfgNode.freeze)
+
+
+def _in_one_sentence(merge, where: str):
+    @functools.wraps(merge)
+    def merge_in_one_sentence(cfg: CfgNode, given: Any, *args: Any, **kwargs: Any) -> None:
+        with sentences(cfg, where.format(given)):
+            merge(cfg, given, *args, **kwargs)
+    return merge_in_one_sentence
+
+
+def _with_data(freeze):
+    """Scripts freeze their config when it is complete, and read data afterwards."""
+    @functools.wraps(freeze)
+    def freeze_with_data(cfg: CfgNode) -> None:
+        if 'MOE' in cfg:
+            register_user_data(cfg)
+        freeze(cfg)
+    return freeze_with_data
