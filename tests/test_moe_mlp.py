@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning'),
 ]
 
-ROUTERS = ['vmoe', 'shazeer', 'sigmoid']
+ROUTERS = ['vmoe', 'cosine', 'shazeer', 'sigmoid']
 
 
 def small(**kwargs):
@@ -89,7 +89,8 @@ def test_maps_and_tokens_are_routed_alike():
 
 
 @pytest.mark.parametrize('router, args', [
-    ('vmoe', {}), ('vmoe', dict(renormalise=True)), ('shazeer', {}), ('sigmoid', {})])
+    ('vmoe', {}), ('vmoe', dict(renormalise=True)), ('cosine', dict(renormalise=True)), ('shazeer', {}),
+    ('sigmoid', {})])
 def test_one_selected_expert_keeps_the_routers_task_gradient(router, args):
     layer = small(num_selected=1, router=router, router_args=args)
     nn.init.normal_(layer.router.weight)
@@ -282,7 +283,8 @@ def test_a_forward_leaves_nothing_on_the_module():
     assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
 
 
-@pytest.mark.parametrize('router, capacity', [('vmoe', None), ('vmoe', 0.5), ('shazeer', 0.5), ('sigmoid', None)])
+@pytest.mark.parametrize('router, capacity', [
+    ('vmoe', None), ('vmoe', 0.5), ('cosine', 0.5), ('shazeer', 0.5), ('sigmoid', None)])
 def test_compiled_exported_scripted_and_traced_equal_eager(router, capacity):
     layer = small(router=router, eval_capacity_factor=capacity, num_shared_experts=1).eval()
     nn.init.normal_(layer.router.weight)

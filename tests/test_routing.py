@@ -7,6 +7,7 @@ from torch import nn
 
 from moe_zoo.errors import InputError
 from moe_zoo.routing import (
+    CosineTopKRouter,
     NoisyTopKRouter,
     Routing,
     SigmoidRouter,
@@ -23,7 +24,7 @@ from moe_zoo.routing import (
     trace_routing,
 )
 
-TOP_K = [NoisyTopKRouter, SoftmaxTopKRouter, SigmoidTopKRouter]
+TOP_K = [NoisyTopKRouter, SoftmaxTopKRouter, SigmoidTopKRouter, CosineTopKRouter]
 
 
 def identity_router(cls, **kwargs):
@@ -47,6 +48,26 @@ def test_softmax_after_top_k_sums_to_one():
     routing = identity_router(NoisyTopKRouter)(torch.tensor([[4.0, 3.0, 1.0]]).log())
     torch.testing.assert_close(routing.weights, torch.tensor([[4 / 7, 3 / 7]]))
     torch.testing.assert_close(routing.gates, torch.tensor([[4 / 7, 3 / 7, 0.0]]))
+
+
+def test_cosines_are_scaled_by_a_learned_factor_with_a_bound():
+    """Experts at 0 and 90 degrees, an item at atan(4 / 3) after the projection: cosines 3/5 and 4/5, at any length."""
+    router = CosineTopKRouter(3, 2, projection_features=2, temperature=0.1).eval()
+    with torch.no_grad():
+        router.projection.weight.copy_(torch.tensor([[6.0, 0, 0], [0, 2, 0]]))
+        router.projection.bias.copy_(torch.tensor([0.0, 6.0]))
+        router.weight.copy_(torch.tensor([[7.0, 0], [0, 0.5]]))
+    x = torch.tensor([[1.0, 1, 9]])  # to (6, 8)
+    routing = router(x)
+    torch.testing.assert_close(routing.logits, torch.tensor([[6.0, 8.0]]))
+    torch.testing.assert_close(routing.weights, torch.tensor([[8.0, 6.0]]).softmax(1))
+    router.log_factor.data.fill_(9.0)  # e^9 is more than 100
+    torch.testing.assert_close(router(x).logits, torch.tensor([[60.0, 80.0]]))
+    assert router.macs(5) == 5 * (3 * 2 + 2 * 2)
+    with pytest.raises(InputError, match='temperature=0.001: use at least 0.01.'):
+        CosineTopKRouter(3, 2, temperature=0.001)
+    with pytest.raises(InputError, match='projection_features=0: use a whole number, at least 1.'):
+        CosineTopKRouter(3, 2, projection_features=0)
 
 
 def test_sigmoid_top_k_normalises_and_its_bias_only_chooses():

@@ -78,6 +78,7 @@ KEPT = [
     ('vit_tiny_patch16_224', 'vmoe_vit_b', dict(router_args=dict(renormalise=True)), {}),
     ('vit_tiny_patch16_224', 'vmoe_vit_b', dict(router='shazeer', num_shared_experts=2), {}),
     ('vit_tiny_patch16_224', 'vmoe_vit_b', dict(router='sigmoid'), {}),
+    ('vit_tiny_patch16_224', 'vmoe_vit_b', dict(router='cosine', router_args=dict(renormalise=True)), {}),
     ('vit_tiny_patch16_224', 'vmoe_vit_b_ec', dict(capacity_factor=2.), {}),  # 2 K slots for E = 4: all tokens
     ('mobilenetv1_100', 'condconv_mobilenetv1_100', {}, {}),
     pytest.param('mobilenetv2_100', 'condconv_mobilenetv2_100', {}, {}, marks=slow),
@@ -367,6 +368,13 @@ def test_bad_arguments_are_refused_in_a_sentence(options, message):
     dense, model = pair('vit_tiny_patch16_224', 'vmoe_vit_b')
     with pytest.raises(InputError, match=re.escape(message)):
         upcycle(dense.state_dict(), model, **options)
+
+
+def test_directions_have_no_zero():
+    dense, model = pair('vit_tiny_patch16_224', 'vmoe_vit_b', dict(router='cosine'))
+    with pytest.raises(InputError, match="router='zero': 'blocks.1.mlp' compares directions, which start at random"):
+        upcycle(dense.state_dict(), model)
+    assert 'blocks.1.mlp.router.projection.weight' in upcycle(dense.state_dict(), model, router='random')
 
 
 def test_models_that_take_no_dense_weights_say_so():

@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..layers import ChannelGate, CondConv2d, CondLinear, MoEConv2d, MoEMlp, MoEStage, ShallowEmbedding
 from ..layers.cond_conv import MixingLayer
 from ..layers.moe_stage import perturbed
-from ..routing import ExpertChoiceRouter, SoftmaxRouter, SoftmaxTopKRouter
+from ..routing import CosineTopKRouter, ExpertChoiceRouter, SoftmaxRouter, SoftmaxTopKRouter
 from .kmeans import router_of_clusters
 
 Makers = Dict[str, Callable[[], torch.Tensor]]
@@ -272,6 +272,11 @@ def _sum_of_gates(layer: MoEMlp) -> Tuple[float, bool]:
 
 def _start_token_router(name: str, layer: MoEMlp, job: Job, default: str) -> Makers:
     makers = job.start_router(f'{name}.router', default)
+    asked = job.router or default
+    if isinstance(layer.router, CosineTopKRouter) and asked != 'random':
+        raise InputError(
+            f"router={asked!r}: {name!r} compares directions, which start at random; the function is then kept with"
+            " router_args={'renormalise': True}.")
     if job.router == 'kmeans':
         if name not in job.tokens:
             raise InputError(

@@ -287,14 +287,22 @@ class _TopKRouter(_Router):
         raise NotImplementedError
 
     @torch.jit.ignore
-    def forward(self, x: torch.Tensor) -> Routing:
-        """x: (T, D). Returns a record with (T, K) weights."""
+    def forward(self, x: torch.Tensor, inside: Optional[torch.Tensor] = None) -> Routing:
+        """A record with (T, K) weights.
+
+        Args:
+            x: (T, D).
+            inside: (T,) bool, the items that count; the others are decided upon alike. None counts all.
+        """
         logits, gates, weights, indices, noisy, std = self.choose(x)
         constraint = getattr(self, 'constraint', None)
+        if constraint is not None and self.training:
+            counted = slice(None) if inside is None else inside
+            constraint.observe(indices[counted], gates[counted])
         kept = weights > 0 if constraint is not None and constraint.excludes else None
         return Routing(
             logits, gates, weights, indices, kept, noisy_logits=noisy, noise_std=std,
-            shape=(x.shape[0],), losses=self.losses)
+            shape=(x.shape[0],), losses=self.losses, inside=inside)
 
 
 class NoisyTopKRouter(_TopKRouter):
@@ -368,9 +376,6 @@ class NoisyTopKRouter(_TopKRouter):
         indices = top_k(scores, self.num_selected)[1]
         weights = softmax_of_chosen(deciding, indices)
         gates = torch.zeros_like(logits).scatter(1, indices, weights)
-        if constraint is not None:
-            if self.training:
-                constraint.observe(indices, gates)
         return logits, gates, weights, indices, noisy, std
 
 
@@ -460,10 +465,11 @@ class CosineTopKRouter(SoftmaxTopKRouter):
             projection_features, num_experts, num_selected, noise_std, renormalise, deterministic, losses, **dd)
         self.projection = nn.Linear(in_features, projection_features, **dd)
         self.log_factor = nn.Parameter(torch.full((1,), -math.log(temperature), **dd))
+        self.max_log_factor = math.log(MAX_FACTOR)
 
     def compute_logits(self, x: torch.Tensor) -> torch.Tensor:
         x = linear_float32(x, self.projection.weight, self.projection.bias)
-        factor = self.log_factor.float().clamp(max=math.log(MAX_FACTOR)).exp()
+        factor = self.log_factor.float().clamp(max=self.max_log_factor).exp()
         return linear_float32(F.normalize(x, dim=-1), F.normalize(self.weight.float(), dim=-1)) * factor
 
     def macs(self, num_items: int) -> int:
@@ -496,8 +502,6 @@ class SigmoidTopKRouter(_TopKRouter):
         gates = torch.sigmoid(logits)
         indices = top_k(self.constraint.favour(gates), self.num_selected)[1]
         weights = _normalise(gates.gather(1, indices))
-        if self.training:
-            self.constraint.observe(indices, gates)
         return logits, gates, weights, indices, None, None
 
 
