@@ -8,7 +8,7 @@ import test_timm_host
 import timm
 import timm_host
 import torch
-from timm.layers import GluMlp, Mlp, SwiGLU, set_reentrant_ckpt
+from timm.layers import Format, GluMlp, Mlp, SwiGLU, set_reentrant_ckpt
 from timm.models import save_for_hf
 from torch import nn
 
@@ -20,6 +20,7 @@ from moe_zoo.losses import auxiliary_losses
 from moe_zoo.routing import trace_routing
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+SMALL_SWIN = dict(depths=(1, 1, 1, 1), embed_dim=24, num_heads=(1, 2, 4, 8))
 # base, its keywords, size of an image, targets, layer, keywords of the layer
 CASES = {
     'resnet': ('resnet18', {}, 64, 'layer4.*.conv2', 'condconv', {}, RoutedConv2d, 2),
@@ -88,6 +89,50 @@ def test_it_is_one_model_with_its_copies():
         assert not torch.allclose(twin(x), model(x))
 
 
+@pytest.mark.parametrize('case', ['resnet', 'resnet-chosen', 'efficientnet', 'convnext'])
+@pytest.mark.parametrize('to', [torch.bfloat16, torch.float64, torch.channels_last], ids=str)
+def test_a_type_and_a_memory_format_stay(case, to):
+    base, kwargs, size, targets, layer, args, _, _ = CASES[case]
+    to = dict(memory_format=to) if to is torch.channels_last else dict(dtype=to)
+    model, x = dense(base, **kwargs).to(**to), torch.randn(1, 3, size, size).to(**to)
+    with torch.no_grad():
+        before = model(x)
+        after = moe_zoo.moefy(model, targets, layer, num_experts=2, **args)(x)
+    assert after.dtype == before.dtype and {p.dtype for p in model.parameters()} == {x.dtype}
+    # bfloat16 rounds to 1 in 256, in every layer
+    atol = before.abs().max().item() / 32 if x.dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(after, before, atol=atol, rtol=0)
+
+
+def test_narrow_experts_are_slices_of_the_mlp():
+    model, x = dense('vit_tiny_patch16_224', **SMALL), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        before = model(x)
+        layer = moe_zoo.moefy(model, 'blocks.1.mlp', num_experts=4, expert_ratio=2).blocks[1].mlp
+        assert layer.fc1.weight.shape == (8, 64, 32)  # 4 x 2 experts of 128 / 2
+        torch.testing.assert_close(model(x), before, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_it_returns_its_records():
+    model = timm.create_model('convnext_atto', depths=(1, 1, 1, 1), num_classes=5)
+    model = moe_zoo.moefy(model, 'stages.2.*.mlp', num_experts=2, noise_std=0.).train()
+    model.set_aux_loss(True)
+    compiled, x = torch.compile(model, backend='aot_eager', fullgraph=True), torch.randn(2, 3, 64, 64)
+    router = model.stages[2].blocks[0].mlp.router.weight
+
+    def gradient(run):
+        logits, routings = run(x)
+        loss = logits.square().sum() + sum(auxiliary_losses(routings).values())
+        return torch.autograd.grad(loss, router)[0]
+
+    expected = gradient(model)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(gradient(compiled), expected, atol=1e-5, rtol=1e-3)
+    with pytest.raises(InputError, match='^The model is compiled: give moefy the model itself, and compile what it re'):
+        moe_zoo.moefy(compiled, '*.mlp')
+
+
 def test_other_layers_of_a_model_that_is_routed_already():
     model = moe_zoo.moefy(dense('resnet18'), 'layer4.0.conv2', 'condconv', num_experts=2)
     cls, x = type(model), torch.randn(1, 3, 64, 64)
@@ -122,6 +167,45 @@ def test_features_of_a_convnext_for_an_fpn():
     assert len(timm.create_model('moefied', features_only=True, **kwargs).feature_info.channels()) == 4  # its stages
 
 
+# base and its keywords, size of an image, targets, layer
+BASES = {
+    'convnext': (dict(base='convnext_atto'), 64, 'stages.2.*.mlp', 'moe_mlp'),
+    'swinv2': (dict(base='swinv2_tiny_window8_256', img_size=64, **SMALL_SWIN), 64, 'layers.*.mlp', 'moe_mlp'),
+    'vit': (dict(base='vit_tiny_patch16_224', **{**SMALL, 'depth': 3}), 32, 'blocks.*.mlp', 'moe_mlp'),
+    'resnet': (dict(base='resnet18'), 64, 'layer4.*.conv2', 'condconv'),
+    'efficientnet': (dict(base='efficientnet_b0'), 64, 'blocks.5.*.conv_pw', 'dyconv'),
+}
+
+
+@pytest.mark.parametrize('case', BASES)
+@pytest.mark.parametrize('chosen', [{}, dict(out_indices=(-2, -1))], ids=['all', 'two'])
+def test_features_are_those_of_the_base(case, chosen):
+    kwargs, size, targets, layer = BASES[case]
+    base_args = {key: value for key, value in kwargs.items() if key != 'base'}
+    weights = dense(kwargs['base'], **base_args).state_dict()
+    both = dict(pretrained=True, pretrained_cfg_overlay=dict(state_dict=weights), features_only=True, **chosen)
+    base = timm.create_model(kwargs['base'], **base_args, **both).eval()
+    model = timm.create_model('moefied', targets=targets, layer=layer, num_experts=2, **kwargs, **both).eval()
+    assert model.feature_info.channels() == base.feature_info.channels()
+    assert model.feature_info.reduction() == base.feature_info.reduction()
+    x = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        expected, found = base(x), model(x)
+    if getattr(base, 'output_fmt', None) == Format.NHWC:
+        expected = [each.permute(0, 3, 1, 2) for each in expected]
+    assert model.output_fmt == Format.NCHW and all(each.std() > 1e-3 for each in expected)
+    torch.testing.assert_close(found, list(expected), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('base, targets, layer, levels', [
+    ('vgg11', 'features.18', 'condconv', (0, 1, 2, 3, 4, 5)), ('crossvit_9_240', '*.mlp', 'moe_mlp', (2, 5))])
+def test_levels_are_those_that_timm_gives_for_the_base(base, targets, layer, levels):
+    kwargs = dict(features_only=True, device='meta')
+    model = timm.create_model('moefied', base=base, targets=targets, layer=layer, **kwargs)
+    assert model.feature_info.out_indices == levels
+    assert model.feature_info.channels() == timm.create_model(base, **kwargs).feature_info.channels()
+
+
 def test_dense_weights_of_the_base_are_upcycled_and_its_own_are_taken(tmp_path):
     base, x = dense('resnet18'), torch.randn(1, 3, 64, 64)
     kwargs = dict(base='resnet18', targets='layer4.*.conv2', layer='condconv', num_experts=2, num_classes=5)
@@ -136,14 +220,18 @@ def test_dense_weights_of_the_base_are_upcycled_and_its_own_are_taken(tmp_path):
     assert all(torch.equal(value, own[name]) for name, value in again.state_dict().items())
 
 
-def test_saved_to_a_folder_and_reloaded_from_its_arguments(tmp_path):
+@pytest.mark.parametrize('case', BASES)
+def test_saved_to_a_folder_and_reloaded_from_its_arguments(case, tmp_path):
+    kwargs, size, targets, layer = BASES[case]
+    weights = dense(**kwargs).state_dict()
     model = timm.create_model(
-        'moefied', base='resnet18', targets='layer4.*.conv2', layer='condconv', num_experts=2, num_classes=5).eval()
+        'moefied', targets=targets, layer=layer, num_experts=2, num_classes=5, pretrained=True,
+        pretrained_cfg_overlay=dict(state_dict=weights, num_classes=5), **kwargs).eval()
     save_for_hf(model, tmp_path)
     args = json.loads((tmp_path / 'config.json').read_text())['model_args']
-    assert 'pretrained' not in args and args['base'] == 'resnet18'
+    assert not {'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay'} & set(args) and args['base'] == kwargs['base']
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
-    x = torch.randn(1, 3, 64, 64)
+    x = torch.randn(1, 3, size, size)
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
 
@@ -237,8 +325,9 @@ def test_refusals():
             moe_zoo.moefy(model, targets, layer)
     with pytest.raises(InputError, match="^'dyconv' has no keyword 'temprature'. Did you mean 'temperature'"):
         moe_zoo.moefy(model, 'layer4.*.conv2', 'dyconv', temprature=1)
-    with pytest.raises(InputError, match='^targets=.*: give the name of a module, or a pattern of names'):
-        moe_zoo.moefy(model, [], 'condconv')
+    for targets in ([], None, 5, [None]):
+        with pytest.raises(InputError, match='^targets=.*: give the name of a module, or a pattern of names'):
+            moe_zoo.moefy(model, targets, 'condconv')
     assert model.state_dict().keys() == before and type(model) is timm.models.ResNet
     # 64 hidden units in the first of two MLPs, 66 in the second: 4 narrower experts for each expert fit the first alone
     two = nn.Sequential(Mlp(8, 64), Mlp(8, 66))
@@ -251,14 +340,61 @@ def test_refusals():
         timm.create_model('moefied', base='resnet18.nothing')
 
 
+# timm's own tests. Its two lists go by name, so that a token model under this name is put into the one of token models,
+# as the name of its base is; sizes of images are those of what is built.
+
+def test_weights_that_modules_share_are_told():
+    model = dense('vit_tiny_patch16_224', **SMALL)
+    model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
+    for targets in ('blocks.0.mlp', 'blocks.1.mlp', '*'):
+        with pytest.raises(InputError, match=r'^targets: blocks.0.mlp.fc1.weight and blocks.1.mlp.fc1.weight are one '):
+            moe_zoo.moefy(model, targets)
+    model.blocks[1].mlp = model.blocks[0].mlp  # one module at two places
+    with pytest.raises(InputError, match=r'^targets: blocks.0.mlp.fc1.weight and blocks.1.mlp.fc1.weight are one '):
+        moe_zoo.moefy(model, 'blocks.1.mlp')
+
+
+def test_parts_of_routed_layers_are_no_targets():
+    model = timm.create_model('moe_resnet18', layers=(1, 1, 1, 1), channels=(8, 8, 16, 16), num_classes=5)
+    with pytest.raises(InputError, match=r"^targets='layer4.\*.conv1' matches only Conv2d inside routed layers, and"):
+        moe_zoo.moefy(model, 'layer4.*.conv1', 'condconv')
+    moe_zoo.moefy(model, '*.conv1', 'condconv')
+    assert {name.partition('.')[0] for name, m in model.named_modules() if isinstance(m, RoutedConv2d)} == {
+        'layer1', 'layer2', 'layer3'}
+
+
+def test_overlapping_patterns_replace_once():
+    model = moe_zoo.moefy(dense('vit_tiny_patch16_224', **SMALL), ('blocks.*.mlp', 'blocks.0.*', '*mlp'), num_experts=2)
+    assert [name for name, m in model.named_modules() if isinstance(m, MoEMlp)] == ['blocks.0.mlp', 'blocks.1.mlp']
+
+
+def test_weights_that_cannot_be_upcycled_leave_the_model_as_it_is():
+    model, x = dense('resnet18'), torch.randn(1, 3, 64, 64)
+    conv = model.layer4[0].conv2
+    conv.weight_v = nn.Parameter(conv.weight.detach())  # as old code normalises weights: they are no parameter
+    del conv.weight
+    conv.weight = conv.weight_v.data
+    with torch.no_grad():
+        before = model(x)
+        with pytest.raises(InputError, match='layer4.0.conv2.weight is missing in them'):
+            moe_zoo.moefy(model, 'layer4.*.conv2', 'condconv')
+        assert type(model) is timm.models.ResNet and type(model.layer4[0].conv2) is nn.Conv2d
+        assert torch.equal(model(x), before)
+
+
 @pytest.mark.slow
 @test_timm_host.needs_timm_tests
-@pytest.mark.parametrize('kwargs', [
-    dict(base='convnext_atto', targets='stages.2.*.mlp', layer='moe_mlp'),
-    dict(base='tf_efficientnet_lite0', targets='blocks.5.*.conv_pw', layer='dyconv'),
-    dict(base='resnet26', targets='layer4.*.conv2', layer='moe_conv'),
-], ids=lambda kwargs: kwargs['base'])
-def test_timms_own_tests_pass_on_other_bases(kwargs, tmp_path):
-    """timm feeds this name 128 pixels, so that bases of a fixed size are left out."""
-    found = timm_host.run(['moefied'], test_timm_host.MODULES, tmp_path, kwargs={'moefied': kwargs})
-    test_timm_host.check('moefied', found['moefied'], test_timm_host.GRID)
+@pytest.mark.parametrize('kwargs, tests', [
+    (dict(base='convnext_atto', targets='stages.2.*.mlp', layer='moe_mlp'), test_timm_host.GRID),
+    (dict(base='tf_efficientnet_lite0', targets='blocks.5.*.conv_pw', layer='dyconv'), test_timm_host.GRID),
+    (dict(base='resnet26', targets='layer4.*.conv2', layer='moe_conv'), test_timm_host.GRID),
+    (dict(base='swinv2_tiny_window8_256', targets='layers.3.*.mlp', layer='moe_mlp', img_size=128, **SMALL_SWIN,
+          pretrained_cfg_overlay=dict(input_size=(3, 128, 128), pool_size=(4, 4))), test_timm_host.GRID),
+    (dict(base='vit_tiny_patch16_224', targets='blocks.*.mlp', layer='moe_mlp', num_experts=4, depth=4),
+     test_timm_host.TOKENS),
+], ids=lambda value: value['base'] if isinstance(value, dict) else '')
+def test_timms_own_tests_pass_on_other_bases(kwargs, tests, tmp_path):
+    non_std = [*timm_host.NON_STD_FILTERS, *['moefied'] * (tests is test_timm_host.TOKENS)]
+    found = timm_host.run(
+        ['moefied'], test_timm_host.MODULES, tmp_path, non_std=non_std, kwargs={'moefied': kwargs})
+    test_timm_host.check('moefied', found['moefied'], tests)

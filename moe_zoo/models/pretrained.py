@@ -26,6 +26,7 @@ TAKES = {
     'deepmoe_resnet110_cifar': 'those of deepmoe_resnet110_cifar_dense',
     'deepmoe_vgg16_cifar': 'those of deepmoe_vgg16_cifar_dense',
 }
+HOW = 'as pretrained_cfg_overlay=dict(file=...)'  # how a file is passed, in sentences; scripts say their own way
 
 
 def upcycled_cfgs(sources: Mapping[str, str], cfg: Callable[..., Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
@@ -89,6 +90,8 @@ def build(
         InputError: There is no file to load, it is missing, or it cannot be downloaded.
     """
     kwargs = dict(kwargs, pretrained_filter_fn=pretrained_filter_fn)
+    if kwargs.get('features_only'):
+        kwargs.setdefault('num_classes', 0)  # weights of any classes do
     if not pretrained:
         return build_model_with_cfg(model_cls, variant, False, **kwargs)
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
@@ -96,7 +99,7 @@ def build(
         others = takes or TAKES.get(variant)
         raise InputError(
             f'pretrained=True: {variant} has no file to download; pass weights of its own'
-            f'{f", or {others}," if others else ""} as pretrained_cfg_overlay=dict(file=...).')
+            f'{f", or {others}," if others else ""} {HOW}.')
     local = cfg.state_dict or cfg.file or cfg.source == 'local-dir'
     if cfg.file and not cfg.state_dict and not Path(cfg.file).exists():
         raise InputError(f"pretrained=True: there is no file '{cfg.file}'.")
@@ -107,7 +110,7 @@ def build(
             raise
         raise InputError(
             f'pretrained=True: the weights of {variant} are those of {cfg.hf_hub_id or cfg.url}, which cannot be '
-            f'fetched ({type(error).__name__}); pass its model.safetensors as pretrained_cfg_overlay=dict(file=...).'
+            f'fetched ({type(error).__name__}); pass its model.safetensors {HOW}.'
         ) from error
 
 
