@@ -98,6 +98,7 @@ class UsageSums:
     images: Dict[int, int] = field(default_factory=dict)
 
     def add(self, routing: Routing, targets: Optional[List[int]]) -> None:
+        routing = routing.without_padding()
         weights = routing.combine_matrix().double().cpu()  # (T, E)
         self.items += len(weights)
         self.mass = self.mass + weights.sum(dim=0)

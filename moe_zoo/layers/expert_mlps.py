@@ -12,7 +12,8 @@ from torch import nn
 
 from ..errors import InputError, nearest
 from ..losses import LOSSES
-from .routed import RoutedLayer, unbind_biases
+from ..routing.dispatch import wants_static_shapes
+from .routed import RoutedLayer, tokens_inside, unbind_biases
 
 
 class ExpertLinear(nn.Module):
@@ -165,6 +166,13 @@ class ExpertMlps(RoutedLayer):
             for size in x.shape[1:-1]:
                 group_size = group_size * size
         return group_size
+
+    def _inside(self, x: torch.Tensor) -> Optional[torch.Tensor]:
+        """(T,) bool, tokens of (B, ..., D) that are no padding; None where all count. Static graphs count all."""
+        if wants_static_shapes(x):
+            return None
+        inside = tokens_inside(x)
+        return None if inside is None or bool(inside.all()) else inside
 
     def _check_groups(self, x: torch.Tensor, num_tokens: int) -> None:
         """Raises: InputError: An explicit group size does not divide the tokens of a batch (B, ..., D)."""

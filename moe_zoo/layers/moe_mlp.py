@@ -57,6 +57,10 @@ class MoEMlp(ExpertMlps):
     With K = 1 the output is scaled by a gate below 1; where a router normalises its gates the value is 1 and the
     gradient that of p / p.detach(). An expert that received no token is not run and gets zero gradients.
 
+    In a padded detection batch, whose context carries the sizes of the images, groups, capacity, statistics and losses
+    are those of the tokens on the images alone. Padding still passes through its experts, as through a dense MLP, but
+    no expert chooses it.
+
     With the router 'expert_choice' (Zhou et al. 2022) every expert takes the C tokens of a group that it likes best: K
     is the mean number of experts a token gets, a token may get none or all, and capacity is the choice itself, also in
     evaluation. `group_images=1` then keeps images independent.
@@ -192,9 +196,10 @@ class MoEMlp(ExpertMlps):
     def _mix(self, tokens: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         group_size = self._group_size(x)
         self._check_groups(x, tokens.shape[0])
-        routing: Routing = self.router(tokens)
+        inside = self._inside(x)
+        routing: Routing = self.router(tokens, inside)
         deciding = routing.logits if routing.noisy_logits is None else routing.noisy_logits
-        kept = self._keep(routing.indices, deciding, group_size, routing.by_expert)
+        kept = self._keep(routing.indices, deciding, group_size, routing.by_expert, inside)
         if routing.kept is not None:  # a constraint of the router excluded experts
             kept = routing.kept if kept is None else routing.kept & kept
         routing = routing._replace(kept=kept, shape=tuple(x.shape[:-1]), group_size=group_size)
@@ -254,8 +259,13 @@ class MoEMlp(ExpertMlps):
             deciding: torch.Tensor,
             group_size: int,
             by_expert: bool,
+            inside: Optional[torch.Tensor] = None,
     ) -> Optional[torch.Tensor]:
-        """(T, K) bool: which pairs find a slot, group by group; None where nothing can be dropped."""
+        """(T, K) bool: which pairs find a slot, group by group; None where nothing can be dropped.
+
+        Groups and their capacity are those of the tokens `inside`, (T,) bool, where it is given. Padding needs no slot
+        to be computed, as a dense MLP would; experts that choose leave it out.
+        """
         num_tokens = indices.shape[0]
         overruled = self.by_expert and not by_expert  # by a record that was rewritten: nothing to choose any more
         if overruled or self._capacity(group_size) == 0 or num_tokens == 0:
@@ -264,17 +274,33 @@ class MoEMlp(ExpertMlps):
         gates = torch.softmax(deciding.detach(), dim=-1)  # (T, E)
         full = num_tokens // group_size * group_size
         kept: List[torch.Tensor] = []
+        if inside is not None:
+            found = torch.full(indices.shape, not by_expert, device=indices.device)
+            for start in range(0, num_tokens, group_size):
+                items = start + inside[start:start + group_size].nonzero().squeeze(1)
+                if len(items) > 0:
+                    found[items] = self._keep_of_groups(indices[items], gates[items], len(items), by_expert)
+            return found
         for start, stop, size in ((0, full, group_size), (full, num_tokens, num_tokens - full)):
             if stop > start:
-                chosen = indices[start:stop].reshape(-1, size, indices.shape[1])
-                likings = gates[start:stop].reshape(-1, size, self.num_experts)
-                if by_expert:
-                    found = keep_chosen_by_experts(chosen, likings, self._capacity(size))
-                else:
-                    found = keep_within_capacity(
-                        chosen, likings, self.num_experts, self._capacity(size), self.batch_priority)
-                kept.append(found.reshape(-1, indices.shape[1]))
+                kept.append(self._keep_of_groups(indices[start:stop], gates[start:stop], size, by_expert))
         return torch.cat(kept)
+
+    def _keep_of_groups(
+            self,
+            indices: torch.Tensor,
+            gates: torch.Tensor,
+            size: int,
+            by_expert: bool,
+    ) -> torch.Tensor:
+        """The same for groups of one size: (T, K) chosen experts and (T, E) gates to (T, K) bool."""
+        chosen = indices.reshape(-1, size, indices.shape[1])
+        likings = gates.reshape(-1, size, self.num_experts)
+        if by_expert:
+            found = keep_chosen_by_experts(chosen, likings, self._capacity(size))
+        else:
+            found = keep_within_capacity(chosen, likings, self.num_experts, self._capacity(size), self.batch_priority)
+        return found.reshape(-1, indices.shape[1])
 
     def max_macs(self, input_shape: Sequence[int]) -> int:
         """Router, K experts and the shared ones for every token; all slots where experts choose. Biases are free."""

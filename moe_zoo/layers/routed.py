@@ -3,10 +3,12 @@
 Letters: B images, C channels, E experts.
 """
 import contextlib
+import math
 from typing import Iterator, List, Optional, Tuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ..routing import current_image_sizes, routing_context
 
@@ -96,17 +98,70 @@ def masked_mean(x: torch.Tensor, cut: int = 0) -> torch.Tensor:
     sizes = current_image_sizes()
     if sizes is None:
         return x.mean(dim=(2, 3))
-    true, padded = sizes
-    height, width = x.shape[-2:]
-    true = true.to(device=x.device, dtype=torch.float32)
-    # A cell belongs to the image where its first pixel does: ceil(true * cells / padded) cells.
-    rows = (torch.ceil(true[:, 0] * (height + cut) / padded[0]) - cut).clamp(1, height)
-    columns = (torch.ceil(true[:, 1] * (width + cut) / padded[1]) - cut).clamp(1, width)
-    inside = (
-        (torch.arange(height, device=x.device)[None, :, None] < rows[:, None, None])
-        & (torch.arange(width, device=x.device)[None, None, :] < columns[:, None, None])
-    ).to(x.dtype)  # (B, H, W)
+    inside = _cells_inside(x.shape[-2:], x.device, *sizes, cut).to(x.dtype)
     return (x * inside.unsqueeze(1)).sum(dim=(2, 3)) / inside.sum(dim=(1, 2)).unsqueeze(1)
+
+
+def tokens_inside(x: torch.Tensor) -> Optional[torch.Tensor]:
+    """Which tokens of a padded batch lie on their image, tokens in front of the patches among them.
+
+    Args:
+        x: (B, N, D) or (B, H, W, D).
+
+    Returns:
+        (T,) bool; None without a context that carries image sizes, and where tokens are no grid of square patches over
+        the whole of every image (those of windows, for example).
+    """
+    sizes = current_image_sizes()
+    if sizes is None or x.shape[0] != sizes[0].shape[0] or x.dim() not in (3, 4):
+        return None
+    grid = (0, x.shape[1], x.shape[2]) if x.dim() == 4 else token_grid(x.shape[1], sizes[1])
+    if grid is None:
+        return None
+    inside = _cells_inside(grid[1:], x.device, *sizes)
+    return F.pad(inside.flatten(1), (grid[0], 0), value=True).flatten()
+
+
+def token_grid(tokens: int, input_size: Tuple[int, int]) -> Optional[Tuple[int, int, int]]:
+    """(tokens in front, rows, columns) of a sequence of patches: the only whole square patch that gives their number.
+
+    >>> token_grid(197, (224, 224))
+    (1, 14, 14)
+
+    Returns:
+        None where no square patch gives this number of tokens with at most 8 in front.
+    """
+    height, width = input_size
+    for front in range(min(9, tokens)):
+        patch = round((height * width / (tokens - front)) ** 0.5)
+        if patch and height % patch == 0 and width % patch == 0 \
+                and (height // patch) * (width // patch) == tokens - front:
+            return front, height // patch, width // patch
+    return None
+
+
+def _cells_inside(
+        cells: Tuple[int, int],
+        device: torch.device,
+        true: torch.Tensor,
+        padded: Tuple[int, int],
+        cut: int = 0,
+) -> torch.Tensor:
+    """(B, H, W) bool: a cell belongs to the image where its first pixel does."""
+    true = true.to(device=device, dtype=torch.float32)
+    spans = []
+    for axis in (0, 1):
+        number = cells[axis] + cut
+        count = torch.ceil(true[:, axis] / _cell_size(int(padded[axis]), int(number))) - cut
+        spans.append(torch.arange(cells[axis], device=device) < count.clamp(1, cells[axis]).unsqueeze(1))
+    return spans[0].unsqueeze(2) & spans[1].unsqueeze(1)
+
+
+def _cell_size(pixels: int, cells: int) -> float:
+    """Pixels from one cell to the next: a power of two where one gives this number of cells, of which the last may be
+    cut short, as the two of stride 64 on 96 pixels."""
+    power = 2 ** math.ceil(math.log2(pixels / cells))
+    return power if -(-pixels // power) == cells else pixels / cells
 
 
 @contextlib.contextmanager

@@ -78,9 +78,11 @@ class SoftMoEMlp(ExpertMlps):
             y = self._mix(tokens, slot_logits, weights, group_size)
         else:
             self._check_groups(x, tokens.shape[0])
-            routing: Routing = self.router(tokens)._replace(shape=tuple(x.shape[:-1]), group_size=group_size)
+            inside = self._inside(x)
+            routing: Routing = self.router(tokens)._replace(
+                shape=tuple(x.shape[:-1]), group_size=group_size, inside=inside)
             record(self, routing)
-            y = self._mix(tokens, routing.slot_logits, routing.weights, group_size)
+            y = self._mix(tokens, routing.slot_logits, routing.weights, group_size, inside)
         y = y.reshape(list(x.shape[:-1]) + [y.shape[-1]])
         return y.permute(0, 3, 1, 2) if self.use_conv else y
 
@@ -90,11 +92,18 @@ class SoftMoEMlp(ExpertMlps):
             slot_logits: torch.Tensor,
             weights: torch.Tensor,
             group_size: int,
+            inside: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
-        """(T, D) tokens, (T, E, P) slot logits and (T, E) weights of the experts to (T, out_features)."""
+        """(T, D) tokens, (T, E, P) slot logits and (T, E) weights of the experts to (T, out_features).
+
+        Slots read the tokens `inside`, (T,) bool, where it is given; all tokens read the slots.
+        """
         E, P, S = self.num_experts, self.num_slots, group_size
         G = tokens.shape[0] // S
-        dispatch = torch.softmax(slot_logits.reshape(G, S, E * P), dim=1).to(tokens.dtype)
+        reading = slot_logits
+        if inside is not None:
+            reading = reading.masked_fill(~inside.view(-1, 1, 1), -1e30)  # finite: a group may be padding alone
+        dispatch = torch.softmax(reading.reshape(G, S, E * P), dim=1).to(tokens.dtype)
         x = torch.bmm(dispatch.transpose(1, 2), self._round(tokens).reshape(G, S, self.in_features))
         x = x.reshape(G, E, P, self.in_features).transpose(0, 1).reshape(E, G * P, self.in_features)
         y = self.run_stacked(x)

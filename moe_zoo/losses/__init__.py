@@ -122,6 +122,7 @@ def balance(routing: Routing) -> Dict[str, torch.Tensor]:
         dropped: Share of the choices that found no slot (of the items that no expert took, where experts choose).
         live: Share of all pairs of item and expert that are in use; for gates that may be zero.
     """
+    routing = routing.without_padding()
     experts = routing.num_experts
     if routing.indices is None:
         mass = routing.weights.float().sum(dim=0)

@@ -38,11 +38,23 @@ def _groups(routing: Routing, *fields: Optional[torch.Tensor]) -> Iterator[Tuple
     """Yield (share of all items, fields as (G, S, ...)) for the full groups, then for the shorter last one."""
     total = routing.logits.shape[0]
     size = min(routing.group_size or total, total)
+    if routing.inside is not None:  # groups differ in size by their padding: one by one
+        yield from _groups_inside(routing.inside, size, fields)
+        return
     full = total // size * size
     if full:
         yield full / total, tuple(f[:full].unflatten(0, (full // size, size)) for f in fields)
     if full < total:
         yield (total - full) / total, tuple(f[full:].unsqueeze(0) for f in fields)
+
+
+def _groups_inside(inside: torch.Tensor, size: int, fields: Tuple[torch.Tensor, ...]):
+    """Yield the groups of `size` items without their padding, as (share of all that count, fields (1, S, ...))."""
+    total = int(inside.sum())
+    for rows, *parts in zip(inside.split(size), *(f.split(size) for f in fields)):
+        items = int(rows.sum())
+        if items:
+            yield items / total, tuple(part[rows].unsqueeze(0) for part in parts)
 
 
 def _mean_over_groups(routing: Routing, loss: Callable, *fields: torch.Tensor) -> torch.Tensor:

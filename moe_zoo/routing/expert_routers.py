@@ -44,9 +44,9 @@ class ExpertChoiceRouter(SoftmaxTopKRouter):
             device=device, dtype=dtype)
 
     @torch.jit.ignore
-    def forward(self, x: torch.Tensor) -> Routing:
-        """x: (T, D). Returns a record with (T, E) weights, in which nothing is chosen yet."""
-        return super().forward(x)._replace(by_expert=True)
+    def forward(self, x: torch.Tensor, inside: Optional[torch.Tensor] = None) -> Routing:
+        """x: (T, D), inside: (T,) bool. Returns a record with (T, E) weights, in which nothing is chosen yet."""
+        return super().forward(x, inside)._replace(by_expert=True)
 
 
 class SoftRouter(nn.Module):

@@ -73,11 +73,12 @@ class HierarchicalRouter(NoisyTopKRouter):
         return self.decide(x)[0]
 
     @torch.jit.ignore
-    def forward(self, x: torch.Tensor) -> Routing:
-        """x: (T, D). Returns a record with (T, K) weights."""
+    def forward(self, x: torch.Tensor, inside: Optional[torch.Tensor] = None) -> Routing:
+        """x: (T, D), inside: (T,) bool or None. Returns a record with (T, K) weights."""
         (logits, gates, weights, indices, noisy, _), chances, group_chances = self.decide(x)
         routing = Routing(
-            logits, gates, weights, indices, noisy_logits=noisy, shape=(x.shape[0],), losses=self.losses)
+            logits, gates, weights, indices, noisy_logits=noisy, shape=(x.shape[0],), losses=self.losses,
+            inside=inside)
         return routing if noisy is None else routing._replace(chances=chances, group_chances=group_chances)
 
     def decide(self, x: torch.Tensor) -> Decision:

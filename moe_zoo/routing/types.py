@@ -34,6 +34,8 @@ class Routing(NamedTuple):
         chances: (T, E) where experts are chosen on two levels with noise: probability that an expert is chosen in its
             group if only its own noise is drawn again, zero in groups that the item did not choose. Else None.
         group_chances: (T, A) the same for the A groups.
+        inside: (T,) bool, False for tokens that lie on the padding of their image: they are computed, but take no slot
+            and count in no statistic and no loss. None where nothing is padded.
         levels: L where the items are the levels of a feature pyramid, finest first, image by image: shape is (B, L).
             0 where they are anything else.
     """
@@ -52,6 +54,7 @@ class Routing(NamedTuple):
     affinity: Optional[torch.Tensor] = None
     chances: Optional[torch.Tensor] = None
     group_chances: Optional[torch.Tensor] = None
+    inside: Optional[torch.Tensor] = None
     levels: int = 0
 
     @property
@@ -67,10 +70,19 @@ class Routing(NamedTuple):
 
     def dropped(self) -> torch.Tensor:
         """Share of the choices that found no slot; where experts choose, share of the items that none of them took."""
-        if self.kept is None:
+        kept = self.without_padding().kept
+        if kept is None:
             return self.logits.new_zeros(())
-        kept = self.kept.any(dim=1) if self.by_expert else self.kept
+        kept = kept.any(dim=1) if self.by_expert else kept
         return 1.0 - kept.float().mean()
+
+    def without_padding(self) -> 'Routing':
+        """The record of the items that count, as one flat group of them; itself where nothing is padded."""
+        if self.inside is None:
+            return self
+        items = len(self.inside)
+        fields = (f[self.inside] if isinstance(f, torch.Tensor) and f.dim() and len(f) == items else f for f in self)
+        return Routing(*fields)._replace(inside=None, shape=(int(self.inside.sum()),), group_size=None)
 
     def detach(self) -> 'Routing':
         """The same record without its graph."""
