@@ -9,7 +9,10 @@ from collections import OrderedDict
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
+from timm.data import create_transform, resolve_data_config
 from timm.layers import GluMlp, SwiGLU, resample_abs_pos_embed
 from torch import nn
 
@@ -432,6 +435,64 @@ def test_what_cannot_be_upcycled_is_told_and_nothing_written(dense_file, tmp_pat
     assert stopped.value.code == 2 and error.startswith('error: ') and error.count('\n') == 1
     assert message in error
     assert list(tmp_path.iterdir()) == [dense_file[0]]
+
+
+def vit_file(tmp_path):
+    """A dense ViT, its file, a folder of images, and the arguments of the routed one."""
+    dense = timm.create_model('vit_tiny_patch16_224', num_classes=5, **VIT)
+    save_file(dense.state_dict(), tmp_path / 'vit.safetensors')
+    for i in range(3):
+        (tmp_path / 'photos' / str(i)).mkdir(parents=True)
+        pixels = torch.randint(256, (40, 50, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+        Image.fromarray(pixels.numpy()).save(tmp_path / 'photos' / str(i) / 'photo.png')
+    kwargs = [f'{key}={value}' for key, value in {**ROUTED_VIT, 'num_classes': 5}.items()]
+    return dense, ['--model', 'vmoe_vit_b', '--model-kwargs', *kwargs, "router_args={'renormalise': True}"]
+
+
+def test_routers_start_from_clusters_of_images(tmp_path, capsys):
+    dense, arguments = vit_file(tmp_path)
+    source, out = tmp_path / 'vit.safetensors', tmp_path / 'routed.safetensors'
+    convert(source, out, *arguments, '--router', 'kmeans', '--images', tmp_path / 'photos')
+    model = timm.create_model(
+        'vmoe_vit_b', num_classes=5, **ROUTED_VIT, router_args=dict(renormalise=True), checkpoint_path=str(out))
+    assert difference(dense, model) < 1e-5
+    # The tokens are those of the dense network, whose statistics are the model's.
+    transform = create_transform(**resolve_data_config(dict(img_size=32), model=model), is_training=False)
+    images = torch.stack([transform(Image.open(tmp_path / f'photos/{i}/photo.png')) for i in range(3)])
+    tokens = token_features(dense.eval(), ['blocks.1.mlp'], images)['blocks.1.mlp']
+    assert tokens.shape == (3 * 17, 32)
+    logits = tokens @ model.blocks[1].mlp.router.weight.t()
+    assert logits.std().item() == pytest.approx(1., abs=1e-3) and len(logits.argmax(dim=1).unique()) == 4
+    convert(source, out, *arguments, '--router', 'random')
+    assert capsys.readouterr().out.count('upcycled, not trained') == 2
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--router', 'kmeans'], '--router kmeans and --images DIR belong together'),
+    (['--images', 'photos'], '--router kmeans and --images DIR belong together'),
+    (['--router', 'kmeans', '--images', 'none'], "--images '{}/none': there are no images in it."),
+    (['--router', 'kmeans', '--images', 'torn'], "The image '{}/torn/a.png' cannot be read"),
+    (['--router', 'kmeans', '--images', 'photos', '--model', 'condconv_mobilenetv1_025'], 'of another architecture'),
+])
+def test_clusters_need_images_and_tokens(tmp_path, capsys, arguments, message):
+    _, keywords = vit_file(tmp_path)
+    (tmp_path / 'torn').mkdir()
+    (tmp_path / 'torn' / 'a.png').write_bytes(b'PNG')
+    keywords = keywords if '--model' not in arguments else []
+    given = [tmp_path / each if each in ('photos', 'none', 'torn') else each for each in arguments]
+    with pytest.raises(SystemExit) as stopped:
+        convert(tmp_path / 'vit.safetensors', tmp_path / 'routed.safetensors', *keywords, *given)
+    assert stopped.value.code == 2 and message.format(tmp_path) in capsys.readouterr().err
+    assert not (tmp_path / 'routed.safetensors').exists()
+
+
+def test_models_without_token_experts_have_no_clusters(dense_file, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        convert(dense_file[0], tmp_path / 'a.safetensors', '--model', 'dyconv_mobilenetv2_050', '--model-kwargs',
+                'num_classes=5', '--router', 'kmeans', '--images', tmp_path)
+    assert '--router kmeans: the model has no token experts' in capsys.readouterr().err
+    with pytest.raises(InputError, match='4 experts need as many tokens at least, and there are 3.'):
+        router_of_clusters(torch.randn(3, 8), 4)
 
 
 def test_files_that_are_no_weights_are_told(dense_file, tmp_path, capsys):

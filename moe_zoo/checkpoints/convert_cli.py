@@ -14,19 +14,24 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.data import create_transform, get_img_extensions, resolve_data_config
 from timm.models.swin_transformer import SwinTransformer
+from torch import nn
 
 import moe_zoo  # noqa: F401 - registers the models
 
 from ..engine.checkpoint import find_weights, read_checkpoint
 from ..engine.config import parse_overrides
+from ..engine.predict import read_image
 from ..errors import InputError, atomic_write, counted, exit_on_input_error, nearest, nearest_keyword
+from ..layers import MoEMlp
 from ..models.vmoe import resize_table
-from . import LazyTensor, plan_vmoe, read_vmoe, upcycle, write_safetensors
+from . import LazyTensor, plan_vmoe, read_vmoe, token_features, upcycle, write_safetensors
 from .swin_moe import plan_swin_moe
 from .upcycle import METHODS, ROUTERS
 
 SWIN = 'swin_tiny_patch4_window7_224'  # of timm, which all keywords of a Swin make another
+TOKEN_IMAGES = 64  # for clusters
 EXAMPLES = """
 examples:
   %(prog)s vmoe_s32_last2_ilsvrc2012_randaug_light1 vmoe_s.safetensors --model vmoe_vit_s
@@ -40,6 +45,7 @@ examples:
   %(prog)s resnet50.pth condconv_resnet50.safetensors --model condconv_resnet50
   %(prog)s vit_s14.safetensors moe_vit.safetensors --model vmoe_vit_b --model-kwargs embed_dim=384 num_heads=6 \\
       patch_size=14 img_size=518 act_layer=gelu
+  %(prog)s vit_b16.safetensors vmoe_b.safetensors --model vmoe_vit_b --router kmeans --images photos
 
 DENSE is a checkpoint of timm, of this project's training, or a plain state dictionary. Exit code 2: the input cannot be
 used, and nothing was written.
@@ -64,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print(convert_dense(
             args.dense, args.out, args.model, parse_overrides(args.model_kwargs),
-            router=args.router, method=args.method, noise=args.noise, ignore=args.ignore))
+            images=args.images, router=args.router, method=args.method, noise=args.noise, ignore=args.ignore))
     return 0
 
 
@@ -169,7 +175,14 @@ def _weights_in(path: Path) -> dict[str, torch.Tensor]:
     return find_weights(read_checkpoint(path, mmap=True), path)
 
 
-def convert_dense(dense: str | Path, out: str | Path, name: str, kwargs: dict[str, Any], **options) -> str:
+def convert_dense(
+        dense: str | Path,
+        out: str | Path,
+        name: str,
+        kwargs: dict[str, Any],
+        images: str | Path | None = None,
+        **options,
+) -> str:
     """Upcycle a dense checkpoint into a safetensors file of a routed model.
 
     Args:
@@ -177,6 +190,7 @@ def convert_dense(dense: str | Path, out: str | Path, name: str, kwargs: dict[st
         out: File to write, `*.safetensors`.
         name: Registered name of the routed model.
         kwargs: Keywords of the model.
+        images: Folder of images, at any depth, for routers that start from clusters of tokens (router='kmeans').
         options: Of `moe_zoo.checkpoints.upcycle`.
 
     Returns:
@@ -189,17 +203,45 @@ def convert_dense(dense: str | Path, out: str | Path, name: str, kwargs: dict[st
     out = _output(out)
     if not timm.is_model(name):
         raise InputError(f'--model {name!r} is unknown.{nearest(name, timm.list_models())}')
+    if (images is None) != (options.get('router') != 'kmeans'):
+        raise InputError('--router kmeans and --images DIR belong together: clusters are those of tokens of images.')
     weights = find_weights(read_checkpoint(dense), dense)
     try:
         model = timm.create_model(name, **kwargs)
     except TypeError as error:
         hint = nearest_keyword(error, lambda **more: timm.create_model(name, device='meta', **more))
         raise InputError(f'The model {name!r} cannot be built with these --model-kwargs: {error}{hint}') from error
+    if images is not None:
+        # With any router that keeps the function, the routed model's tokens are those of the dense one.
+        model.load_state_dict(upcycle(weights, model, **{**options, 'router': None}))
+        options['tokens'] = _token_features(model.eval(), kwargs, Path(images))
     state = {key: value.contiguous() for key, value in upcycle(weights, model, **options).items()}
     with atomic_write(out) as part:
         save_file(state, part, {'format': 'pt', 'source': Path(dense).name, 'note': 'upcycled, not trained'})
     size = sum(p.numel() for p in model.parameters())
     return f"'{out}': {len(state)} tensors, {size:,} parameters, upcycled, not trained. {_usage(name, kwargs, out)}"
+
+
+def _token_features(model: nn.Module, kwargs: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
+    """What the routed MLPs of a model read of at most `TOKEN_IMAGES` images of a folder, evenly over its order.
+
+    Args:
+        kwargs: Keywords of the model, which may tell the size of its images.
+
+    Raises:
+        InputError: The model has no such MLPs, the folder no images, or one cannot be read.
+    """
+    names = [name for name, layer in model.named_modules() if isinstance(layer, MoEMlp)]
+    if not names:
+        raise InputError('--router kmeans: the model has no token experts, which clusters of tokens could start.')
+    found = sorted(path for path in folder.rglob('*') if path.suffix.lower() in get_img_extensions())
+    if not found:
+        raise InputError(f"--images '{folder}': there are no images in it.")
+    count = min(TOKEN_IMAGES, len(found))
+    transform = create_transform(**resolve_data_config(kwargs, model=model), is_training=False)
+    mode = 'L' if model.in_chans == 1 else 'RGB'
+    return token_features(model, names, torch.stack([
+        transform(read_image(found[i * len(found) // count]).convert(mode)) for i in range(count)]))
 
 
 def _output(out: str | Path) -> Path:
@@ -278,8 +320,9 @@ def _parser() -> argparse.ArgumentParser:
     dense.add_argument('--model', metavar='NAME', required=True, help='the routed model')
     dense.add_argument('--model-kwargs', metavar='KEY=VALUE', nargs='+', default=(),
                        help='its keywords, such as num_classes=10')
-    dense.add_argument('--router', choices=[name for name in ROUTERS if name != 'kmeans'],
+    dense.add_argument('--router', choices=list(ROUTERS),
                        help='start of the routers (default: whatever keeps the function)')
+    dense.add_argument('--images', metavar='DIR', help='folder of images whose tokens kmeans clusters')
     dense.add_argument('--method', choices=list(METHODS), default='copy', help='of token experts (%(default)s)')
     dense.add_argument('--noise', metavar='SHARE', type=float,
                        help="of a weight's standard deviation (default: 0.1 where the function stays)")

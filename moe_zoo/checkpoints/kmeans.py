@@ -2,6 +2,8 @@
 import torch
 from torch.nn import functional as F
 
+from ..errors import InputError
+
 
 def router_of_clusters(tokens: torch.Tensor, num_experts: int, steps: int = 25) -> torch.Tensor:
     """Weights of a linear router whose logits are the nearness to the E clusters of tokens.
@@ -17,7 +19,12 @@ def router_of_clusters(tokens: torch.Tensor, num_experts: int, steps: int = 25) 
 
     Returns:
         (E, D), float32.
+
+    Raises:
+        InputError: There are fewer tokens than experts.
     """
+    if len(tokens) < num_experts:
+        raise InputError(f'{num_experts} experts need as many tokens at least, and there are {len(tokens)}.')
     tokens = tokens.detach().float()
     mean = tokens.mean(dim=0)
     x = F.normalize(tokens - mean, dim=1)
