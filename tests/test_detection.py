@@ -222,7 +222,7 @@ def test_res5_is_routed_and_everything_before_it_is_detectron2s():
 
 @pytest.mark.parametrize('opts, message', [
     (['MOE.RESNET.NUM_SELECTED', '5'], 'num_selected=5 with num_experts=4'),
-    (['MODEL.RESNETS.OUT_FEATURES', "['res3', 'res4']"], 'the routed stage is res5'),
+    (['MODEL.RESNETS.OUT_FEATURES', "['res3', 'res4']"], 'this ResNet has res2, res3, res4; it ends at'),
     (['MODEL.RESNETS.NORM', 'SyncBN'], "NORM 'SyncBN': experts see different images"),
     (['MODEL.FPN.IN_FEATURES', "['res3', 'res6']"], r"IN_FEATURES \['res3', 'res6'\]: this backbone gives"),
     (['MOE.RESNET.LOSSES', "[['kll', 0.1]]"], "Unknown auxiliary loss 'kll'. Did you mean 'kl'"),

@@ -1,23 +1,30 @@
-"""RetinaNet whose backbone may hold routed layers: the outermost forward, which collects their records."""
-from typing import Any, Dict, List, Tuple
+"""detectron2's detectors with routed layers: the outermost forward, which collects their records, for any of them.
+
+    MoECascade = with_moe_losses(MyCascadeRCNN)
+"""
+import math
+from typing import Any, Dict, List, Tuple, Type
 
 import torch
-from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
+from detectron2.engine import HookBase
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
+from detectron2.modeling.meta_arch import FCOS
 from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage
+from torch import nn
 
 from ..errors import InputError
 from ..layers import RoutedLayer
 from ..layers.moe_stage import MoEStage
 from ..losses import auxiliary_losses, balance
-from ..routing import RoutingContext, end_step_after_optimizer, routing_context
+from ..routing import RoutingContext, end_step_after_optimizer, routing_context, set_epoch
+from .resnet_backbone import UpcycledStage
 
 LOG_PERIOD = 20  # iterations; detectron2's writers have the same period
 
 
-@META_ARCH_REGISTRY.register()
-class MoERetinaNet(RetinaNet):
-    """detectron2's RetinaNet, which opens one routing context for one forward.
+class MoELosses:
+    """Mixin of a meta-architecture, first in its bases, which opens one routing context for one forward.
 
     The context carries the true sizes of the padded images to the gates and collects what the routers decide. In
     training every auxiliary loss that a layer asks for enters the loss dictionary as `loss_moe_<name>`, and, every 20
@@ -26,7 +33,7 @@ class MoERetinaNet(RetinaNet):
     left on the module.
 
     Routers that adapt between steps (hard constraints, a selection bias) are told of every step of an optimiser of the
-    model, whichever trainer takes it.
+    model, whichever trainer takes it; of epochs `EpochHook` tells those that follow them.
 
     Statistics of a distributed run are those of one rank's images.
     """
@@ -36,7 +43,7 @@ class MoERetinaNet(RetinaNet):
         end_step_after_optimizer(self)
 
     def forward(self, batched_inputs: List[Dict[str, Any]]):
-        """As detectron2's: a dictionary of losses in training, else one dictionary an image with its instances."""
+        """As the base's: a dictionary of losses in training, else one dictionary an image with its instances."""
         with routing_context(*self._image_sizes(batched_inputs)) as context:
             outputs = super().forward(batched_inputs)
         if not self.training:
@@ -85,9 +92,55 @@ class MoERetinaNet(RetinaNet):
         """Give a classifier's weights, which detectron2 leaves under names such as `res5.0.conv1.weight` where it finds
         no such parameter, the full name of the routed stage that they belong to; the stage makes experts of them."""
         for name, module in self.named_modules():
-            if isinstance(module, MoEStage):
+            if isinstance(module, (MoEStage, UpcycledStage)):
                 own = f'{prefix}{name}.'
                 bare = own.rsplit('.', 2)[1] + '.'
                 for key in [k for k in state_dict if k.startswith(bare)]:
                     state_dict.setdefault(own + key[len(bare):], state_dict.pop(key))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def with_moe_losses(meta_arch: Type[nn.Module]) -> Type[nn.Module]:
+    """A meta-architecture of detectron2 whose routed layers are trained by their auxiliary losses too; see `MoELosses`.
+
+    Args:
+        meta_arch: Takes a list of dictionaries, returns losses by name in training, and has `backbone` and `device`,
+            as RetinaNet, FCOS and GeneralizedRCNN.
+
+    Returns:
+        A subclass with the same arguments, for a config, a LazyConfig or a call.
+    """
+    return type(f'MoE{meta_arch.__name__}', (MoELosses, meta_arch), {'__doc__': MoELosses.__doc__})
+
+
+@META_ARCH_REGISTRY.register()
+class MoERetinaNet(with_moe_losses(RetinaNet)):
+    """detectron2's RetinaNet with auxiliary losses."""
+
+
+@META_ARCH_REGISTRY.register()
+class MoEGeneralizedRCNN(with_moe_losses(GeneralizedRCNN)):
+    """detectron2's Faster and Mask R-CNN with auxiliary losses."""
+
+
+@META_ARCH_REGISTRY.register()
+class MoEFCOS(with_moe_losses(FCOS)):
+    """detectron2's FCOS with auxiliary losses."""
+
+
+class EpochHook(HookBase):
+    """Tell the model of epochs, which detectron2 does not count: the temperature of Dynamic Convolution follows them.
+
+    Args:
+        iterations: Iterations an epoch: images of the training set by images a batch.
+    """
+
+    def __init__(self, iterations: float):
+        self.iterations = iterations
+        self.epoch = -1
+
+    def before_step(self) -> None:
+        epoch = math.floor(self.trainer.iter / self.iterations)
+        if epoch != self.epoch:
+            set_epoch(self.trainer.model, epoch)
+            self.epoch = epoch

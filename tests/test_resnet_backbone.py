@@ -1,0 +1,286 @@
+"""detectron2's ResNet with routed stages: what they are, what dense weights become in them, what is refused."""
+import pickle
+
+import pytest
+import torch
+
+pytest.importorskip('detectron2', reason='detectron2 is not installed')
+
+from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
+from detectron2.config import CfgNode  # noqa: E402
+from detectron2.layers import FrozenBatchNorm2d  # noqa: E402
+from detectron2.modeling import build_model  # noqa: E402
+from detectron2.modeling.backbone import BasicStem, ResNet  # noqa: E402
+from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock  # noqa: E402
+from torch import nn  # noqa: E402
+
+from moe_zoo.analysis import count  # noqa: E402
+from moe_zoo.detection import load_config, route_resnet  # noqa: E402
+from moe_zoo.detection.checkpoint import SafeCheckpointer  # noqa: E402
+from moe_zoo.errors import InputError  # noqa: E402
+from moe_zoo.layers import DynamicConv2d, MoEStage, sparse_inference  # noqa: E402
+from moe_zoo.layers.cond_conv import MixingLayer  # noqa: E402
+from moe_zoo.routing import end_step, set_epoch, trace_routing  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings('ignore')  # of detectron2's older code
+
+LAYERS = {
+    'moe': dict(perturb=0., num_selected=2, constraint='none'),
+    'condconv': {},
+    'dyconv': {},
+    'deepmoe': dict(embed_dim=8, embed_widths=(8, 8), embed_stem=4),
+}
+SMALL = [
+    'MODEL.DEVICE', 'cpu', 'MODEL.RESNETS.STEM_OUT_CHANNELS', '8', 'MODEL.RESNETS.RES2_OUT_CHANNELS', '8',
+    'MODEL.FPN.OUT_CHANNELS', '8',
+]
+
+
+def dense_resnet(bottleneck=False, norm='BN', freeze_at=0):
+    """A ResNet of 8, 16, 32 and 64 channels, whose norms have statistics that are not 0 and 1."""
+    stages, in_channels = [], 8
+    for i in range(4):
+        kwargs = dict(bottleneck_channels=4 * 2 ** i) if bottleneck else {}
+        blocks = ResNet.make_stage(
+            BottleneckBlock if bottleneck else BasicBlock, 2, in_channels=in_channels, out_channels=8 * 2 ** i,
+            stride_per_block=[1 if i == 0 else 2, 1], norm=norm, **kwargs)
+        stages.append(blocks)
+        in_channels = 8 * 2 ** i
+    resnet = ResNet(BasicStem(3, 8, norm), stages, out_features=['res3', 'res4', 'res5'], freeze_at=freeze_at)
+    for module in resnet.modules():
+        if isinstance(module, (nn.BatchNorm2d, FrozenBatchNorm2d)):
+            for name, low in (('running_mean', -0.2), ('running_var', 0.6), ('weight', 0.8), ('bias', -0.2)):
+                getattr(module, name).data.uniform_(low, low + 0.4)
+    return resnet.eval()
+
+
+def maps(resnet, x):
+    with torch.no_grad():
+        return resnet(x)
+
+
+@pytest.mark.parametrize('layer', LAYERS)
+@pytest.mark.parametrize('bottleneck, norm', [(False, 'BN'), (True, 'FrozenBN')])
+def test_dense_weights_keep_their_function_in_every_kind_of_layer(layer, bottleneck, norm):
+    dense = dense_resnet(bottleneck, norm)
+    routed = route_resnet(dense_resnet(bottleneck, norm), layer, ['res4', 'res5'], num_experts=3, **LAYERS[layer])
+    found = routed.load_state_dict(dense.state_dict(), strict=False)
+    assert not found.unexpected_keys
+    assert all('router' in key or 'routing_fn' in key or 'gate' in key or 'embedding' in key
+               for key in found.missing_keys)
+    x = torch.randn(2, 3, 64, 64)
+    for name, wanted in maps(dense, x).items():
+        torch.testing.assert_close(maps(routed.eval(), x)[name], wanted, rtol=1e-4, atol=1e-4)
+    again = route_resnet(dense_resnet(bottleneck, norm), layer, ['res4', 'res5'], num_experts=3, **LAYERS[layer])
+    again.load_state_dict(routed.state_dict())  # its own weights load strictly, and as they are
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, routed.state_dict()[key])
+
+
+def test_moved_copies_change_the_maps_by_about_a_tenth():
+    """What a stage of `moe` does not keep with perturb=0.1, as its table says."""
+    dense, x = dense_resnet(), torch.randn(2, 3, 64, 64)
+    routed = route_resnet(dense_resnet(), 'moe', ['res5'], perturb=0.1).eval()
+    routed.load_state_dict(dense.state_dict(), strict=False)
+    wanted = maps(dense, x)['res5']
+    moved = ((maps(routed, x)['res5'] - wanted).norm() / wanted.norm()).item()
+    assert 0.01 < moved < 0.3
+    first, second = (expert[0].conv1.weight for expert in list(routed.res5.experts)[:2])
+    assert not torch.equal(first, second)  # symmetry is broken
+
+
+def test_symmetry_is_broken_where_kernels_are_mixed():
+    routed = route_resnet(dense_resnet(), 'condconv', ['res5'], num_experts=4)
+    dense = dense_resnet()
+    routed.load_state_dict(dense.state_dict(), strict=False)
+    kernels = routed.res5[0].conv1.conv.weight  # (E, elements); gates of 1/2 each
+    wanted = dense.res5[0].conv1.weight
+    torch.testing.assert_close((kernels.sum(dim=0) / 2).view_as(wanted), wanted)
+    spread = (2 * kernels.view(4, *wanted.shape) - wanted).std()
+    assert 0.05 * wanted.std() < spread < 0.2 * wanted.std()
+
+
+@pytest.mark.parametrize('layer', LAYERS)
+def test_every_parameter_gets_a_gradient_and_an_image_stands_for_itself(layer):
+    routed = route_resnet(dense_resnet(), layer, ['res3', 'res5'], num_experts=3, **LAYERS[layer])
+    x = torch.randn(2, 3, 64, 64)
+    sum(value.square().mean() for value in routed.train()(x).values()).backward()
+    trained = {name: p for name, p in routed.named_parameters() if p.requires_grad}
+    assert [name for name, p in trained.items() if p.grad is None] == []
+    routed.eval()
+    for name, value in maps(routed, x).items():
+        torch.testing.assert_close(value[:1], maps(routed, x[:1])[name], rtol=1e-4, atol=1e-4)
+    with torch.no_grad(), trace_routing(routed) as trace:
+        routed(x)
+    # Two stages of two blocks: one decision a stage; a block; a convolution (two a block and two shortcuts); a gate of
+    # both convolutions of a block, and the embedding, whose record asks for no loss.
+    assert len(trace) == {'moe': 2, 'condconv': 4, 'dyconv': 2 * 2 * 2 + 2, 'deepmoe': 8 + 1}[layer]
+    assert all(routing.shape == (2,) for records in trace.values() for routing in records)
+
+
+@pytest.mark.parametrize('layer', LAYERS)
+def test_stated_costs_are_those_that_are_counted(layer):
+    routed = route_resnet(dense_resnet(True), layer, ['res5'], num_experts=3, **LAYERS[layer]).eval()
+    cost = count(routed, torch.randn(1, 3, 64, 64))
+    assert cost.macs_max == cost.macs_executed and not cost.uncounted
+
+
+def test_layers_of_a_stage_are_those_of_their_papers():
+    stage = route_resnet(dense_resnet(True), 'condconv', num_experts=3).res5
+    assert all(isinstance(block, MixingLayer) and block.names == ('conv1', 'conv2', 'conv3') for block in stage)
+    assert type(stage[0].shortcut).__name__ == 'Conv2d'
+    stage = route_resnet(dense_resnet(True), 'dyconv').res5
+    assert isinstance(stage[0].shortcut.conv, DynamicConv2d) and isinstance(stage[0].conv2.conv, DynamicConv2d)
+    stage = route_resnet(dense_resnet(True), 'dyconv', dynamic_shortcut=False).res5
+    assert not isinstance(stage[0].shortcut.norm, DynamicConv2d) and not hasattr(stage[0].shortcut, 'conv')
+    stage = route_resnet(dense_resnet(True), 'deepmoe', **LAYERS['deepmoe']).res5
+    assert [gate is None for _, _, gate, _ in stage[0].chain()] == [False, False, True]
+    resnet = route_resnet(dense_resnet(), 'moe', ['res4', 'res5'])
+    assert isinstance(resnet.res4, MoEStage) and isinstance(resnet.res5, MoEStage)
+    assert resnet.stages[2] is resnet.res4 and resnet.stages[3] is resnet.res5
+
+
+def test_a_dead_gate_removes_its_channel_and_need_not_be_computed():
+    routed = route_resnet(dense_resnet(), 'deepmoe', ['res5'], **LAYERS['deepmoe']).eval()
+    for gate in (routed.res5[0].gate1, routed.res5[1].gate2):
+        gate.weight.data[::2] = 0
+    x = torch.randn(1, 3, 64, 64)
+    whole = maps(routed, x)['res5']
+    with sparse_inference(routed):
+        sparse = maps(routed, x)['res5']
+        cheap = count(routed, x).macs_executed
+    torch.testing.assert_close(sparse, whole)
+    assert cheap < count(routed, x).macs_executed
+    # Block 1: half of its inner map goes, from the convolution that makes it and the one that reads it; block 2: half
+    # of the output of its second. 3 x 3 convolutions on 2 x 2 maps, from 32 or 64 to 64 channels.
+    conv = lambda ins, outs: ins * outs * 9 * 4  # noqa: E731
+    assert count(routed, x).macs_executed - cheap == conv(32, 32) + conv(32, 64) + conv(64, 32)
+
+
+def test_the_temperature_of_dynamic_convolution_follows_the_epoch():
+    routed = route_resnet(dense_resnet(), 'dyconv', temperature=11., anneal_epochs=5)
+    routers = [m.routing_fn for m in routed.modules() if isinstance(m, DynamicConv2d)]
+    set_epoch(routed, 2)  # 11 - (11 - 1) * 2 / 5 = 7
+    assert {router.current_temperature().item() for router in routers} == {7.}
+
+
+def test_a_hard_constraint_excludes_in_training_only():
+    routed = route_resnet(dense_resnet(), 'moe', num_experts=2, num_selected=1, constraint='relative',
+                          constraint_value=0.5).train()
+    router = routed.res5.router
+    router.weight.data = torch.stack([torch.ones_like(router.weight[0]), -torch.ones_like(router.weight[0])])
+    x = torch.randn(2, 3, 64, 64)
+    chosen = []
+    for _ in range(2):
+        with trace_routing(routed) as trace:
+            routed(x)
+        chosen.append(trace['res5'][0].indices.flatten().tolist())
+        end_step(routed)  # R = (2 - 1) / 1 = 1 > 0.5 for the first expert after one step
+    assert chosen == [[0, 0], [1, 1]]
+    with torch.no_grad(), trace_routing(routed.eval()) as trace:
+        routed(x)
+    assert trace['res5'][0].indices.flatten().tolist() == [0, 0]
+
+
+@pytest.mark.parametrize('call, message', [
+    (dict(layer='condcnov'), "LAYER 'condcnov' is not one of moe, condconv, dyconv, deepmoe. Did you mean 'condconv'"),
+    (dict(stages=['res6']), r"STAGES \['res6'\]: this ResNet has res2, res3, res4, res5"),
+    (dict(layer='dyconv', temprature=3), "'temprature': for the layer dyconv .*Did you mean 'temperature'"),
+    (dict(layer='condconv', num_selected=3), "'num_selected': for the layer condconv there are route_fn"),
+    (dict(layer='condconv', route_fn='single'), "route_fn 'single': blocks of detectron2 hand no decision on; use"),
+    (dict(stages=['res3', 'res5']), r'res3 is frozen, and a routed stage trains: MODEL.BACKBONE.FREEZE_AT 2 at most'),
+    (dict(num_selected=5), 'num_selected=5 with num_experts=4'),
+])
+def test_what_cannot_be_routed_is_refused(call, message):
+    with pytest.raises(InputError, match=message):
+        route_resnet(dense_resnet(freeze_at=3), **call)
+
+
+# --- checkpoints as detectron2 has them
+
+def tiny(layer='moe', *opts):
+    cfg = load_config('configs/demo/retinanet_digits.yaml', [*SMALL, 'MOE.RESNET.LAYER', layer, *opts])
+    if layer == 'deepmoe':
+        cfg.MOE.RESNET.ARGS = CfgNode(LAYERS[layer])
+    return build_model(cfg).eval()
+
+
+def dense_detector():
+    model = tiny('moe', 'MODEL.META_ARCHITECTURE', 'RetinaNet', 'MODEL.BACKBONE.NAME', 'build_dense_test_backbone')
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.2, 0.2), module.running_var.uniform_(0.6, 1.)
+    return model
+
+
+@pytest.fixture(scope='module', autouse=True)
+def dense_backbone():
+    from detectron2.modeling import BACKBONE_REGISTRY
+
+    from moe_zoo.detection.pyramid import pyramid
+    from moe_zoo.detection.resnet_backbone import _resnet
+    if 'build_dense_test_backbone' not in BACKBONE_REGISTRY:
+        def build_dense_test_backbone(cfg, input_shape):
+            return pyramid(cfg, _resnet(cfg, input_shape))
+        BACKBONE_REGISTRY.register(build_dense_test_backbone)
+
+
+def features(model, x):
+    with torch.no_grad():
+        return model.backbone(x)['p5']
+
+
+@pytest.mark.parametrize('checkpointer', [DetectionCheckpointer, SafeCheckpointer])
+@pytest.mark.parametrize('layer', LAYERS)
+def test_a_dense_detector_of_the_model_zoo_starts_every_kind(layer, checkpointer, tmp_path):
+    """A .pkl with full names, as detectron2's model zoo has, by its own checkpointer (upstream's tools) and by ours."""
+    dense, model = dense_detector(), tiny(layer, 'MOE.RESNET.PERTURB', '0.' if layer == 'moe' else '0.1')
+    weights = {key: value.numpy() for key, value in dense.state_dict().items()}
+    file = tmp_path / 'model_final.pkl'
+    file.write_bytes(pickle.dumps({'model': weights, '__author__': 'Detectron2 Model Zoo'}))
+    checkpointer(model).load(str(file))
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(features(model, x), features(dense, x), rtol=1e-4, atol=1e-4)
+
+
+CAFFE2 = {'shortcut': 'branch1', 'conv1': 'branch2a', 'conv2': 'branch2b', 'conv3': 'branch2c'}
+
+
+def caffe2_names(state):
+    """Names of MSRA's R-50.pkl: res_conv1_bn_s, res2_0_branch2a_w, ...; an affine map in the place of statistics."""
+    found = {}
+    for key, value in state.items():
+        *layer, part = key.removeprefix('stem.').split('.')
+        if part in ('running_mean', 'running_var', 'num_batches_tracked'):
+            continue
+        norm = layer[-1] == 'norm'
+        layer = [CAFFE2.get(name, name) if key.startswith('res') else name for name in layer if name != 'norm']
+        if norm and not key.startswith('res'):
+            layer = ['res', *layer]
+        part = {'weight': 's' if norm else 'w', 'bias': 'b'}[part]
+        found['_'.join([*layer, *(['bn'] if norm else []), part])] = value
+    return found
+
+
+def test_names_of_r50_pkl():
+    resnet = dense_resnet(True)
+    names = set(caffe2_names(resnet.state_dict()))
+    assert {'conv1_w', 'res_conv1_bn_s', 'res_conv1_bn_b', 'res3_0_branch1_w', 'res5_1_branch2c_bn_b'} <= names
+
+
+@pytest.mark.parametrize('layer', LAYERS)
+def test_r50_pkl_starts_every_kind(layer, tmp_path):
+    """The flat file of Caffe2 names with AffineChannel norms, in NumPy arrays of Python 2."""
+    opts = ['MODEL.RESNETS.NORM', 'FrozenBN']
+    dense, model = dense_detector(), tiny(layer, *opts, 'MOE.RESNET.PERTURB', '0.' if layer == 'moe' else '0.1')
+    for module in dense.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.zeros_(module.running_mean), nn.init.ones_(module.running_var)
+    weights = caffe2_names(dense.backbone.bottom_up.state_dict())
+    file = tmp_path / 'R-18.pkl'
+    file.write_bytes(pickle.dumps({key: value.numpy() for key, value in weights.items()}, protocol=2))
+    SafeCheckpointer(model).load(str(file))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        found, wanted = model.backbone.bottom_up(x)['res5'], dense.backbone.bottom_up(x)['res5']
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
