@@ -7,22 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from moe_zoo.analysis import object_sizes, permutation
+from moe_zoo.analysis import object_gates, object_sizes, permutation, shuffled_routers
 from moe_zoo.analysis.figures import class_figure, save, size_figure, usage_figure
-from moe_zoo.analysis.object_sizes import (
-    SizeCollector,
-    analyze,
-    gate_shares,
-    object_weights,
-    overlaps,
-    place,
-    planted_sizes,
-    size_classes,
-    size_table,
-    token_grid,
-    untrained_routers,
+from moe_zoo.analysis.object_gates import Objects, gate_shares, lay_out, overlaps, size_classes, token_grid
+from moe_zoo.analysis.object_sizes import SizeCollector, analyze, planted_sizes, size_table, untrained_routers
+from moe_zoo.analysis.permutation import (
+    max_p,
+    permuted_mass,
+    separation,
 )
-from moe_zoo.analysis.permutation import max_p, permuted_mass, separation
 from moe_zoo.analysis.usage import LayerUsage
 from moe_zoo.errors import InputError
 from moe_zoo.layers import RoutedLayer
@@ -38,6 +31,11 @@ from moe_zoo.routing import (
 
 AREAS = np.array([400., 3000., 12000.])  # one of each class
 WHOLE = np.array([0., 0., 1., 1.])
+
+
+def whole(sizes):
+    """Objects of these sizes whose boxes are the whole image."""
+    return Objects(np.tile(WHOLE, (len(sizes), 1)), AREAS[sizes])
 
 
 class Gated(RoutedLayer):
@@ -71,7 +69,7 @@ def collect(model, inputs, sizes, around=None, **keywords):
     """One batch through every layer of `model`, each with its own input, boxes over the whole image."""
     collector = SizeCollector(model, **keywords)
     with around(collector) if around else contextlib.nullcontext(), collector:
-        with collector.batch([np.tile(WHOLE, (len(s), 1)) for s in sizes], [AREAS[s] for s in sizes]):
+        with collector.batch([whole(s) for s in sizes]):
             for layer, x in zip(model, inputs):
                 layer(x)
     return collector
@@ -106,30 +104,37 @@ def test_shares_ignore_capacity_and_sum_to_one():
     assert np.allclose(gate_shares(chosen), [[0, 1], [0, 0]])
 
 
+def gate_maps(share, shape, extents=None, input_size=None, cells=2):
+    """Maps of expert 0, whose shares are given; expert 1 has the rest."""
+    shares = np.stack([share, 1 - np.asarray(share)], axis=1)
+    routing = Routing(torch.zeros(len(share), 2), None, None, shape=shape)
+    return lay_out(routing, extents, input_size, cells).maps(shares)[:, :, 0]
+
+
 def test_maps_are_cut_to_the_true_area():
-    # One image of 2 x 4 positions, right half padding. Two experts: the share of expert 0 counts the columns.
+    # One image of 2 x 4 positions, right half padding. The share of expert 0 counts the columns.
     share = np.tile([0., .1, .7, .9], 2)
-    maps = place(np.stack([share, 1 - share], axis=1), (1, 2, 4), np.array([[1., .5]]), None, cells=2)
-    assert maps.shape == (1, 4, 2) and np.allclose(maps[0, :, 0], [0, .1, 0, .1])
+    assert np.allclose(gate_maps(share, (1, 2, 4), np.array([[1., .5]])), [[0, .1, 0, .1]])
     # Without padding each of the two columns covers two positions.
-    maps = place(np.stack([share, 1 - share], axis=1), (1, 2, 4), None, None, cells=2)
-    assert np.allclose(maps[0, :, 0], [.05, .8, .05, .8])
+    assert np.allclose(gate_maps(share, (1, 2, 4)), [[.05, .8, .05, .8]])
 
 
 def test_tokens_find_their_places():
     # A class token and 2 x 2 patches of a 32 x 32 image; expert 0 has the upper patches.
-    share = np.array([.5, 1., 1., 0., 0.])
-    maps = place(np.stack([share, 1 - share], axis=1), (1, 5), None, (32, 32), cells=2)
-    assert maps[0, :, 0].tolist() == [1, 1, 0, 0]
+    share = [.5, 1., 1., 0., 0.]
+    assert gate_maps(share, (1, 5), None, (32, 32)).tolist() == [[1, 1, 0, 0]]
     # Without the size there is no grid: the mean over the tokens, 2.5 / 5.
-    assert place(np.stack([share, 1 - share], axis=1), (1, 5), None, None, cells=2).tolist() == [[[.5, .5]]]
+    assert gate_maps(share, (1, 5)).tolist() == [[.5]]
 
 
 def test_objects_weigh_positions_by_overlap():
     # A small object on the upper left quarter, a large one on the lower half, of a 2 x 2 grid.
-    found = object_weights(np.array([[0, 0, .5, .5], [0, .5, 1, 1]]), np.array([0, 2]), 4)
-    assert found.tolist() == [[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, .5, .5]]
-    assert object_weights(np.zeros((0, 4)), np.zeros(0, int), 1).tolist() == [[0], [0], [0]]
+    objects = Objects([[0, 0, .5, .5], [0, .5, 1, 1]], [100, 20000], np.array([1, 4]))
+    assert objects.sizes.tolist() == [0, 2]
+    assert objects.at('place', 4).tolist() == [[1, 0, 0, 0], [0, 0, .5, .5]]
+    assert objects.at('level', 5).tolist() == [[0, 1, 0, 0, 0], [0, 0, 0, 0, 1]]
+    assert objects.at('image', 1).tolist() == objects.at('tokens', 1).tolist() == [[1], [1]]
+    assert Objects([], []).at('place', 4).shape == (0, 4)
 
 
 def test_separation_by_hand():
@@ -164,12 +169,12 @@ def clustered_null(seed):
     rng = np.random.default_rng(seed)
     sizes = scene_sizes(rng)
     gates = rng.dirichlet(np.ones(4), size=len(sizes))
-    objects = np.stack([object_weights(np.tile(WHOLE, (len(s), 1)), s, 1) for s in sizes])
-    p = analyze({'a': gates[:, None]}, {'a': objects}, permutations=99, alpha=.1, seed=seed).layers[0].chance_p
-    # Naive: objects as if each had a gate vector of its own.
+    chance = {'permutations': 99, 'alpha': .1, 'seed': seed}
+    p = analyze({'a': gates[:, None]}, {'a': 'image'}, [whole(s) for s in sizes], **chance).layers[0].chance_p
+    # Naive: objects as if each were an image with a gate vector of its own.
     each = np.repeat(gates, [len(s) for s in sizes], axis=0)
-    labels = np.concatenate([np.eye(3)[s] for s in sizes])[:, :, None]
-    naive = analyze({'a': each[:, None]}, {'a': labels}, permutations=99, alpha=.1, seed=seed).layers[0].chance_p
+    labels = [whole([s]) for s in np.concatenate(sizes)]
+    naive = analyze({'a': each[:, None]}, {'a': 'image'}, labels, **chance).layers[0].chance_p
     return p, naive
 
 
@@ -198,7 +203,7 @@ def two_layers(make, seed):
     return model, [pooled_features(rng, sizes), pooled_features(rng, sizes)], sizes
 
 
-SLOW = ('top 2, softmax', 'sigmoid, top 2')
+SLOW = ('sigmoid', 'top 2, softmax', 'sigmoid, top 2')
 
 
 @pytest.mark.parametrize('make', [
@@ -275,7 +280,8 @@ def test_controls_with_a_real_detector(options, scenes, repository, tmp_path, ca
     pytest.importorskip('detectron2')
     from moe_zoo.detection.object_sizes import main
     found = main([
-        '--config-file', str(repository / 'configs/demo/retinanet_digits.yaml'), '--no-ap', '--output', str(tmp_path),
+        '--config-file', str(repository / 'configs/demo/retinanet_digits.yaml'), '--trials', 'none',
+        '--output', str(tmp_path),
         '--control', 'untrained', '--control', 'planted', 'MOE.DATA.ROOT', str(scenes), *options])
     assert not found['sizes']['separates']  # a detector fresh from the constructor
     assert not found['controls']['untrained']['separates'] and found['controls']['planted']['separates']
@@ -319,12 +325,14 @@ def test_forced_experts_give_their_own_ap(scenes, repository, tmp_path, capsys):
             return outputs
     model = Oracle().eval()
     with force_expert(model, 1):
-        assert test_set.run(model, 'expert 1') == {
-            'AP': 100, 'AP50': 100, 'AP75': 100, 'APs': 100, 'APm': 100, 'APl': 100}
+        assert set(test_set.run(model, 'expert 1').values()) == {100}
+    assert test_set.found().all()
     with force_expert(model, 0):
         assert set(test_set.run(model, 'expert 0').values()) == {None}
+    assert not test_set.found().any()
     # The objects handed to the analysis are COCO's: as many as annotations, and inside the image.
-    boxes, areas = zip(*(test_set.objects(image) for batch in test_set.loader for image in batch))
+    objects = [test_set.objects(image) for batch in test_set.loader for image in batch]
+    boxes, areas = [each.boxes for each in objects], [each.areas for each in objects]
     assert sum(map(len, boxes)) == len(test_set.coco.anns)
     assert all(((0 <= b) & (b <= 1)).all() for b in boxes)
     assert np.allclose(np.concatenate(areas),
@@ -363,11 +371,12 @@ def test_gates_of_places_meet_the_boxes_there():
             record(self, Routing(gates, gates, gates, shape=(2, 4, 4)))
     model = Halves()
     with SizeCollector(model, shuffles=0, cells=4) as collector:
-        with collector.batch([[[0, 0, .5, 1]], [[.5, 0, 1, 1], [.25, 0, .75, .5]]], [[100], [20000, 3000]]):
+        with collector.batch([
+                Objects([[0, 0, .5, 1]], [100]), Objects([[.5, 0, 1, 1], [.25, 0, .75, .5]], [20000, 3000])]):
             model(torch.zeros(2, 1))
     result = collector.analyze()
     layer = result.layers[0]
-    assert layer.mass.tolist() == [[1, 0], [.5, .5], [0, 1]] and layer.positions == 16
+    assert layer.mass.tolist() == [[1, 0], [.5, .5], [0, 1]] and layer.kind == 'place'
     assert result.objects == {'small': 1, 'medium': 1, 'large': 1} and result.images == 2
     assert layer.separates is None and 'no shuffled router' in size_table(result)
 
@@ -388,26 +397,25 @@ def test_padding_is_taken_from_the_open_context():
     model = Columns().eval()
     x = torch.ones(2, 4, 4)
     x[0, :, 2:] = 0  # the first image fills the left half
-    boxes = [[WHOLE], [WHOLE]]
-    with SizeCollector(model, shuffles=0) as collector, collector.batch(boxes, [[100], [20000]]):
+    with SizeCollector(model, shuffles=0) as collector, collector.batch([whole([0]), whole([2])]):
         with routing_context(torch.tensor([[32, 16], [32, 32]]), (32, 32)):
             model(x)
     assert np.allclose(collector.analyze().layers[0].mass[[0, 2], 0], 1)
 
 
-def test_batches_add_up_and_empty_images_do_not_count():
+def test_batches_add_up_and_empty_images_do_not_count(monkeypatch):
     rng = np.random.default_rng(0)
     sizes = scene_sizes(rng, 12)
     x = pooled_features(rng, sizes)
     model = nn.ModuleList([Gated(SoftmaxTopKRouter(24, 4, 2))]).eval()
-    whole = collect(model, [x], sizes, shuffles=199)
+    at_once = collect(model, [x], sizes, shuffles=199)
     parts = SizeCollector(model, shuffles=199)
-    parts.buffer_items = 3  # the shuffled routers run in between
+    monkeypatch.setattr(shuffled_routers, 'BUFFER_ITEMS', 3)  # the shuffled routers run in between
     with parts:
         for i, s in enumerate(sizes):
-            with parts.batch([np.tile(WHOLE, (len(s), 1)), np.zeros((0, 4))], [AREAS[s], []]):
+            with parts.batch([whole(s), Objects([], [])]):
                 model[0](torch.stack([x[i], x[0]]))
-    a, b = whole.analyze(), parts.analyze()
+    a, b = at_once.analyze(), parts.analyze()
     assert b.images == 12 and np.allclose(a.layers[0].mass, b.layers[0].mass)
     assert np.isclose(a.layers[0].untrained_separation, b.layers[0].untrained_separation)
     assert a.layers[0].untrained_p == b.layers[0].untrained_p
@@ -442,7 +450,8 @@ def test_results_are_json_and_text_and_figures(tmp_path):
     assert content['layers'][0]['mass']['large'] is None and len(content['layers'][0]['mass']['small']) == 8
     assert content['objects']['large'] == 0
     table = size_table(result)
-    assert '(one gate vector an image)' in table and 'images permuted: p = ' in table
+    assert '(an object has the gate vector of its image)' in table
+    assert 'by chance); images permuted: p = ' in ' '.join(table.split())
     ap = {'free': {'APs': 10., 'APm': 20., 'APl': None}, 'expert 0': {'APs': 5., 'APm': 2., 'APl': 1.}}
     usage = LayerUsage('a', 4, torch.tensor([3., 1.]), torch.tensor([3., 1.]), 0., torch.eye(2))
     figures = {'a.png': size_figure(result, ap), 'a.svg': usage_figure({'a': usage}), 'a.pdf': class_figure(usage)}
@@ -480,7 +489,8 @@ def test_statistics_know_no_model():
     """The permutation tests are plain NumPy; the analysis knows records, not families or detectors."""
     import ast
     from pathlib import Path
-    for module, allowed in ((permutation, {'numpy'}), (object_sizes, None)):
+    for module, allowed in (
+            (permutation, {'numpy', 'typing'}), (object_sizes, None), (object_gates, None), (shuffled_routers, None)):
         names = {getattr(node, 'module', None) or alias.name
                  for node in ast.walk(ast.parse(Path(module.__file__).read_text()))
                  if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}

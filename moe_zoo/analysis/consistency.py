@@ -20,7 +20,7 @@ from ..data import Grid, match_items, random_view
 from ..errors import InputError
 from ..routing import Routing, trace_routing
 from . import charts
-from .object_sizes import token_grid
+from .object_gates import token_grid
 from .page import Figure, Section, Stats, Table
 from .usage import evaluation_mode
 

@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..layers import ChannelGate, RoutedLayer
 from ..routing import Routing, trace_routing
 from .force import routed_layers
-from .object_sizes import token_grid
+from .object_gates import token_grid
 from .usage import LayerUsage, UsageSums, evaluation_mode, image_shares
 
 Batches = Iterable[Tuple[torch.Tensor, torch.Tensor]]

@@ -36,7 +36,8 @@ def size_figure(analysis: SizeAnalysis, ap: Optional[Dict[str, Dict[str, float]]
         found = {True: 'separates', False: 'no separation', None: 'no verdict'}[layer.separates]
         axis.set_title(f'{_short(layer.name)}: {found}', fontsize=9)
     if ap:
-        rows = {name: [values.get(key) for key in AP_SIZES] for name, values in ap.items()}
+        rows = {name: [values.get(key) for key in AP_SIZES] for name, values in ap.items()
+                if name == 'free' or name.startswith('expert ')}
         _grouped_bars(axes[-1], rows, SIZES, offset=-1 if 'free' in rows else 0)
         axes[-1].set_ylabel('AP, %')
         axes[-1].set_title('AP, each expert forced and left free', fontsize=9)

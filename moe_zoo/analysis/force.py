@@ -9,7 +9,7 @@ from typing import Callable, Dict, Iterator, List, Optional, Union
 import torch
 from torch import nn
 
-from ..errors import InputError, nearest
+from ..errors import InputError, counted, nearest
 from ..layers import RoutedLayer
 from ..routing import (
     ExpertChoiceRouter,
@@ -108,6 +108,54 @@ def force_expert(model: nn.Module, expert: int, layer: Optional[str] = None, kee
         experts = torch.full(routing.logits.shape[:1], expert, dtype=torch.int64, device=routing.logits.device)
         return assign(routing, experts, keep_mass)
     return rewrite_routing(model, rule, layer)
+
+
+@contextlib.contextmanager
+def drop_expert(model: nn.Module, expert: int, layer: Optional[str] = None) -> Iterator[None]:
+    """Take an expert out for a while, in every routed layer or in one.
+
+    Layers that choose the K best experts of an item decide as if it were not there: its logit is minus infinity, and
+    the next best takes its place. Elsewhere the other experts of an item share the weight that all had together.
+
+    Args:
+        model: Any module that holds routed layers.
+        expert: Index of the expert.
+        layer: Name of the only layer to lose it; None is all.
+
+    Raises:
+        InputError: A layer has no such expert or no other one, the model has no routed layer, or none of this name.
+    """
+    layers = routed_layers(model)
+    for name, module in layers.items():
+        if layer in (None, name) and not (0 <= expert < module.num_experts and module.num_experts > 1):
+            raise InputError(f'expert={expert}: layer {name!r} has {counted(module.num_experts, "expert")}, of which '
+                             'one of several can be dropped.')
+    choosers = choosing_layers(model)
+    routers = [m for name, found in choosers.items() if layer in (None, name) for m in found[1:]]
+
+    def rule(name: str, routing: Routing) -> Routing:
+        return routing if name in choosers else without_expert(routing, expert)
+
+    def masked(compute: Callable) -> Callable:
+        return lambda x: compute(x).index_fill(1, torch.tensor([expert], device=x.device), -math.inf)
+
+    with rewrite_routing(model, rule, layer):
+        for router in routers:
+            router.compute_logits = masked(router.compute_logits)
+        try:
+            yield
+        finally:
+            for router in routers:
+                del router.compute_logits
+
+
+def without_expert(routing: Routing, expert: int) -> Routing:
+    """A record in which one expert has no weight, and the others of an item share the weight that all had together."""
+    others = torch.arange(routing.num_experts, device=routing.logits.device) != expert
+    kept = others.expand_as(routing.weights) if routing.indices is None else others[routing.indices]
+    left = routing.weights * kept
+    scale = routing.weights.sum(dim=1) / left.sum(dim=1).clamp_min(1e-30)
+    return routing._replace(weights=left * torch.where(left.sum(dim=1) > 0, scale, 0.)[:, None])
 
 
 @contextlib.contextmanager

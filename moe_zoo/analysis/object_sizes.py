@@ -3,23 +3,27 @@
 Letters: N images, P positions of a gate map (1 where an image has one gate vector), E experts, S = 3 size classes,
 O objects, R repetitions, T routed items.
 
-**Gate mass.** A gate vector is the combine weight an item gives each expert, before capacity, divided by its sum. An
-object inherits the gate vector of its image, or, where tokens or positions are routed, the mean over its box. The mass
-of an expert on a size class is the mean over the objects of that class; over the experts it sums to one.
+**Gate mass.** A gate vector is the combine weight an item gives each expert, before capacity, divided by its sum; where
+experts choose, of those that took the item. Which gate vectors are an object's is told in `object_gates`. The mass of
+an expert on a size class is the mean over the objects of that class; over the experts it sums to one, less the share of
+the places that no expert took. Its 95 % interval counts images, not objects, as independent.
 
 **Separation** of a layer is how far the size classes lie apart: the root of sum_e sum_s (n_s / n) (m_se - m_e)^2, with
-n_s objects in class s, m_se the mass, and m_e its mean over all objects. 0: every size is served alike.
+n_s objects in class s, m_se the mass, and m_e its mean over all objects. 0: every size is served alike. Its square over
+the variance of the gate vectors among the objects is the effect size, the share of it that size explains (eta squared).
 
 Two things that are no specialisation also give a separation above 0, and each has its test:
 
 1. **Chance.** The objects of one image share its gates, so images, not objects, are the units that can be exchanged:
    the gate maps are permuted among the images while the boxes stay. What a router knows about position alone stays in
-   the null distribution, and so does any imbalance between experts.
-2. **Architecture.** Features of a scene full of small objects differ from those of a close-up, so that any router, even
-   one that has learned nothing, answers with different gates. The entries of every weight of the router are shuffled,
-   which keeps their size and forgets what was learned, and the shuffled router is run on the same features. For a
-   router whose weights are independent draws (any usual initialisation) the shuffled ones are draws of the same kind,
-   so that an untrained router is reported with the chosen probability `alpha` at most.
+   the null distribution, and so does any imbalance between experts. Where gates are those of FPN levels, which stand
+   for sizes, the levels of an image are exchanged as well.
+2. **Architecture.** Features of a scene full of small objects differ from those of a close-up, and those of one FPN
+   level from those of another, so that any router, even one that has learned nothing, answers with different gates. The
+   entries of every weight of the router are shuffled, which keeps their size and forgets what was learned, and the
+   shuffled router is run on the same features (see `shuffled_routers`). For a router whose weights are independent
+   draws (any usual initialisation) the shuffled ones are draws of the same kind, so that an untrained router is
+   reported with the chosen probability `alpha` at most.
 
 A layer *separates* sizes where both p-values are at most `alpha`. Both hold for all layers at once. Permuted images:
 the separations are standardised by their null distributions and compared with the maximum of the null over the layers
@@ -32,26 +36,18 @@ import copy
 import textwrap
 import zlib
 from dataclasses import dataclass, field
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from ..errors import InputError
 from ..routing import Routing, current_image_sizes, routing_context
 from .force import assign, rewrite_routing, routed_layers
-from .permutation import max_p, permuted_mass, separation
-
-SIZES = ('small', 'medium', 'large')
-AREA_LIMITS = (32 ** 2, 96 ** 2)  # COCO: pixels of the annotated image; the limits themselves count as medium
-
-
-def size_classes(areas: Sequence[float]) -> np.ndarray:
-    """(O,) areas in pixels of the annotated image to (O,) 0 small, 1 medium, 2 large."""
-    areas = np.asarray(areas, dtype=np.float64)
-    return (areas >= AREA_LIMITS[0]).astype(int) + (areas > AREA_LIMITS[1])
+from .object_gates import ATTRIBUTION, SIZES, Objects, gate_shares, lay_out
+from .permutation import clustered_means, curve, level_permutations, max_p, permuted_mass, separation
+from .shuffled_routers import ShuffledRouters
 
 
 @dataclass
@@ -60,24 +56,65 @@ class LayerSizes:
 
     Attributes:
         name: Module name; `name#1` is the second record of one forward.
+        kind: A key of `object_gates.ATTRIBUTION`.
         mass: (S, E) mean gate mass, rows sum to one; the row of a class without objects is NaN.
+        half: (S, E) half the width of its 95 % interval; NaN for a class of fewer than four images.
+        leads: (S, E) objects for which this expert has the largest share.
         expert_p: (E,) chance test of every expert, over all experts of all layers.
         separation: See the module's docstring.
+        explained: The share of the variance of the gates among objects that size explains; None where nothing varies.
+        explained_by_chance: Its mean with images permuted.
         chance_p: Chance test of the layer, over all layers.
         untrained_separation: Mean separation of the shuffled routers; None where there were none.
+        untrained_high: Its 95 % quantile.
+        thinned_separation: The separation that is compared with it, where only some places of an object are looked at.
         untrained_p: Architecture test of the layer, corrected for their number; None likewise.
         separates: Both tests are at most alpha; None where the second is missing.
-        positions: P; 1 where a gate vector belongs to a whole image.
+        curve: (area, (E,) mean gate, (E,) half width of its 95 % interval) over the area of objects.
+        gates: (O, E) gate vector of every object; not part of the JSON.
     """
     name: str
+    kind: str
     mass: np.ndarray
+    half: np.ndarray
+    leads: np.ndarray
     expert_p: np.ndarray
     separation: float
+    explained: Optional[float]
+    explained_by_chance: Optional[float]
     chance_p: float
     untrained_separation: Optional[float]
+    untrained_high: Optional[float]
+    thinned_separation: Optional[float]
     untrained_p: Optional[float]
     separates: Optional[bool]
-    positions: int
+    curve: List[Tuple[float, np.ndarray, np.ndarray]]
+    gates: np.ndarray
+
+    @property
+    def leader(self) -> np.ndarray:
+        """(O,) the expert with the largest share of each object; -1 for one that no expert took."""
+        return np.where(self.gates.sum(axis=1) > 1e-9, self.gates.argmax(axis=1), -1)
+
+    def expert_of(self, size: int) -> int:
+        """The expert whose share of this size class exceeds its share of all objects most."""
+        return int(np.nan_to_num(self.mass[size] - self.gates.mean(axis=0)).argmax())
+
+    def as_dict(self) -> Dict[str, Any]:
+        """Plain numbers for JSON; what cannot be said is None."""
+        plain = {key: value for key, value in vars(self).items() if key not in ('mass', 'half', 'leads', 'gates')}
+        return {
+            **plain,
+            'attribution': ATTRIBUTION[self.kind],
+            **{key: {size: _plain(row) for size, row in zip(SIZES, getattr(self, key))}
+               for key in ('mass', 'half', 'leads')},
+            'expert_p': self.expert_p.tolist(),
+            'curve': [[area, mean.tolist(), half.tolist()] for area, mean, half in self.curve],
+        }
+
+
+def _plain(row: np.ndarray) -> Optional[List[float]]:
+    return None if np.isnan(row).any() else row.tolist()
 
 
 @dataclass
@@ -96,149 +133,41 @@ class SizeAnalysis:
     def separates(self) -> bool:
         return any(layer.separates for layer in self.layers)
 
-    def as_dict(self) -> Dict:
-        """Plain numbers for JSON; the mass of a class without objects is None."""
-        layers = []
-        for layer in self.layers:
-            mass = {size: None if np.isnan(row).any() else row.tolist() for size, row in zip(SIZES, layer.mass)}
-            layers.append({**vars(layer), 'mass': mass, 'expert_p': layer.expert_p.tolist()})
+    @property
+    def strongest(self) -> LayerSizes:
+        """The layer with the largest separation."""
+        return max(self.layers, key=lambda layer: layer.separation)
+
+    def as_dict(self) -> Dict[str, Any]:
+        """Plain numbers for JSON."""
+        layers = [{**layer.as_dict(), 'verdict': verdict(layer, self.alpha)} for layer in self.layers]
         return {'separates': self.separates, **vars(self), 'layers': layers}
 
 
-# ---- where objects meet gates
+# ---- collecting gates and objects over a data set
 
-def overlaps(low: np.ndarray, high: np.ndarray, cells: int) -> np.ndarray:
-    """Share of every interval that lies in each of `cells` equal cells of [0, 1].
-
-    >>> overlaps(np.array([0.25]), np.array([1.0]), cells=2)  # 1/3 of it in the first half, 2/3 in the second
-    array([[0.33333333, 0.66666667]])
-
-    Args:
-        low, high: (n,) ends of the intervals; an empty one counts as the cell it lies in.
-
-    Returns:
-        (n, cells), rows sum to one.
-    """
-    edges = np.linspace(0., 1., cells + 1)
-    low, high = np.clip(low, 0., 1.), np.clip(high, 0., 1.)
-    inside = np.minimum(high[:, None], edges[None, 1:]) - np.maximum(low[:, None], edges[None, :-1])
-    inside = np.clip(inside, 0., None)
-    empty = high <= low
-    inside[empty] = np.eye(cells)[np.minimum((low[empty] * cells).astype(int), cells - 1)]
-    return inside / inside.sum(axis=1, keepdims=True)
-
-
-def token_grid(tokens: int, input_size: Tuple[int, int]) -> Optional[Tuple[int, int, int]]:
-    """(tokens in front, rows, columns) of a sequence of patches: the only whole square patch that gives their number.
-
-    >>> token_grid(197, (224, 224))
-    (1, 14, 14)
-
-    Returns:
-        None where no square patch gives this number of tokens with at most 8 in front.
-    """
-    height, width = input_size
-    for front in range(min(9, tokens)):
-        patch = round((height * width / (tokens - front)) ** 0.5)
-        if patch and height % patch == 0 and width % patch == 0 \
-                and (height // patch) * (width // patch) == tokens - front:
-            return front, height // patch, width // patch
-    return None
-
-
-def gate_shares(routing: Routing) -> np.ndarray:
-    """(T, E) share of an item's combine weight that each expert gets, before capacity; where experts choose, of those
-    that took the item: capacity is then the choice itself. Zeros for an item that none of them took."""
-    routing = routing if routing.by_expert else routing._replace(kept=None)
-    weights = routing.combine_matrix().double().cpu().numpy()
-    return weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-12)
-
-
-def place(
-        shares: np.ndarray,
-        shape: Tuple[int, ...],
-        extents: Optional[np.ndarray],
-        input_size: Optional[Tuple[int, int]],
-        cells: int,
-) -> np.ndarray:
-    """Gate vectors image by image, those of places on one common grid over the true area of every image.
-
-    Args:
-        shares: (T, E).
-        shape: Of the record: (N,), (N, tokens) or (N, H, W).
-        extents: (N, 2) share of the padded height and width that an image fills; None without padding.
-        input_size: (height, width) of the batch in pixels, which tells the grid of tokens. Tokens without a grid are
-            averaged over the image.
-        cells: Rows and columns of the common grid.
-
-    Returns:
-        (N, 1, E), or (N, cells * cells, E) where places were routed.
-    """
-    images = shape[0]
-    shares = shares.reshape(images, -1, shares.shape[-1])  # (N, T / N, E)
-    if len(shape) == 2:
-        grid = token_grid(shape[1], input_size) if input_size else None
-        if grid is None:
-            return shares.mean(axis=1, keepdims=True)
-        shares, shape = shares[:, grid[0]:], (images, *grid[1:])
-    if len(shape) == 1:
-        return shares
-    maps = shares.reshape(images, *shape[1:], -1)
-    ends = np.linspace(0., 1., cells + 1)
-    out = np.empty((images, cells * cells, maps.shape[-1]))
-    for n in range(images):
-        height, width = (1., 1.) if extents is None else extents[n]
-        down = overlaps(ends[:-1] * height, ends[1:] * height, shape[1])  # (cells, H)
-        across = overlaps(ends[:-1] * width, ends[1:] * width, shape[2])
-        out[n] = np.einsum('ih,jw,hwe->ije', down, across, maps[n]).reshape(cells * cells, -1)
-    return out
-
-
-def object_weights(boxes: np.ndarray, sizes: np.ndarray, positions: int) -> np.ndarray:
-    """How much every position counts for the objects of each size class in one image.
-
-    Args:
-        boxes: (O, 4) x0, y0, x1, y1 as shares of the image's width and height.
-        sizes: (O,) size classes.
-        positions: P, a square number.
-
-    Returns:
-        (S, P); the row of a class sums to its number of objects.
-    """
-    out = np.zeros((len(SIZES), positions))
-    if len(boxes):
-        cells = int(round(positions ** 0.5))
-        down, across = overlaps(boxes[:, 1], boxes[:, 3], cells), overlaps(boxes[:, 0], boxes[:, 2], cells)
-        np.add.at(out, sizes, np.einsum('oi,oj->oij', down, across).reshape(len(boxes), positions))
-    return out
-
-
-# ---- collecting both over a data set
-
-@dataclass
-class _Batch:
-    """What the caller said of the batch that is running."""
-    boxes: List[np.ndarray]
-    sizes: List[np.ndarray]
-    input_size: Optional[Tuple[int, int]]
+class _Call(NamedTuple):
+    """One call of a router, with the padding that was known then. The output keeps its tensors, and so their ids."""
+    module: nn.Module
+    inputs: tuple
+    padding: Optional[tuple]
+    output: Routing
 
 
 @dataclass
-class _Call:
-    """One router call, until its shuffled versions have run."""
-    features: torch.Tensor
-    shape: Tuple[int, ...]
-    extents: Optional[np.ndarray]
-    input_size: Optional[Tuple[int, int]]
-    objects: np.ndarray  # (N, S, P)
+class _Seen:
+    """What was gathered of one layer."""
+    kind: str
+    maps: List[np.ndarray] = field(default_factory=list)  # (n, P, E) a batch
+    gates: List[np.ndarray] = field(default_factory=list)  # (o, E) a batch
 
 
 class SizeCollector:
     """Gathers gates and objects while a model runs, whatever the model.
 
     >>> with SizeCollector(model) as collector:
-    ...     for images, boxes, areas in loader:
-    ...         with collector.batch(boxes, areas):
+    ...     for images, objects in loader:
+    ...         with collector.batch(objects):
     ...             model(images)
     >>> print(size_table(collector.analyze()))
 
@@ -248,25 +177,24 @@ class SizeCollector:
         seed: Of the shuffles.
         cells: Rows and columns of the grid on which gate maps are compared.
     """
-    buffer_items = 4096  # router calls are gathered up to so many items, then the shuffled routers run on them at once
 
-    def __init__(self, model: nn.Module, shuffles: int = 1999, seed: int = 0, cells: int = 16):
-        routed_layers(model)  # refuses a model without any
+    def __init__(self, model: nn.Module, shuffles: int = 999, seed: int = 0, cells: int = 16):
+        self.layers = routed_layers(model)  # refuses a model without any
         self.model, self.shuffles, self.seed, self.cells = model, shuffles, seed, cells
         self.names = {id(module): name for name, module in model.named_modules()}
-        self.routers: Dict[str, nn.Module] = {}
         self.skipped: Dict[str, str] = {}
-        self.now: Optional[_Batch] = None
-        self._gates: Dict[str, List[np.ndarray]] = {}
-        self._objects: Dict[str, List[np.ndarray]] = {}
-        self._shuffled: Dict[str, _ShuffledRouter] = {}
-        self._waiting: Dict[str, List[_Call]] = {}
-        self._untrained: Dict[str, np.ndarray] = {}  # (R, S, E) sums over objects
-        self._calls: Dict[int, tuple] = {}
+        self.now: List[Objects] = []
+        self.objects: List[Objects] = []  # of all images
+        self.routers: Dict[str, nn.Module] = {}
+        self._input_size: Optional[Tuple[int, int]] = None
+        self._seen: Dict[str, _Seen] = {}
+        self._shuffled: Dict[str, ShuffledRouters] = {}
+        self._calls: List[_Call] = []
         self._hooks: list = []
 
     def __enter__(self) -> 'SizeCollector':
-        self._hooks = [module.register_forward_hook(self._note_call) for module in self.model.modules()]
+        modules = {id(m): m for layer in self.layers.values() for m in layer.modules()}
+        self._hooks = [module.register_forward_hook(self._note_call) for module in modules.values()]
         return self
 
     def __exit__(self, *exc_info) -> None:
@@ -274,124 +202,126 @@ class SizeCollector:
             hook.remove()
 
     @contextlib.contextmanager
-    def batch(
-            self,
-            boxes: Sequence[np.ndarray],
-            areas: Sequence[np.ndarray],
-            input_size: Optional[Tuple[int, int]] = None,
-    ) -> Iterator[None]:
+    def batch(self, objects: Sequence[Objects], input_size: Optional[Tuple[int, int]] = None) -> Iterator[None]:
         """Run the model once inside.
 
         Args:
-            boxes: For every image (O, 4) x0, y0, x1, y1 as shares of its width and height.
-            areas: For every image (O,) areas in pixels of the annotated image, as COCO counts them.
+            objects: Those of every image.
             input_size: (height, width) of the batch in pixels; needed where tokens are routed and nothing is padded.
         """
-        sizes = [size_classes(a) for a in areas]
-        self.now = _Batch([np.asarray(b, dtype=np.float64).reshape(-1, 4) for b in boxes], sizes, input_size)
+        self.now, self._input_size = list(objects), input_size
         try:
             with torch.no_grad(), routing_context() as context:
                 yield
             seen: Dict[str, int] = {}
             for module, routing in context.records:
                 name = self.names.get(id(module))
-                if name is None:
-                    continue
-                count = seen[name] = seen.get(name, -1) + 1
-                self._add(f'{name}#{count}' if count else name, routing)
+                if name is not None:
+                    count = seen[name] = seen.get(name, -1) + 1
+                    self._add(f'{name}#{count}' if count else name, routing)
+            self.objects += self.now
         finally:
-            self.now = None
+            self.now = []
             self._calls.clear()
 
     def _note_call(self, module: nn.Module, inputs: tuple, output) -> None:
-        if self.now is not None and isinstance(output, Routing):
-            # A record keeps the logits of the call it came from, whatever its layer adds.
-            self._calls[id(output.logits)] = (module, inputs, current_image_sizes(), output)
+        if self.now and isinstance(output, Routing):
+            self._calls.append(_Call(module, inputs, current_image_sizes(), output))
 
     def _add(self, name: str, routing: Routing) -> None:
-        images = len(self.now.boxes)
-        if not routing.shape or routing.shape[0] != images:
-            self.skipped[name] = f'its record has shape {tuple(routing.shape)}, which does not begin with the images'
+        reason = self._refusal(routing)
+        if reason:
+            self.skipped[name] = reason
             return
-        router, inputs, padding, _ = self._calls.get(id(routing.logits), (None, (), None, None))
-        extents, input_size = None, self.now.input_size
+        router, features, padding = self._source(routing)
+        extents, input_size = None, self._input_size
         if padding is not None:
             extents, input_size = (padding[0].cpu().double() / torch.tensor(padding[1])).numpy(), tuple(padding[1])
-        gates = place(gate_shares(routing), routing.shape, extents, input_size, self.cells)
-        objects = np.stack([
-            object_weights(b, s, gates.shape[1]) for b, s in zip(self.now.boxes, self.now.sizes)])
-        if name in self._gates and self._gates[name][0].shape[1] != gates.shape[1]:
+        layout = lay_out(routing, extents, input_size, self.cells)
+        maps = layout.maps(gate_shares(routing))
+        seen = self._seen.setdefault(name, _Seen(layout.kind))
+        if seen.maps and (seen.kind, seen.maps[0].shape[1]) != (layout.kind, maps.shape[1]):
             raise InputError(f'layer {name!r}: tokens form a grid in some batches and not in others.')
-        filled = objects.any(axis=(1, 2))  # images without objects say nothing about sizes
-        self._gates.setdefault(name, []).append(gates[filled])
-        self._objects.setdefault(name, []).append(objects[filled])
-        # A router whose experts choose does not know their capacity: shuffled, it would be another kind of choice.
-        shufflable = router is not None and not routing.by_expert and len(inputs) == 1 and inputs[0].dim() == 2
-        if shufflable and self.shuffles:
+        seen.maps.append(maps)
+        seen.gates += [each.at(layout.kind, maps.shape[1]) @ gates for each, gates in zip(self.now, maps)]
+        if router is not None and self.shuffles:
             self.routers.setdefault(name, router)
-            waiting = self._waiting.setdefault(name, [])
-            waiting.append(_Call(inputs[0].detach(), routing.shape, extents, input_size, objects))
-            if sum(len(call.features) for call in waiting) >= self.buffer_items:
-                self._run_shuffled(name)
+            self._shuffled_router(name).add(features, routing, layout, self.now)
 
-    def _run_shuffled(self, name: str) -> None:
-        calls = self._waiting.pop(name, [])
-        if not calls:
-            return
+    def _refusal(self, routing: Routing) -> str:
+        if routing.levels and any(each.levels is None for each in self.now):
+            return 'its gates are those of FPN levels, and nothing tells the level of an object'
+        if routing.shape[:1] != (len(self.now),):
+            return f'its record has shape {tuple(routing.shape)}, which does not begin with the images'
+        return ''
+
+    def _source(self, routing: Routing) -> Tuple[Optional[nn.Module], Optional[torch.Tensor], Optional[tuple]]:
+        """The router that decided, the features it met, and the padding known then. A record keeps the logits of the
+        call it came from, whatever its layer adds; or, of several calls of one router, joined."""
+        for call in self._calls:
+            if call.output.logits is routing.logits:
+                return self._usable(call.module, [call])
+        for module in dict.fromkeys(call.module for call in self._calls):
+            calls = [call for call in self._calls if call.module is module]
+            logits = torch.cat([call.output.logits for call in calls])
+            if logits.shape == routing.logits.shape and torch.equal(logits, routing.logits):
+                return self._usable(module, calls)
+        return None, None, None
+
+    @staticmethod
+    def _usable(module: nn.Module, calls: List[_Call]):
+        inputs = [call.inputs for call in calls]
+        if any(len(each) != 1 or each[0].dim() not in (2, 3) for each in inputs):
+            return None, None, calls[0].padding
+        return module, torch.cat([each[0].detach() for each in inputs]), calls[0].padding
+
+    def _shuffled_router(self, name: str) -> ShuffledRouters:
         if name not in self._shuffled:
             seed = zlib.crc32(f'{self.seed}.{name}'.encode())
-            self._shuffled[name] = _ShuffledRouter(self.routers[name], self.shuffles, seed)
-        ends = np.cumsum([len(call.features) for call in calls])[:-1]
-        sums = []
-        for routing in self._shuffled[name].run(torch.cat([call.features for call in calls])):
-            pieces = np.split(gate_shares(routing), ends)
-            sums.append(sum(
-                np.einsum('npe,nsp->se', place(p, c.shape, c.extents, c.input_size, self.cells), c.objects)
-                for p, c in zip(pieces, calls)))
-        self._untrained[name] = self._untrained.get(name, 0.) + np.stack(sums)
+            self._shuffled[name] = ShuffledRouters(self.routers[name], self.shuffles, seed)
+        return self._shuffled[name]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(O,) size classes of all objects so far."""
+        return np.concatenate([each.sizes for each in self.objects])
+
+    def gates(self, name: str) -> np.ndarray:
+        """(O, E) gate vector that a layer gave every object so far."""
+        return np.concatenate(self._seen[name].gates)
 
     def analyze(self, permutations: int = 999, alpha: float = 0.01) -> SizeAnalysis:
-        """Both tests on what was gathered; see `analyze`."""
-        for name in list(self._waiting):
-            self._run_shuffled(name)
-        if not self._gates:
-            raise InputError('No gate was seen: run the model inside `with collector.batch(...)`.')
-        gates = {name: np.concatenate(parts) for name, parts in self._gates.items()}
-        objects = {name: np.concatenate(parts) for name, parts in self._objects.items()}
-        untrained = {
-            name: total / np.maximum(objects[name].sum(axis=(0, 2)), 1e-12)[:, None]
-            for name, total in self._untrained.items()}
-        result = analyze(gates, objects, untrained, permutations, alpha, self.seed)
-        result.skipped = self.skipped
-        return result
+        """Both tests on what was gathered.
 
+        Args:
+            permutations: Number of permutations of the chance test.
+            alpha: Level of both tests.
 
-class _ShuffledRouter:
-    """Versions of a router whose weights keep their values and lose their places."""
-
-    def __init__(self, router: nn.Module, count: int, seed: int):
-        self.router, self.count, self.seed = copy.deepcopy(router).eval(), count, seed
-        for module in self.router.modules():
-            module._forward_hooks.clear()
-        self.parameters = {name: p.detach() for name, p in self.router.named_parameters()}
-
-    @torch.no_grad()
-    def run(self, features: torch.Tensor) -> Iterator[Routing]:
-        """(T, D) features through every version; the same versions in every call."""
-        generator = torch.Generator().manual_seed(self.seed)
-        for _ in range(self.count):
-            state = {
-                name: p.flatten()[torch.randperm(p.numel(), generator=generator).to(p.device)].view_as(p)
-                for name, p in self.parameters.items()}
-            yield functional_call(self.router, state, (features,))
+        Raises:
+            InputError: There are fewer than two images or size classes with objects, or alpha cannot be reached.
+        """
+        for name in [name for name in self._seen if sum(map(len, self._seen[name].maps)) < len(self.objects)]:
+            self.skipped[name] = 'it was not run on all batches'
+            del self._seen[name], self._shuffled[name]
+        if not self._seen:
+            reasons = ''.join(f' {name}: {reason}.' for name, reason in self.skipped.items())
+            raise InputError(f'No gate was seen: run the model inside `with collector.batch(...)`.{reasons}')
+        for shuffled in self._shuffled.values():
+            shuffled.run()
+        maps = {name: np.concatenate(seen.maps) for name, seen in self._seen.items()}
+        kinds = {name: seen.kind for name, seen in self._seen.items()}
+        found = analyze(maps, kinds, self.objects, self._shuffled, permutations, alpha, self.seed)
+        found.skipped = self.skipped
+        return found
 
 
 # ---- the result
 
 def analyze(
-        gates: Dict[str, np.ndarray],
-        objects: Dict[str, np.ndarray],
-        untrained: Optional[Dict[str, np.ndarray]] = None,
+        maps: Dict[str, np.ndarray],
+        kinds: Dict[str, str],
+        objects: Sequence[Objects],
+        shuffled: Optional[Dict[str, ShuffledRouters]] = None,
         permutations: int = 999,
         alpha: float = 0.01,
         seed: int = 0,
@@ -399,53 +329,104 @@ def analyze(
     """Gate mass by object size and both tests.
 
     Args:
-        gates: Layer to (N, P, E) gate maps of the images that hold objects.
-        objects: Layer to (N, S, P) weights of its positions, see `object_weights`.
-        untrained: Layer to (R, S, E) gate mass under shuffled routers, the same R for all; a layer may be missing.
-        permutations: Number of permutations of the chance test.
-        alpha: Level of both tests.
-        seed: Of the permutations.
-
-    Raises:
-        InputError: There are fewer than two images or size classes with objects, or alpha cannot be reached.
+        maps: Layer to (N, P, E) gate maps.
+        kinds: Layer to a key of `object_gates.ATTRIBUTION`.
+        objects: Those of each of the N images.
+        shuffled: Layer to its shuffled routers, having run; a layer may be missing.
+        permutations, alpha, seed: See `SizeCollector.analyze`.
     """
-    untrained = untrained or {}
-    names = list(gates)
-    images = len(objects[names[0]])
-    counts = np.rint(objects[names[0]].sum(axis=(0, 2))).astype(int)
-    shuffles = min([len(null) for null in untrained.values()], default=0)
-    _check(counts, images, alpha, permutations, shuffles, len(untrained))
+    shuffled = shuffled or {}
+    filled = [n for n, each in enumerate(objects) if len(each.areas)]  # others say nothing about sizes
+    objects = [objects[n] for n in filled]
+    maps = {name: each[filled] for name, each in maps.items()}
+    sizes = np.concatenate([each.sizes for each in objects]) if objects else np.zeros(0, int)
+    counts = np.bincount(sizes, minlength=len(SIZES))
+    shuffles = min([each.count for each in shuffled.values()], default=0)
+    _check(counts, len(objects), alpha, permutations, shuffles, len(shuffled))
 
     rng = np.random.default_rng(seed)
-    orders = np.stack([np.arange(images), *(rng.permutation(images) for _ in range(permutations))])
-    mass = {name: permuted_mass(gates[name], objects[name], orders) for name in names}  # row 0 is the observed one
-    experts = [separation(mass[name], counts) for name in names]  # (1 + R, E) each
+    null = {name: _permuted(maps[name], kinds[name], objects, permutations, rng) for name in maps}
+    experts = [separation(mass, counts) for mass in null.values()]  # (1 + R, E) each
     layers = np.stack([np.linalg.norm(e, axis=1) for e in experts], axis=1)  # (1 + R, layers)
     chance_p = max_p(layers[0], layers[1:])
     every = np.concatenate(experts, axis=1)
     expert_p = np.split(max_p(every[0], every[1:]), np.cumsum([e.shape[1] for e in experts])[:-1])
-
-    results = []
-    for i, name in enumerate(names):
-        untrained_mean, untrained_p, separates = None, None, None
-        if name in untrained:
-            null = np.linalg.norm(separation(untrained[name], counts), axis=1)
-            reached = 1 + (null >= layers[0, i] - 1e-9).sum()
-            untrained_mean, untrained_p = float(null.mean()), min(1., len(untrained) * reached / (len(null) + 1))
-            separates = bool(max(chance_p[i], untrained_p) <= alpha)
-        results.append(LayerSizes(
-            name=name,
-            mass=np.where((counts > 0)[:, None], mass[name][0], np.nan),
-            expert_p=expert_p[i],
-            separation=float(layers[0, i]),
-            chance_p=float(chance_p[i]),
-            untrained_separation=untrained_mean,
-            untrained_p=untrained_p,
-            separates=separates,
-            positions=gates[name].shape[1],
-        ))
+    results = [
+        _layer(name, kinds[name], maps[name], objects, layers[:, i], chance_p[i], expert_p[i],
+               _against_shuffled(shuffled[name], len(shuffled)) if name in shuffled else None, alpha)
+        for i, name in enumerate(maps)]
     return SizeAnalysis(
-        results, dict(zip(SIZES, counts.tolist())), images, alpha, permutations, shuffles, seed)
+        results, dict(zip(SIZES, counts.tolist())), len(objects), alpha, permutations, shuffles, seed)
+
+
+def _permuted(
+        maps: np.ndarray,
+        kind: str,
+        objects: Sequence[Objects],
+        permutations: int,
+        rng: np.random.Generator,
+) -> np.ndarray:
+    """(1 + R, S, E) gate mass: the observed one, and with the gates exchanged."""
+    images, positions, experts = maps.shape
+    weights = np.stack([_by_class(each.at(kind, positions), each.sizes) for each in objects])  # (N, S, P)
+    if kind == 'level':
+        orders = level_permutations(images, positions, permutations, rng)
+        maps = maps.reshape(-1, 1, experts)
+        weights = weights.transpose(0, 2, 1).reshape(images * positions, len(SIZES), 1)
+    else:
+        orders = np.stack([rng.permutation(images) for _ in range(permutations)])
+    return permuted_mass(maps, weights, np.concatenate([np.arange(len(maps))[None], orders]))
+
+
+def _by_class(rows: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """(O, P) to (S, P) sums."""
+    return np.eye(len(SIZES))[:, sizes] @ rows
+
+
+def _against_shuffled(shuffled: ShuffledRouters, layers: int) -> Tuple[float, float, float, float]:
+    """Separation on what was looked at, mean and 95 % quantile of the shuffled routers, p times the layers."""
+    counts = shuffled.objects
+    number = np.maximum(counts, 1)[:, None]
+    observed = float(np.linalg.norm(separation(shuffled.observed / number, counts)))
+    null = np.linalg.norm(separation(shuffled.versions / number, counts), axis=1)
+    reached = 1 + (null >= observed - 1e-6 * max(1., observed)).sum()  # routers are float32
+    return observed, float(null.mean()), float(np.quantile(null, .95)), min(1., layers * reached / (len(null) + 1))
+
+
+def _layer(
+        name: str,
+        kind: str,
+        maps: np.ndarray,
+        objects: Sequence[Objects],
+        null: np.ndarray,
+        chance_p: float,
+        expert_p: np.ndarray,
+        against: Optional[Tuple[float, float, float, float]],
+        alpha: float,
+) -> LayerSizes:
+    """All numbers of one layer; `null` is its separation, observed and permuted."""
+    gates = np.concatenate([each.at(kind, maps.shape[1]) @ rows for each, rows in zip(objects, maps)])
+    sizes, areas = (np.concatenate([getattr(each, key) for each in objects]) for key in ('sizes', 'areas'))
+    images = np.repeat(np.arange(len(objects)), [len(each.areas) for each in objects])
+    mass, half, leads = np.full((3, len(SIZES), gates.shape[1]), np.nan)
+    for s in range(len(SIZES)):
+        leads[s] = np.bincount(gates[(sizes == s) & (gates.sum(axis=1) > 1e-9)].argmax(axis=1), minlength=len(mass[s]))
+        if (sizes == s).any():
+            mass[s], width = clustered_means(gates, (sizes == s).astype(float), images)
+            half[s] = np.nan if width is None else width
+    total = float(gates.var(axis=0).sum())
+    share = (null ** 2 / total).tolist() if total > 1e-12 else []
+    observed, mean, high, untrained_p = against or (None,) * 4
+    return LayerSizes(
+        name=name, kind=kind, mass=mass, half=half, leads=leads.astype(int), expert_p=expert_p,
+        separation=float(null[0]),
+        explained=min(1., share[0]) if share else None,
+        explained_by_chance=min(1., float(np.mean(share[1:]))) if share else None,
+        chance_p=float(chance_p),
+        untrained_separation=mean, untrained_high=high, thinned_separation=observed, untrained_p=untrained_p,
+        separates=None if against is None else bool(max(chance_p, untrained_p) <= alpha),
+        curve=curve(gates, areas, images), gates=gates,
+    )
 
 
 def _check(counts: np.ndarray, images: int, alpha: float, permutations: int, shuffles: int, layers: int) -> None:
@@ -467,24 +448,42 @@ def _check(counts: np.ndarray, images: int, alpha: float, permutations: int, shu
 def size_table(analysis: SizeAnalysis) -> str:
     """A plain-text table: one row an expert, one verdict a layer."""
     objects = ', '.join(f'{n} {size}' for size, n in analysis.objects.items())
-    lines = [f'Gate mass in % on the objects of {analysis.images} images ({objects})']
+    lines = [f'Gate mass in % on the objects of {analysis.images} images ({objects}), half its 95 % interval, and the '
+             'objects that the expert leads']
     for layer in analysis.layers:
-        where = 'one gate vector an image' if layer.positions == 1 else 'gates averaged over every box'
-        lines += ['', f'{layer.name} ({where})', '  expert    small   medium    large   p (chance)']
+        lines += ['', f'{layer.name} (an object has {ATTRIBUTION[layer.kind]})',
+                  '  expert' + ''.join(f'{size:>20}' for size in SIZES) + '   p (chance)']
         for e in range(layer.mass.shape[1]):
-            cells = ' '.join(f'{"-":>8}' if np.isnan(v) else f'{100 * v:8.1f}' for v in layer.mass[:, e])
-            lines.append(f'  {e:>6} {cells}   {layer.expert_p[e]:10.3f}')
+            cells = ''.join(f'{mass_cell(layer, s, e):>20}' for s in range(len(SIZES)))
+            lines.append(f'  {e:>6}{cells}   {layer.expert_p[e]:10.3f}')
+        if not np.allclose(np.nan_to_num(layer.mass.sum(axis=1), nan=1.), 1.):
+            lines.append('  no one' + ''.join(f'{100 * (1 - m):>13.1f}       ' for m in layer.mass.sum(axis=1)))
         lines += textwrap.wrap(verdict(layer, analysis.alpha), 118, initial_indent='  ', subsequent_indent='  ')
     lines += [f'not analysed: {name}, because {reason}' for name, reason in analysis.skipped.items()]
     return '\n'.join(lines)
 
 
+def mass_cell(layer: LayerSizes, size: int, expert: int) -> str:
+    """`43.2 ± 2.1 (17)`: percent, half its interval, objects led; - for a class without objects."""
+    mass, half = 100 * layer.mass[size, expert], 100 * layer.half[size, expert]
+    if np.isnan(mass):
+        return '-'
+    return f'{mass:.1f} ± {"?" if np.isnan(half) else f"{half:.1f}"} ({layer.leads[size, expert]})'
+
+
 def verdict(layer: LayerSizes, alpha: float) -> str:
-    """One sentence on one layer."""
-    text = f'separation {layer.separation:.3f}; images permuted: p = {layer.chance_p:.3f}; '
+    """One or two sentences on one layer."""
+    text = f'separation {layer.separation:.3f}'
+    if layer.explained is not None:
+        text += (f', size explains {100 * layer.explained:.1f} % of the variance of the gates among objects '
+                 f'({100 * layer.explained_by_chance:.1f} % by chance)')
+    text += f'; images{" and levels" if layer.kind == "level" else ""} permuted: p = {layer.chance_p:.3f}; '
     if layer.untrained_p is None:
         return text + 'no shuffled router to compare with, so no verdict.'
-    text += f'shuffled routers reach {layer.untrained_separation:.3f} on average: p = {layer.untrained_p:.3f}. '
+    thinned = '' if abs(layer.thinned_separation - layer.separation) < 5e-4 else \
+        f' (of {layer.thinned_separation:.3f} on the places looked at)'
+    text += f'shuffled routers reach {layer.untrained_separation:.3f} on average{thinned}: '
+    text += f'p = {layer.untrained_p:.3f}. '
     if layer.separates:
         return text + 'Its experts separate object sizes.'
     if layer.chance_p <= alpha:
@@ -529,11 +528,10 @@ def planted_sizes(model: nn.Module, collector: SizeCollector):
     the smaller size of a tie, expert 0 without objects).
     """
     def rule(name: str, routing: Routing) -> Routing:
-        sizes = collector.now.sizes
-        items = len(routing.logits)
-        if items % len(sizes):
+        items, images = len(routing.logits), len(collector.now)
+        if not images or items % images:
             return routing
-        dominant = [np.bincount(s, minlength=len(SIZES)).argmax() if len(s) else 0 for s in sizes]
-        experts = torch.as_tensor(dominant, device=routing.logits.device) % routing.num_experts
-        return assign(routing, experts.repeat_interleave(items // len(sizes)))
+        dominant = [np.bincount(each.sizes).argmax() if len(each.sizes) else 0 for each in collector.now]
+        experts = torch.tensor(dominant).repeat_interleave(items // images)
+        return assign(routing, experts.to(routing.logits.device) % routing.num_experts)
     return rewrite_routing(model, rule)

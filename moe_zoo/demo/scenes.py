@@ -96,7 +96,7 @@ def look(config: str, weights: str, scenes: Path, folder: Path) -> dict:
         'active_parameters': cost.active_parameters, 'macs': cost.macs_max, 'size': list(image.size),
         'classes': cfg.MODEL.RETINANET.NUM_CLASSES, 'depth': cfg.MODEL.RESNETS.DEPTH,
         'width': cfg.MODEL.RESNETS.RES2_OUT_CHANNELS, 'pyramid': cfg.MODEL.FPN.OUT_CHANNELS,
-        'selected': cfg.MOE.RES5.NUM_SELECTED, 'steps': cfg.SOLVER.MAX_ITER, 'batch': cfg.SOLVER.IMS_PER_BATCH,
+        'selected': cfg.MOE.RESNET.NUM_SELECTED, 'steps': cfg.SOLVER.MAX_ITER, 'batch': cfg.SOLVER.IMS_PER_BATCH,
     }
 
 
@@ -157,11 +157,12 @@ def percent(value: float | None) -> str:
 def sizes(settings: Settings, folder: Path, results: dict) -> dict:
     """Gate mass and average precision by object size, and the two controls without which no test is trusted."""
     from moe_zoo.analysis.object_sizes import verdict
+    from moe_zoo.analysis.size_page import control_sentence
     from moe_zoo.detection.count_inputs import load
-    from moe_zoo.detection.object_sizes import analyze_detector, control_sentence
+    from moe_zoo.detection.object_sizes import analyze_detector
     detector = results['detector']
     cfg, model = load(detector['config'], ['OUTPUT_DIR', str(folder)], detector['weights'])
-    found = analyze_detector(cfg, model, controls=('untrained', 'planted'), seed=settings.seed)
+    found = analyze_detector(cfg, model, controls=('untrained', 'planted'), trials=('forced',), seed=settings.seed)
     analysis = found['sizes']
     return {
         'analysis': analysis.as_dict(),
