@@ -28,6 +28,8 @@ FILES = {
     'route-consistency': 'route_consistency',
     'situational-fusion': 'situational_fusion',
     'vowels': 'vowels',
+    'upcycle': 'dense_weights',
+    'prune': 'dense_weights',
 }
 
 
