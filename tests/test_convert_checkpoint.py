@@ -355,7 +355,8 @@ def test_what_is_not_for_the_model_is_refused(released, tmp_path, capsys):
     out = tmp_path / 'out.safetensors'
     text = refused(tmp_path, capsys, prefix, out, '--model', 'vmoe_vit_s')
     assert text.endswith(
-        'is not for vmoe_vit_s: cls_token is of shape (1, 1, 32) in it, and of shape (1, 1, 512) in the model.')
+        'holds weights that are not for vmoe_vit_s: cls_token is of shape (1, 1, 32) in them, and of shape (1, 1, 512)'
+        ' in the model.')
     assert "--model 'vmoe_vit_x' is no V-MoE. Did you mean 'vmoe_vit_s" in refused(
         tmp_path, capsys, prefix, out, '--model', 'vmoe_vit_x')
     assert refused(tmp_path, capsys, prefix, tmp_path / 'out.pt').endswith(

@@ -203,6 +203,34 @@ def test_weights_of_another_architecture_are_told():
         create('condconv_resnet18', dense)
 
 
+@pytest.mark.parametrize('name, has, wants, message', [
+    ('condconv_resnet18', dict(num_experts=3), dict(num_experts=4),
+     r'layer3.0.conv1.weight is of shape \(3, 1152\) in them, and of shape \(4, 1152\) in the model'),
+    ('condconv_resnet18', {}, dict(route_fn='single'),
+     r'layer4.0.routing_fn.weight is of shape \(8, 16\) in them, and missing in the model'),
+    ('condconv_resnet18', dict(in_chans=1), {},
+     r'conv1.weight is of shape \(64, 1, 7, 7\) in them, and of shape \(64, 3, 7, 7\)'),
+    ('dyconv_resnet18', {}, dict(num_experts=2), r'layer1.0.conv1.weight is of shape \(4, 4608\) in them'),
+    ('deepmoe_resnet18', {}, dict(embed_dim=16), r'layer1.0.gate1.weight is of shape \(16, 5\) in them'),
+    ('moe_resnet18', {}, dict(num_experts=2), r'layer4.0.router.weight is of shape \(4, 16\) in them'),
+    ('vmoe_vit_b', {}, dict(num_experts=2), r'blocks.1.mlp.fc1.weight is of shape \(4, 128, 32\) in them'),
+    ('vmoe_vit_b', {}, dict(router='sigmoid'), 'blocks.1.mlp.router.constraint.selection_bias is missing in them'),
+    ('softmoe_vit_s', dict(moe_layers=(1,)), dict(moe_layers=(1,), num_experts=2), 'blocks.1.mlp.fc1.weight is of'),
+    ('pmoe_cnn', {}, dict(num_experts=2), r'stages.0.weight is of shape \(8, 5, 784\) in them'),
+    ('fusion_trio', dict(encoders=('test_resnet', 'test_resnet')), dict(encoders=('test_resnet', 'test_efficientnet')),
+     'encoders.1.net.conv_stem.weight is missing in them'),
+    ('moefied', {}, dict(num_experts=2), r'layer4.0.conv2.weight is of shape \(8, 2304\) in them'),
+])
+def test_weights_for_other_keywords_are_told(name, has, wants, message):
+    """The first tensor that differs, whatever the family."""
+    shape = {} if name in ('pmoe_cnn', 'fusion_trio') else dict(VIT, num_experts=4) if 'vit' in name else RESNET
+    weights = timm.create_model(name, num_classes=5, **{**shape, **has}).state_dict()
+    with pytest.raises(InputError, match=f'^pretrained=True: the weights are not those of {name} with these keywords: '
+                                         f'{message}'):
+        timm.create_model(name, pretrained=True, num_classes=5, pretrained_cfg_overlay=dict(
+            state_dict=weights, num_classes=5), **{**shape, **wants})
+
+
 @pytest.mark.parametrize('name, dense', [('condconv_resnet18', resnet), ('deepmoe_resnet18', resnet),
                                          ('moe_resnet18', resnet), ('vmoe_vit_b', vit)])
 def test_saved_it_is_a_model_of_its_own(name, dense, tmp_path):

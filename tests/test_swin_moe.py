@@ -244,7 +244,7 @@ REFUSED = [
     (damaged('master', lambda w: w.update({KEY.replace('fc1_w', 'fc2_bias'): torch.ones(1, 1, 8)})),
      r'.*fc2_bias is in the master file, that of rank 0 alone, and it is not zero\.'),
     (damaged('master', lambda w: w.update(absolute_pos_embed=torch.zeros(1, 64, 8))),
-     r"FOLDER '.*' is of another model than timm's Swin: absolute_pos_embed is of shape \(1, 64, 8\) in it, and miss"),
+     r"FOLDER '.*': The weights are of another model than timm's Swin: absolute_pos_embed is of shape \(1, 64, 8\)"),
     (damaged('master', lambda w: w.pop('layers.0.blocks.1.mlp._moe_layer.gates.0.wg.weight')),
      r".*The weights have no 'layers.0.blocks.1.mlp._moe_layer.gates.0.wg.weight'"),
     (damaged('master', lambda w: w.update({'layers.2.blocks.1.mlp._moe_layer._num_global_experts': torch.tensor(9)})),

@@ -375,9 +375,11 @@ def test_bad_arguments_are_refused_in_a_sentence(options, message):
 
 def test_directions_have_no_zero():
     dense, model = pair('vit_tiny_patch16_224', 'vmoe_vit_b', dict(router='cosine'))
-    with pytest.raises(InputError, match="router='zero': 'blocks.1.mlp' compares directions, which start at random"):
-        upcycle(dense.state_dict(), model)
-    assert 'blocks.1.mlp.router.projection.weight' in upcycle(dense.state_dict(), model, router='random')
+    for router in ('zero', 'kmeans'):
+        with pytest.raises(InputError, match=f"router='{router}': 'blocks.1.mlp' compares directions, which can only"):
+            upcycle(dense.state_dict(), model, router=router)
+    state = upcycle(dense.state_dict(), model)
+    assert torch.equal(state['blocks.1.mlp.router.weight'], model.blocks[1].mlp.router.weight)
 
 
 def test_models_that_take_no_dense_weights_say_so():

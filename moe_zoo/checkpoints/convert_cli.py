@@ -25,6 +25,7 @@ from ..engine.config import parse_overrides
 from ..engine.predict import read_image
 from ..errors import InputError, atomic_write, counted, exit_on_input_error, nearest, nearest_keyword
 from ..layers import MoEMlp
+from ..models.pretrained import misfit
 from ..models.vmoe import resize_table
 from . import LazyTensor, plan_vmoe, read_vmoe, token_features, upcycle, write_safetensors
 from .swin_moe import plan_swin_moe
@@ -98,9 +99,9 @@ def convert_vmoe(prefix: str, out: str | Path, model: str | None = None, img_siz
         _resize(plan, img_size, prefix)
     kwargs = _model_kwargs(plan)
     if model is not None:
-        misfit = _misfit(plan, model, kwargs)
-        if misfit:
-            raise InputError(f'{prefix!r} is not for {model}: {misfit}.')
+        different = _misfit(plan, model, kwargs)
+        if different:
+            raise InputError(f'{prefix!r} holds weights that are not for {model}: {different}.')
     else:
         model = next((name for name in known if not _misfit(plan, name, kwargs)), None)
     write_safetensors(out, plan, {'source': Path(prefix).name})
@@ -129,9 +130,9 @@ def convert_swin_moe(folder: str | Path, out: str | Path) -> str:
         plan, kwargs = plan_swin_moe(ranks, rest)
     except InputError as error:
         raise InputError(f"FOLDER '{folder}': {error}") from error
-    misfit = _misfit(plan, 'moefied', dict(kwargs, base=SWIN))
-    if misfit:
-        raise InputError(f"FOLDER '{folder}' is of another model than timm's Swin: {misfit}.")
+    different = _misfit(plan, 'moefied', dict(kwargs, base=SWIN))
+    if different:
+        raise InputError(f"FOLDER '{folder}': The weights are of another model than timm's Swin: {different}.")
     write_safetensors(out, plan, {'source': paths[0].name.removesuffix('.rank0')})
     # What timm takes from the configuration, where the images' size and the classes are looked up too.
     size, classes, channels = (kwargs.pop(key) for key in ('img_size', 'num_classes', 'in_chans'))
@@ -282,12 +283,7 @@ def _misfit(plan: dict[str, LazyTensor], name: str, kwargs: dict[str, Any]) -> s
     """The first tensor that differs from what a model wants, as a clause; empty where all fit."""
     model = timm.create_model(name, device='meta', **kwargs)
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    found = {key: value.shape for key, value in plan.items()}
-    for key in [*wanted, *found]:
-        if wanted.get(key) != found.get(key):
-            shapes = [f'of shape {of[key]}' if key in of else 'missing' for of in (found, wanted)]
-            return f'{key} is {shapes[0]} in it, and {shapes[1]} in the model'
-    return ''
+    return misfit({key: value.shape for key, value in plan.items()}, wanted)
 
 
 def _usage(model: str | None, kwargs: dict[str, Any], out: Path) -> str:

@@ -10,7 +10,7 @@ For token experts: Sparse Upcycling, Komatsuzaki et al., ICLR 2023, https://arxi
 | `MoEStage` of narrow experts | every expert has other channels of the stage | not kept: most of the stage is missing |
 | DeepMoE | gates of one; a further channel is a copy of one and shares its outgoing weights with it | kept |
 | `MoEMlp`, gates that sum to one | copies, or slices of which all are chosen | kept |
-| `MoEMlp`, gates as V-MoE's | the same, scaled by E / K, under a zero router | kept |
+| `MoEMlp`, gates as V-MoE's | the same, scaled by E / K, under a zero router | kept, but for the router 'cosine' |
 | `MoEMlp`, Expert Choice | copies | kept where every expert takes every token, at a capacity factor of E / K |
 
 "Kept": the logits differ by rounding, below 1e-4 where they are of the order of 10, in evaluation mode. In training a

@@ -271,12 +271,11 @@ def _sum_of_gates(layer: MoEMlp) -> Tuple[float, bool]:
 
 
 def _start_token_router(name: str, layer: MoEMlp, job: Job, default: str) -> Makers:
+    if isinstance(layer.router, CosineTopKRouter):
+        if job.router not in (None, 'random'):
+            raise InputError(f'router={job.router!r}: {name!r} compares directions, which can only start at random.')
+        default = 'random'
     makers = job.start_router(f'{name}.router', default)
-    asked = job.router or default
-    if isinstance(layer.router, CosineTopKRouter) and asked != 'random':
-        raise InputError(
-            f"router={asked!r}: {name!r} compares directions, which start at random; the function is then kept with"
-            " router_args={'renormalise': True}.")
     if job.router == 'kmeans':
         if name not in job.tokens:
             raise InputError(

@@ -13,13 +13,14 @@ import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_device_dtype, to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from torch import nn
 
 from ..errors import InputError, nearest
 from ..layers import RoutedModel
 from ..layers.situational_fusion import Encoder, SituationalFusion
+from .pretrained import build
 
 __all__ = ['FusionNet', 'PlainFusionNet']
 
@@ -319,7 +320,7 @@ def _create_fusion(variant: str, pretrained: bool = False, **kwargs) -> FusionNe
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     whole = bool(cfg.has_weights or cfg.state_dict or cfg.source)
     kwargs.setdefault('img_size', None)  # which timm would fill in: None says that nobody asked for a size
-    return build_model_with_cfg(
+    return build(
         partial(FusionNet, encoder_pretrained=pretrained and not whole, mean=cfg.mean, std=cfg.std),
         variant,
         pretrained and whole,

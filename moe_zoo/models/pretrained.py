@@ -5,7 +5,7 @@ twin's own hub repository and upcycled while they load (`moe_zoo.checkpoints.upc
 as in `condconv_resnet50.up_a1_in1k`.
 """
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping
+from typing import Any, Callable, Dict, List, Mapping, Tuple
 
 import torch
 from timm.models import adapt_input_conv, build_model_with_cfg, get_pretrained_cfg, resolve_pretrained_cfg
@@ -87,9 +87,9 @@ def build(
         takes: What a name without a file to download takes besides weights of its own, where `TAKES` does not tell.
 
     Raises:
-        InputError: There is no file to load, it is missing, or it cannot be downloaded.
+        InputError: There is no file to load, it is missing, it cannot be downloaded, or it is of another model.
     """
-    kwargs = dict(kwargs, pretrained_filter_fn=pretrained_filter_fn)
+    kwargs = dict(kwargs)
     if kwargs.get('features_only'):
         kwargs.setdefault('num_classes', 0)  # weights of any classes do
     if not pretrained:
@@ -103,8 +103,22 @@ def build(
     local = cfg.state_dict or cfg.file or cfg.source == 'local-dir'
     if cfg.file and not cfg.state_dict and not Path(cfg.file).exists():
         raise InputError(f"pretrained=True: there is no file '{cfg.file}'.")
+    loaded: List[Mapping[str, Any]] = []  # weights as timm is going to load them, and those of the model
+
+    def filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+        loaded[:] = [pretrained_filter_fn(state_dict, model), model.state_dict()]
+        return loaded[0]
+
     try:
-        return build_model_with_cfg(model_cls, variant, True, **kwargs)
+        return build_model_with_cfg(model_cls, variant, True, pretrained_filter_fn=filter_fn, **kwargs)
+    except (RuntimeError, AttributeError) as error:  # the latter where the first convolution has another name
+        shapes = [{k: tuple(v.shape) for k, v in weights.items() if not k.endswith('num_batches_tracked')}
+                  for weights in loaded]
+        different = misfit(*shapes) if shapes else ''
+        if not different:
+            raise
+        raise InputError(
+            f'pretrained=True: the weights are not those of {variant} with these keywords: {different}.') from error
     except OSError as error:
         if local:
             raise
@@ -112,6 +126,15 @@ def build(
             f'pretrained=True: the weights of {variant} are those of {cfg.hf_hub_id or cfg.url}, which cannot be '
             f'fetched ({type(error).__name__}); pass its model.safetensors {HOW}.'
         ) from error
+
+
+def misfit(found: Mapping[str, Tuple[int, ...]], wanted: Mapping[str, Tuple[int, ...]]) -> str:
+    """The first tensor whose shape differs from what a model wants, as a clause; empty where all fit."""
+    for key in [*wanted, *found]:
+        if wanted.get(key) != found.get(key):
+            shapes = [f'of shape {of[key]}' if key in of else 'missing' for of in (found, wanted)]
+            return f'{key} is {shapes[0]} in them, and {shapes[1]} in the model'
+    return ''
 
 
 def _names(value: Any) -> List[str]:
