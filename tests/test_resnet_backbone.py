@@ -1,6 +1,7 @@
 """detectron2's ResNet with routed stages: what they are, what dense weights become in them, what is refused."""
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -284,3 +285,120 @@ def test_r50_pkl_starts_every_kind(layer, tmp_path):
     with torch.no_grad():
         found, wanted = model.backbone.bottom_up(x)['res5'], dense.backbone.bottom_up(x)['res5']
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_torchvisions_and_timms_names_start_a_stage(tmp_path):
+    timm = pytest.importorskip('timm')
+    classifier = timm.create_model('resnet18', num_classes=3, channels=(8, 16, 32, 64), stem_width=4).eval()
+    names = {key: value for key, value in classifier.state_dict().items()}
+    names['conv1.weight'] = torch.randn(8, 3, 7, 7)  # this width of timm's stem has other sizes
+    names.update({f'bn1.{key}': torch.rand(8) + 0.5 for key in ('weight', 'bias', 'running_mean', 'running_var')})
+    names['layer1.0.conv1.weight'] = torch.randn(8, 8, 3, 3)
+    model = tiny('condconv')
+    torch.save(names, tmp_path / 'resnet18.pth')
+    SafeCheckpointer(model).load(str(tmp_path / 'resnet18.pth'))
+    resnet = model.backbone.bottom_up
+    assert torch.equal(resnet.stem.conv1.weight, names['conv1.weight'])
+    assert torch.equal(resnet.stem.conv1.norm.running_var, names['bn1.running_var'])
+    assert torch.equal(resnet.res3[0].shortcut.norm.weight, names['layer2.0.downsample.1.weight'])
+    kernels = resnet.res5[1].conv2.conv.weight.sum(dim=0) / 2  # four gates of 1/2
+    torch.testing.assert_close(kernels.view(64, 64, 3, 3), names['layer4.1.conv2.weight'])
+    model = tiny('condconv', 'MODEL.RESNETS.DEPTH', '50')
+    with pytest.raises(InputError, match='res3.0 is in its 1 x 1 convolution.* set MODEL.RESNETS.STRIDE_IN_1X1 False'):
+        SafeCheckpointer(model).load(str(tmp_path / 'resnet18.pth'))
+
+
+# --- pickles of strangers
+
+def load(content, tmp_path):
+    file = tmp_path / 'file.pkl'
+    file.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    return SafeCheckpointer(nn.Linear(2, 2))._load_file(str(file))['model']
+
+
+@pytest.mark.parametrize('protocol', range(6))
+def test_arrays_of_every_protocol_are_read(protocol, tmp_path):
+    arrays = {
+        'row': np.arange(6, dtype='<f4').reshape(2, 3), 'column': np.asfortranarray(np.arange(6.).reshape(2, 3)),
+        'cut': np.arange(12, dtype='i8').reshape(3, 4)[::2, ::2], 'big': np.array([1, 2], dtype='>i4'),
+        'scalar': np.float32(0.5), 'none': np.zeros((0, 4), 'f2'), 'flag': np.array(True)}
+    found = load(pickle.dumps({'model': arrays, '__author__': 'x'}, protocol=protocol), tmp_path)
+    assert list(found) == list(arrays)
+    for name, wanted in arrays.items():
+        assert np.array_equal(found[name], wanted) and found[name].dtype == wanted.dtype.newbyteorder('=')
+
+
+EMPTY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"  # an array, before its state
+
+
+def test_arrays_of_python_2_are_read(tmp_path):
+    """Its strings are pickled as such: two float32, 1 and 2, in bytes that no UTF-8 is."""
+    array = EMPTY + (b"(I1\n(I2\ntcnumpy\ndtype\n(S'f4'\nI0\nI1\ntR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntb"
+                     b"I00\nS'\\x00\\x00\\x80?\\x00\\x00\\x00@'\ntb")
+    found = load(b"(dS'conv1_w'\n" + array + b's.', tmp_path)
+    assert found['conv1_w'].tolist() == [1., 2.] and found['conv1_w'].dtype == np.float32
+
+
+class Calls:
+    """Pickles as a call."""
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize('content', [
+    {'model': Calls(eval, '1')},
+    {'model': Calls(getattr, dict, 'get')},  # the way to everything else
+    {'model': Calls(np.load, 'x')},
+    {'model': Calls(np.memmap, 'x')},
+    {'model': Calls(torch.load, 'x')},
+    Calls(open, 'harm', 'w'),
+    {'model': {'a': np.array([{}], dtype=object)}, '__author__': 'x'},  # objects in an array
+    {'model': {'a': np.array([(1, 2.)], dtype='i4,f4')}, '__author__': 'x'},
+    {'model': {'a': np.array(['text'])}, '__author__': 'x'},
+    b"cos\nsystem\n(S'echo harm'\ntR.",
+    b"cbuiltins\ndict.__class__\n(S'x'\n(t(dtR.",  # a dotted name
+    b'\x80\x04\x8c\x05numpy\x8c\x11ndarray.__class__\x93.',
+    b'cnumpy\nndarray\n(I1000000000000\ntR.',  # memory that the file does not fill
+    EMPTY + b"(I1\n(I1000000000\ntcnumpy\ndtype\n(S'f4'\nI0\nI1\ntRI00\nS'1234'\ntb.",
+    EMPTY + b"(I1\n(I1\ntcnumpy\ndtype\n(S'O8'\nI0\nI1\ntRI00\nS'12345678'\ntb.",
+    b"ccodecs\nencode\n(S'x'\nS'zip'\ntR.",
+    b"c_codecs\nencode\n(S'x'\nS'zip'\ntR.",
+    b"c_codecs\nencode\n(dS'__code__'\nNs" + b'b.',  # to change what it may name
+    b'cnumpy\ndtype\n}b.',
+    b"(dS'model'\n",  # cut short
+    b'S"x"\n0' * 3 + b'.',
+    b'',
+    b'(' * 100000 + b'l' * 100000 + b'.',
+    b'\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.',  # bytes beyond any memory
+    [1, 2],
+    'model __author__',
+    {'model': 3, '__author__': 'x'},
+    {'model': {'weight': [1, 2]}, '__author__': 'x'},
+])
+def test_hostile_pickles_are_refused_in_one_sentence(content, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / 'evil.pkl'
+    file.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    with pytest.raises(InputError, match=r"^Checkpoint '.*evil.pkl' is truncated, or no checkpoint of this model: .*"):
+        SafeCheckpointer(nn.Linear(2, 2)).load(str(file))
+    assert 'harm' not in capfd.readouterr().out and not (tmp_path / 'harm').exists()
+
+
+def test_one_pickle_cannot_change_how_the_next_is_read(tmp_path):
+    evil = b"c_codecs\nencode\n(N(dS'__defaults__'\n(S'a'\nS'latin1'\ntstb."  # state None, slots {__defaults__: ...}
+    with pytest.raises(InputError):
+        (tmp_path / 'evil.pkl').write_bytes(evil)
+        SafeCheckpointer(nn.Linear(2, 2)).load(str(tmp_path / 'evil.pkl'))
+    assert load({'model': {'a': np.ones(2)}, '__author__': 'x'}, tmp_path)['a'].tolist() == [1., 1.]
+
+
+def test_shared_containers_are_not_walked(tmp_path):
+    """Lists of lists of the same lists: 2^60 entries for whoever reads them all."""
+    bomb = []
+    for _ in range(60):
+        bomb = [bomb, bomb]
+    found = load({'model': {'a': np.ones(2)}, 'other': bomb, '__author__': 'x'}, tmp_path)
+    assert found['a'].tolist() == [1., 1.]
