@@ -274,12 +274,29 @@ def test_gradient_checkpointing(reentrant):
         set_reentrant_ckpt(False)
 
 
-def test_what_moefy_made_is_not_made_again_as_its_base():
-    model = moe_zoo.moefy(dense('resnet18'), 'layer4.*.conv2', 'moe_conv', num_experts=4)
+def test_what_moefy_made_is_saved_and_pruned_as_what_it_has_become(tmp_path):
+    small = dict(layers=(1, 1, 1, 2), channels=(8, 8, 16, 16))
+    model, x = dense('resnet18', **small), torch.randn(2, 3, 32, 32)
+    moe_zoo.moefy(model, 'layer4.*.conv2', 'moe_conv', num_experts=4)
     with torch.no_grad(), trace_routing(model) as trace:
-        model(torch.randn(2, 3, 32, 32))
-    with pytest.raises(InputError, match='^MoefiedResNet: only a model made by timm.create_model can be made again'):
-        prune(model, trace, keep=2)
+        model(x)
+    assert model._model_args['base'] == 'resnet18.a1_in1k' and model._model_args['num_classes'] == 5
+    for each in (model, prune(model, trace, keep=2)):
+        save_for_hf(each, tmp_path)
+        again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+        assert again.layer4[0].conv2.num_experts == each.layer4[0].conv2.num_experts
+        with torch.no_grad():
+            assert torch.equal(again(x), each(x))
+    # A second round is not what the name can say, and a model of none of timm's names has no arguments.
+    moe_zoo.moefy(model, 'layer3.*.conv2', 'condconv', num_experts=2)
+    routed = timm.create_model('condconv_resnet18', num_experts=3, **small)  # of which `num_experts` is said already
+    moe_zoo.moefy(routed, 'layer1.*.conv2', 'moe_conv', num_experts=4)
+    plain = moe_zoo.moefy(timm.models.ResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 1)), 'conv1', 'condconv')
+    for each in (model, routed, plain):
+        with torch.no_grad(), trace_routing(each.eval()) as trace:
+            each(x)
+        with pytest.raises(InputError, match='ResNet: only a model made by timm.create_model can be made again'):
+            prune(each, trace, keep=2)
 
 
 def test_a_routed_stem_takes_other_channels():

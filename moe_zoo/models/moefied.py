@@ -10,18 +10,19 @@ import fnmatch
 import functools
 import inspect
 import logging
+import sys
 from typing import Any, Callable, Dict, List, Sequence, Type, Union
 
 import timm
 import torch
 from timm.layers import Conv2dSame, GluMlp, Mlp, SwiGLU
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, get_notrace_functions, register_model
 from torch import nn
 
 from ..checkpoints import upcycle
 from ..errors import InputError, nearest
 from ..layers import DynamicConv2d, MoEConv2d, MoEMlp, RoutedConv2d, RoutedLayer, RoutedModel
-from .pretrained import build
+from .pretrained import HOW, build
 
 _logger = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ def moefy(
     >>> model = moe_zoo.moefy(model, 'layer4.*.conv2', layer='condconv', num_experts=4)
 
     What was replaced is logged. Token experts are those of `MoEMlp` with gates that sum to one, because V-MoE's own
-    would scale what the model has learned.
+    would scale what the model has learned. A model of timm.create_model is from then on one of the name `moefied`: so
+    timm.models.save_for_hf and push_to_hf_hub save it, and `moe_zoo.checkpoints.prune` makes it smaller.
 
     Args:
         model: Any timm model, or module with timm's layers; changed in place, and made a `RoutedModel`.
@@ -80,7 +82,7 @@ def moefy(
         raise InputError('The model is compiled: give moefy the model itself, and compile what it returns.')
     names = find_targets(model, targets, layer)
     _replace(model, names, layer, dict(layer_args, num_experts=num_experts))
-    vars(model).pop('_model_args', None)  # they make the model that it was
+    _remember(model, dict(layer_args, targets=names, layer=layer, num_experts=num_experts))
     if not isinstance(model, RoutedModel):
         model.__class__ = _routed_class(type(model))
     _logger.info(f'{len(names)} modules became {LAYERS[layer].__name__} of {num_experts} experts: {", ".join(names)}')
@@ -102,6 +104,24 @@ def _replace(model: nn.Module, names: Sequence[str], layer: str, layer_args: Dic
     except Exception:
         _put(model, replaced)
         raise
+
+
+def _remember(model: nn.Module, routed_args: Dict[str, Any]) -> None:
+    """Make timm's record of how to make a model that of the name `moefied`, so that it is saved as what it has become.
+
+    What that name does not know leaves it without a record: a second round of `moefy`, and a base that has been given
+    keywords which its new layers have too.
+    """
+    args, cfg = vars(model).pop('_model_args', None), getattr(model, 'pretrained_cfg', None)
+    if args is None or not cfg or cfg['architecture'] == 'moefied' or args.keys() & routed_args.keys():
+        return
+    base = '.'.join(filter(None, (cfg['architecture'], cfg.get('tag'))))
+    try:
+        timm.get_pretrained_cfg(base)
+    except RuntimeError:  # a tag of a folder, or of a repository of its own
+        base = cfg['architecture']
+    model._model_args = {**args, 'base': base, **routed_args}
+    model.pretrained_cfg = model.default_cfg = {**cfg, **dict.fromkeys(SOURCES), 'architecture': 'moefied', 'tag': None}
 
 
 def _put(model: nn.Module, modules: Dict[str, nn.Module]) -> None:
@@ -199,7 +219,19 @@ def _mlp(mlp: Union[Mlp, GluMlp, SwiGLU], cls: Type[MoEMlp], **kwargs) -> nn.Mod
 @functools.lru_cache(maxsize=None)
 def _routed_class(cls: Type[nn.Module]) -> Type[nn.Module]:
     """A class of the same models that also return their routing records when asked to."""
+    for module in {parent.__module__ for parent in cls.__mro__ if parent.__module__.startswith('timm.')}:
+        _leave_whole(vars(sys.modules[module]))
     return type(f'Moefied{cls.__name__}', (_Moefied, cls), {})
+
+
+def _leave_whole(names: Dict[str, Any]) -> None:
+    """Let FX leave functions whole that timm wants whole, in a module of timm's.
+
+    FX looks for them in the module of the forward that it begins with, which is ours and no longer the base's.
+    """
+    whole = get_notrace_functions()
+    for name in [name for name, value in names.items() if callable(value) and value in whole]:
+        exec('wrap(name)', names, {'wrap': torch.fx.wrap, 'name': name})  # it goes by the module of its caller
 
 
 class _Moefied(RoutedModel):
@@ -252,8 +284,10 @@ def _build(base: str, targets: Any, layer: str, layer_args: Dict[str, Any], pret
     except OSError as error:
         raise InputError(
             f'pretrained=True: the weights of base={base!r} cannot be fetched ({type(error).__name__}); pass its'
-            ' model.safetensors as pretrained_cfg_overlay=dict(file=...).') from error
-    return moefy(model, targets, layer, **layer_args)
+            f' model.safetensors {HOW}.') from error
+    model = moefy(model, targets, layer, **layer_args)
+    vars(model).pop('_model_args', None)  # create_model records what it was asked for
+    return model
 
 
 @register_model
