@@ -15,6 +15,7 @@ with warnings.catch_warnings():
 from .coco import register_coco, register_digit_scenes
 from .config import add_moe_config, load_config
 from .evaluation import use_fast_metrics
+from .heads import MoERetinaNetHead
 from .meta_arch import EpochHook, MoEFCOS, MoEGeneralizedRCNN, MoERetinaNet, with_moe_losses
 from .resnet_backbone import build_moe_resnet_fpn_backbone, route_resnet
 from .timm_backbone import TimmBackbone, build_timm_fpn_backbone
@@ -24,6 +25,7 @@ __all__ = [
     'MoEFCOS',
     'MoEGeneralizedRCNN',
     'MoERetinaNet',
+    'MoERetinaNetHead',
     'TimmBackbone',
     'add_moe_config',
     'build_moe_resnet_fpn_backbone',

@@ -50,6 +50,22 @@ def add_moe_config(cfg: CfgNode) -> None:
     moe.RESNET.CONSTRAINT = 'none'  # relative, mean: hard ones, with LOSSES []; all in moe_zoo.layers.image_moe
     moe.RESNET.CONSTRAINT_VALUE = None  # threshold or rate; None: the constraint's own
 
+    # MoERetinaNet: experts in its head.
+    moe.HEAD = CfgNode()
+    moe.HEAD.SUBNETS = 'none'  # which are routed: none, cls, box or both
+    moe.HEAD.EXPERTS = 'subnet'  # subnet, last_conv or output; see heads.EXPERTS
+    moe.HEAD.GATE_PER = 'level'  # level or image
+    moe.HEAD.SHARED_GATE = False  # one gate for both sub-nets
+    moe.HEAD.NUM_EXPERTS = 4
+    moe.HEAD.NUM_SELECTED = 2
+    moe.HEAD.GATE = 'gap_fc'  # GATE to CONSTRAINT_VALUE: as above
+    moe.HEAD.NOISE = None
+    moe.HEAD.LOSSES = [['kl', 0.25]]
+    moe.HEAD.CONSTRAINT = 'none'
+    moe.HEAD.CONSTRAINT_VALUE = None
+    moe.HEAD.PERTURB = 0.0  # above 0 the detections of a dense detector are not kept
+    moe.HEAD.TRAIN_ONLY_NEW = False  # freeze all but the experts and gates of the head
+
     # Own data, for the tools of moe_zoo: a folder with annotations/instances_{train,val}.json, train/ and val/, or the
     # single pieces. They replace DATASETS.TRAIN and DATASETS.TEST.
     moe.DATA = CfgNode()

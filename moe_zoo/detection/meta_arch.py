@@ -6,6 +6,7 @@ import math
 from typing import Any, Dict, List, Tuple, Type
 
 import torch
+from detectron2.config import CfgNode, configurable
 from detectron2.engine import HookBase
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
 from detectron2.modeling.meta_arch import FCOS
@@ -18,6 +19,7 @@ from ..layers import RoutedLayer
 from ..layers.moe_stage import MoEStage
 from ..losses import auxiliary_losses, balance
 from ..routing import RoutingContext, end_step_after_optimizer, routing_context, set_epoch
+from .heads import MoERetinaNetHead, train_experts_only
 from .resnet_backbone import UpcycledStage
 
 LOG_PERIOD = 20  # iterations; detectron2's writers have the same period
@@ -115,7 +117,26 @@ def with_moe_losses(meta_arch: Type[nn.Module]) -> Type[nn.Module]:
 
 @META_ARCH_REGISTRY.register()
 class MoERetinaNet(with_moe_losses(RetinaNet)):
-    """detectron2's RetinaNet with auxiliary losses."""
+    """detectron2's RetinaNet with auxiliary losses; from a config, with the experts in the head that MOE.HEAD asks for.
+
+    Args:
+        train_only_new: Freeze all but the experts and gates of the head.
+        kwargs: As in RetinaNet.
+    """
+
+    @configurable
+    def __init__(self, *, train_only_new: bool = False, **kwargs):
+        super().__init__(**kwargs)
+        if train_only_new:
+            train_experts_only(self)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
+        arguments = super().from_config(cfg)
+        if cfg.MOE.HEAD.SUBNETS != 'none':
+            shapes = arguments['backbone'].output_shape()
+            arguments['head'] = MoERetinaNetHead(cfg, [shapes[name] for name in cfg.MODEL.RETINANET.IN_FEATURES])
+        return {**arguments, 'train_only_new': cfg.MOE.HEAD.TRAIN_ONLY_NEW}
 
 
 @META_ARCH_REGISTRY.register()
@@ -125,7 +146,13 @@ class MoEGeneralizedRCNN(with_moe_losses(GeneralizedRCNN)):
 
 @META_ARCH_REGISTRY.register()
 class MoEFCOS(with_moe_losses(FCOS)):
-    """detectron2's FCOS with auxiliary losses."""
+    """detectron2's FCOS with auxiliary losses, in a LazyConfig: detectron2 builds none from yaml."""
+
+    def __init__(self, *args, **kwargs):
+        if args:
+            raise InputError('MODEL.META_ARCHITECTURE MoEFCOS: detectron2 has FCOS in LazyConfigs only; run one by '
+                             'moe-zoo run lazyconfig_train_net.py, or use MoERetinaNet.')
+        super().__init__(**kwargs)
 
 
 class EpochHook(HookBase):
