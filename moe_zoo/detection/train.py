@@ -94,11 +94,13 @@ class Trainer(DefaultTrainer):
         super().run_step()
 
     def state_dict(self) -> Dict[str, Any]:
-        return {**super().state_dict(), 'seed': self.data_loader.seed, 'classes': self.classes}
+        return {**super().state_dict(), 'seed': self.data_loader.seed, 'classes': self.classes,
+                'loss_normalizer': _normalizer(self.model)}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.data_loader.seed = state_dict.get('seed', self.data_loader.seed)
+        _set_normalizer(self.model, state_dict.get('loss_normalizer'))
         if state_dict.get('classes', self.classes) != self.classes:
             raise InputError(f'it was trained on the categories {_some(state_dict["classes"])}, '
                              f'and DATASETS.TRAIN has {_some(self.classes)}')
@@ -178,7 +180,8 @@ def _shown(losses: Mapping[str, torch.Tensor]) -> str:
 
 
 class OneRanksBuffers(HookBase):
-    """Before a checkpoint or an evaluation, every rank takes over the buffers (BatchNorm's, routers') of the first.
+    """Before a checkpoint or an evaluation, every rank takes over the buffers (BatchNorm's, routers') of the first, and
+    its running normaliser of the loss.
 
     A checkpoint holds those of the first alone, and a resumed run shall not differ; nor shall the ranks of an
     evaluation. Parameters are equal anyway.
@@ -196,6 +199,18 @@ class OneRanksBuffers(HookBase):
                 done >= self.trainer.max_iter or any(done % period == 0 for period in self.periods)):
             for buffer in self.trainer.model.buffers():
                 distributed.broadcast(buffer, 0)
+            _set_normalizer(self.trainer.model, comm.all_gather(_normalizer(self.trainer.model))[0])
+
+
+def _normalizer(model: nn.Module) -> Optional[float]:
+    """The running mean of positive anchors that RetinaNet and FCOS divide by: a plain attribute, in no state_dict."""
+    value = getattr(getattr(model, 'module', model), 'loss_normalizer', None)
+    return None if value is None else float(value)
+
+
+def _set_normalizer(model: nn.Module, value: Optional[float]) -> None:
+    if value is not None:
+        getattr(model, 'module', model).loss_normalizer = value
 
 
 class StarvedExperts(HookBase):
@@ -311,7 +326,9 @@ def work(args: argparse.Namespace) -> Dict[str, Any]:
 def _train(cfg: CfgNode, resume: bool) -> Dict[str, Any]:
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
-    trainer.train()
+    # The scripted losses of detectron2 are compiled anew in every process, after a first call that rounds otherwise.
+    with torch.jit.optimized_execution(cfg.MODEL.DEVICE != 'cpu'):
+        trainer.train()
     return trainer._last_eval_results
 
 
