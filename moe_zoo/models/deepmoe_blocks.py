@@ -338,6 +338,8 @@ class DeepMoEModel(StagedModel):
         self.embedding = ShallowEmbedding(
             self.num_classes, self.in_chans, embed_widths, embed_stem,
             (self.num_classes or 128) if embed_dim is None else embed_dim, embed_softmax, embed_loss, **dd)
+        # An argument of the saved model, which timm adds those of create_model to: the gates outlive the classes.
+        self._model_args = {'embed_dim': self.embedding.dim}
         for parent, name in self.stage_slots():
             stage = GatedStage(*getattr(parent, name))
             for each in stage:

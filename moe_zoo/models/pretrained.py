@@ -13,7 +13,7 @@ from torch import nn
 
 from ..checkpoints import is_routed, upcycle
 from ..errors import InputError
-from ..layers import RoutedLayer
+from ..layers import RoutedLayer, ShallowEmbedding
 
 # What a name without a file to download takes besides weights of its own.
 TAKES = {
@@ -55,9 +55,12 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     A classifier for other classes, or none, leaves the model its own; the first convolution stays the dense one, which
     timm fits to other input channels; where it is routed it is fitted before.
     """
-    if is_routed(state_dict, model):
-        return state_dict
     cfg = model.pretrained_cfg
+    if is_routed(state_dict, model):
+        # timm drops a classifier for other classes; the one that DeepMoE's embedding may have goes with it.
+        gone = [f'{name}.classifier.' for name, module in model.named_modules() if isinstance(module, ShallowEmbedding)]
+        others = model.num_classes != cfg.get('num_classes')
+        return {k: v for k, v in state_dict.items() if not (others and k.startswith(tuple(gone)))}
     ignore: List[str] = []
     for classifier in _names(cfg.get('classifier')):
         if model.num_classes != cfg.get('num_classes') or f'{classifier}.weight' not in state_dict:
