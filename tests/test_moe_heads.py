@@ -1,4 +1,5 @@
 """Experts in RetinaNet's head, and auxiliary losses in any meta-architecture."""
+import logging
 import math
 from types import SimpleNamespace
 
@@ -8,8 +9,8 @@ import torch
 pytest.importorskip('detectron2', reason='detectron2 is not installed')
 
 from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
+from detectron2.config import CfgNode, instantiate  # noqa: E402
 from detectron2.config import LazyCall as L  # noqa: E402
-from detectron2.config import instantiate  # noqa: E402
 from detectron2.layers import CycleBatchNormList, ShapeSpec  # noqa: E402
 from detectron2.modeling import FPN, build_model  # noqa: E402
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator  # noqa: E402
@@ -46,7 +47,7 @@ from moe_zoo.detection import (  # noqa: E402
 from moe_zoo.errors import InputError  # noqa: E402
 from moe_zoo.layers import DynamicConv2d  # noqa: E402
 from moe_zoo.losses import auxiliary_losses, kl_loss  # noqa: E402
-from moe_zoo.routing import end_step, routing_context, trace_routing  # noqa: E402
+from moe_zoo.routing import end_step, routing_context, set_epoch, trace_routing  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # of detectron2's older code
 
@@ -502,6 +503,48 @@ def test_the_hook_tells_the_model_of_epochs():
         hook.before_step()
         seen.append({layer.routing_fn.current_temperature().item() for layer in layers})
     assert seen == [{4.}, {4.}, {3.}, {2.}, {1.}]  # epochs 0, 0, 1, 2, 3
+
+
+def test_under_a_trainer_that_tells_of_no_epochs_they_follow_from_the_iteration(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger('moe_zoo'), 'propagate', True)  # a run before may have switched it off
+    cfg = load_config('configs/demo/retinanet_digits.yaml', TINY)
+    cfg.MOE.RESNET.ARGS = CfgNode({'temperature': 4., 'anneal_epochs': 3})
+    silent = build_model(cfg).train()
+    cfg.MOE.ITERATIONS_PER_EPOCH = 2
+    model = build_model(cfg).train()
+    router = next(m for m in model.modules() if isinstance(m, DynamicConv2d)).routing_fn
+    temperatures = []
+    for iteration in range(5):
+        with EventStorage(iteration):
+            model(images((64, 64), (64, 64)))
+        temperatures.append(router.current_temperature().item())
+    assert temperatures == [4., 4., 3., 3., 2.]
+    set_epoch(model, 0)  # a trainer that tells is believed
+    with EventStorage(6):
+        model(images((64, 64), (64, 64)))
+    assert router.current_temperature().item() == 4. and 'MOE.ITERATIONS_PER_EPOCH' not in caplog.text
+    with EventStorage(), caplog.at_level(logging.WARNING):
+        silent(images((64, 64), (64, 64)))
+    assert 'set MOE.ITERATIONS_PER_EPOCH' in caplog.text
+
+
+@pytest.mark.slow
+def test_a_traced_detector_sends_levels_to_experts_by_their_own_gates():
+    from detectron2.export import TracingAdapter
+    model = unlike_random(detector()).eval()
+    routed = detector('MOE.HEAD.SUBNETS', 'box').eval()
+    routed.load_state_dict(model.state_dict(), strict=False)
+    for parameter in routed.head.bbox_experts.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    first, other = ([{'image': image}] for image in (torch.rand(3, 64, 96) * 255, torch.zeros(3, 64, 96)))
+    adapter = TracingAdapter(routed, first)
+    with torch.no_grad(), trace_routing(routed) as trace:
+        traced = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
+        found = adapter.outputs_schema(traced(other[0]['image'], *adapter.flattened_inputs[1:]))
+        wanted = routed(other)
+    chosen = [routing.indices.sort(dim=1).values for routing in trace['head.bbox_experts']]
+    assert not torch.equal(chosen[0], chosen[-1])  # else the trace would have nothing to get wrong
+    torch.testing.assert_close(found[0]['instances'].pred_boxes.tensor, wanted[0]['instances'].pred_boxes.tensor)
 
 
 def test_fcos_of_a_yaml_is_refused_in_one_sentence():

@@ -141,8 +141,9 @@ def test_layers_of_a_stage_are_those_of_their_papers():
     assert resnet.stages[2] is resnet.res4 and resnet.stages[3] is resnet.res5
 
 
-def test_a_dead_gate_removes_its_channel_and_need_not_be_computed():
-    routed = route_resnet(dense_resnet(), 'deepmoe', ['res5'], **LAYERS['deepmoe']).eval()
+@pytest.mark.parametrize('norm', ['BN', 'FrozenBN'])
+def test_a_dead_gate_removes_its_channel_and_need_not_be_computed(norm):
+    routed = route_resnet(dense_resnet(norm=norm), 'deepmoe', ['res5'], **LAYERS['deepmoe']).eval()
     for gate in (routed.res5[0].gate1, routed.res5[1].gate2):
         gate.weight.data[::2] = 0
     x = torch.randn(1, 3, 64, 64)

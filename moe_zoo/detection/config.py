@@ -76,6 +76,10 @@ def add_moe_config(cfg: CfgNode) -> None:
     moe.DATA.TEST_IMAGES = ''
     moe.DATA.STRICT = False  # refuse an unreadable image instead of skipping and counting it
 
+    # For trainers that do not tell of epochs, such as detectron2's own tools: images of the training set by images a
+    # batch, which the temperature of Dynamic Convolution follows. tools/train_coco.py counts them itself.
+    moe.ITERATIONS_PER_EPOCH = 0
+
     moe.FIND_UNUSED_PARAMETERS = False  # DDP; our layers give every parameter a gradient, other models may not
 
 

@@ -2,6 +2,7 @@
 
     MoECascade = with_moe_losses(MyCascadeRCNN)
 """
+import logging
 import math
 from typing import Any, Dict, List, Tuple, Type
 
@@ -12,6 +13,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
 from detectron2.modeling.meta_arch import FCOS
 from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage
+from detectron2.utils.logger import log_first_n
 from torch import nn
 
 from ..errors import InputError
@@ -35,17 +37,45 @@ class MoELosses:
     left on the module.
 
     Routers that adapt between steps (hard constraints, a selection bias) are told of every step of an optimiser of the
-    model, whichever trainer takes it; of epochs `EpochHook` tells those that follow them.
+    model, whichever trainer takes it. Of epochs, which the temperature of Dynamic Convolution follows, a trainer tells
+    by `EpochHook`; under one that does not, such as detectron2's own tools, they follow from `iterations_per_epoch`.
 
     Statistics of a distributed run are those of one rank's images.
+
+    Args:
+        args, kwargs: As in the base.
+        iterations_per_epoch: Images of the training set by images a batch; MOE.ITERATIONS_PER_EPOCH of a config.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, iterations_per_epoch: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
+        if args and isinstance(args[0], CfgNode):
+            iterations_per_epoch = args[0].MOE.ITERATIONS_PER_EPOCH
+        self.iterations_per_epoch = iterations_per_epoch
+        self.told_of_epochs = False
         end_step_after_optimizer(self)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called where a trainer tells of epochs."""
+        self.told_of_epochs = True
+
+    def _follow_epochs(self) -> None:
+        iteration = get_event_storage().iter
+        followers = [m for m in self.modules() if hasattr(m, 'set_epoch') and m is not self]
+        if self.told_of_epochs or not followers:
+            return
+        if not self.iterations_per_epoch:
+            log_first_n(logging.WARNING, 'Nobody tells this detector of epochs, so that the temperature of Dynamic '
+                        'Convolution stays as it is: set MOE.ITERATIONS_PER_EPOCH (117,266 images of COCO 2017 in '
+                        'batches of 16: 7330), or register moe_zoo.detection.EpochHook.', name=__name__)
+        elif iteration % self.iterations_per_epoch == 0:  # a resumed run has the last one in its checkpoint
+            for module in followers:
+                module.set_epoch(iteration // self.iterations_per_epoch)
 
     def forward(self, batched_inputs: List[Dict[str, Any]]):
         """As the base's: a dictionary of losses in training, else one dictionary an image with its instances."""
+        if self.training and torch.is_grad_enabled():
+            self._follow_epochs()
         with routing_context(*self._image_sizes(batched_inputs)) as context:
             outputs = super().forward(batched_inputs)
         if not self.training:
@@ -136,7 +166,11 @@ class MoERetinaNet(with_moe_losses(RetinaNet)):
         if cfg.MOE.HEAD.SUBNETS != 'none':
             shapes = arguments['backbone'].output_shape()
             arguments['head'] = MoERetinaNetHead(cfg, [shapes[name] for name in cfg.MODEL.RETINANET.IN_FEATURES])
-        return {**arguments, 'train_only_new': cfg.MOE.HEAD.TRAIN_ONLY_NEW}
+        return {
+            **arguments,
+            'train_only_new': cfg.MOE.HEAD.TRAIN_ONLY_NEW,
+            'iterations_per_epoch': cfg.MOE.ITERATIONS_PER_EPOCH,
+        }
 
 
 @META_ARCH_REGISTRY.register()

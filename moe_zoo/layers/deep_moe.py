@@ -376,7 +376,7 @@ def _check_block(name: str, block: ChannelGated) -> None:
     if block.training:
         raise InputError(f"sparse_inference: block '{name}' is in training mode; call model.eval() first.")
     for _, norm, gate, _ in block.chain():
-        if gate is not None and not (isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None):
+        if gate is not None and getattr(norm, 'running_mean', None) is None:  # frozen norms have one
             raise InputError(
                 f"sparse_inference: block '{name}' has a {type(norm).__name__}; channels can be left out of a "
                 'BatchNorm2d with running statistics only.')
