@@ -231,6 +231,19 @@ def test_weights_for_other_keywords_are_told(name, has, wants, message):
             state_dict=weights, num_classes=5), **{**shape, **wants})
 
 
+@pytest.mark.parametrize('name, kwargs', [
+    ('deepmoe_resnet18', dict(RESNET, embed_widths=(8,))), ('deepmoe_vgg16_cifar', dict(channels=(8, 8, 8, 8, 8)))])
+@pytest.mark.parametrize('wanted', [dict(features_only=True), dict(num_classes=0), dict(num_classes=3, embed_dim=5)])
+def test_gates_that_grew_with_the_classes_outlive_them(name, kwargs, wanted):
+    """A DeepMoE's gates read as many mixture weights as there were classes."""
+    weights = timm.create_model(name, num_classes=5, **kwargs).state_dict()
+    overlay = dict(state_dict=weights, num_classes=5)
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs, **wanted)
+    model = getattr(model, 'model', model)  # inside a features_only wrapper
+    gates = [key for key in weights if '.gate' in key]
+    assert len(gates) > 4 and all(torch.equal(model.state_dict()[key], weights[key]) for key in gates)
+
+
 @pytest.mark.parametrize('name, dense', [('condconv_resnet18', resnet), ('deepmoe_resnet18', resnet),
                                          ('moe_resnet18', resnet), ('vmoe_vit_b', vit)])
 def test_saved_it_is_a_model_of_its_own(name, dense, tmp_path):

@@ -13,7 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet, feature_take_indices
 
-from .deepmoe_blocks import DeepMoEModel
+from .deepmoe_blocks import DeepMoEModel, gates_of_weights
 from .pretrained import build, upcycled_cfgs
 
 __all__ = ['DeepMoEResNet']
@@ -76,6 +76,7 @@ default_cfgs = generate_default_cfgs(upcycled_cfgs({
 
 
 def _create_deepmoe_resnet(variant: str, pretrained: bool = False, **kwargs) -> DeepMoEResNet:
+    kwargs = gates_of_weights(variant, pretrained, kwargs)
     kwargs.setdefault('zero_init_last', False)  # the norm before a gate would hide it from the first gradient
     return build(
         DeepMoEResNet,

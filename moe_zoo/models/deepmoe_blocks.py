@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type, U
 
 import torch
 from timm.layers import register_notrace_module, use_reentrant_ckpt
+from timm.models import resolve_pretrained_cfg
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 from torch.nn import functional as F
@@ -392,6 +393,14 @@ class DeepMoEModel(StagedModel):
         """As the dense network's; the embedding belongs to the stem."""
         matcher = super().group_matcher(coarse)
         return dict(matcher, stem=matcher['stem'] + r'|^embedding')
+
+
+def gates_of_weights(variant: str, pretrained: bool, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """Keywords of a model without classes, with gates as wide as those of the weights that it is going to load."""
+    if not pretrained or not (kwargs.get('features_only') or kwargs.get('num_classes') == 0):
+        return kwargs
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    return {'embed_dim': cfg.num_classes or None, **kwargs}
 
 
 def _check_options(width: float, widen: str, bottleneck: str) -> None:

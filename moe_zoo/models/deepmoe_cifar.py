@@ -15,7 +15,7 @@ from timm.models.resnet import BasicBlock, downsample_conv, feature_take_indices
 from torch import nn
 from torch.nn import functional as F
 
-from .deepmoe_blocks import DeepMoEModel, GatedStage, PlainBlock
+from .deepmoe_blocks import DeepMoEModel, GatedStage, PlainBlock, gates_of_weights
 from .pretrained import build
 
 __all__ = ['CifarNet', 'DeepMoECifarNet']
@@ -246,6 +246,7 @@ def _create_cifar(variant: str, pretrained: bool = False, **kwargs) -> CifarNet:
         dict(flatten_sequential=True) if dense else dict(feature_cls='getter'),
         out_indices=tuple(range(len(kwargs['layers']))))
     if not dense:
+        kwargs = gates_of_weights(variant, pretrained, kwargs)
         kwargs = dict(dict(embed_widths=(64, 64, 128, 256), embed_stem=0), **kwargs)
     return build(
         CifarNet if dense else DeepMoECifarNet,
