@@ -8,6 +8,7 @@ import test_timm_host
 import timm
 import timm_host
 import torch
+from host_contract import fx_model
 from timm.layers import Format, GluMlp, Mlp, SwiGLU, set_reentrant_ckpt
 from timm.models import save_for_hf
 from torch import nn
@@ -111,6 +112,15 @@ def test_narrow_experts_are_slices_of_the_mlp():
         layer = moe_zoo.moefy(model, 'blocks.1.mlp', num_experts=4, expert_ratio=2).blocks[1].mlp
         assert layer.fc1.weight.shape == (8, 64, 32)  # 4 x 2 experts of 128 / 2
         torch.testing.assert_close(model(x), before, atol=1e-4, rtol=1e-4)
+
+
+def test_of_any_image_size_it_is_traced_as_its_base():
+    """timm resizes the table of positions by a function that FX has to leave whole."""
+    model = dense('vit_tiny_patch16_224', dynamic_img_size=True, **SMALL)
+    moe_zoo.moefy(model, 'blocks.*.mlp', num_experts=2)
+    x = torch.randn(1, 3, 32, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(next(iter(fx_model(model)(x).values())), model(x))
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 import timm
 import timm_host
 import torch
+from host_contract import check_host_contract
 from test_timm_host import MODULES, SMALLEST, check, expected_tests, needs_timm_tests
 from test_upcycle import RESNET, ROUTED_VIT, difference, lively
 from timm.task import FeatureDistillationTask, LogitDistillationTask
@@ -17,6 +18,8 @@ from torch import nn
 from moe_zoo.checkpoints import merge, prune, to_dense, upcycle
 from moe_zoo.errors import InputError
 from moe_zoo.routing import Routing, trace_routing
+
+BASED_ON_RESNET = dict(base='resnet18', targets='layer4.*.conv2')
 
 
 def routed(name: str, **kwargs) -> nn.Module:
@@ -117,6 +120,20 @@ def test_a_chain_keeps_the_same_experts_everywhere():
     assert torch.equal(smaller.layer4[1].conv1.weight, model.layer4[1].conv1.weight[[1, 3]])
 
 
+SHRUNK = {
+    'vmoe_vit_b': {}, 'condconv_resnet18': dict(num_experts=4), 'moe_resnet18': {},
+    'moefied': dict(BASED_ON_RESNET, layer='moe_conv', num_experts=4)}
+
+
+@pytest.mark.parametrize('name, shrink', [*((name, prune) for name in SHRUNK), ('vmoe_vit_b', merge),
+                                          ('condconv_resnet18', merge)])
+def test_shrunk_it_is_a_model_of_timms(name, shrink):
+    model = routed(name, **SHRUNK[name])
+    smaller = shrink(model, traced(model), keep=2)
+    assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in model.parameters())
+    check_host_contract(smaller)
+
+
 def test_pruned_it_is_saved_and_created_small(tmp_path):
     model = routed('vmoe_vit_b')
     model.reset_classifier(3)
@@ -183,16 +200,51 @@ def test_what_was_upcycled_folds_back(name, kwargs):
         torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-5)
 
 
-def test_constant_gates_fold_exactly_and_others_on_average():
+@pytest.mark.parametrize('name, twin, kwargs', [
+    ('condconv_resnet18', 'resnet18', dict(num_experts=3)),
+    ('condconv_resnet18', 'resnet18', dict(num_experts=3, route_fn='hierarchical')),
+    ('dyconv_resnet18', 'resnet18', {}),
+    ('deepmoe_narrow_resnet18', 'resnet18', {}),
+    ('deepmoe_resnet50', 'wide_resnet50_2', {}),  # its 3 x 3 are widened, as those of the wide network
+    ('moefied', 'resnet18', dict(BASED_ON_RESNET, layer='condconv', num_experts=3)),
+    ('dyconv_mobilenetv2_050', 'mobilenetv2_050', dict(layers=None, channels=None)),
+    *(pytest.param(f'{kind}_{name}', twin, dict(layers=None, channels=None), marks=pytest.mark.slow)
+      for kind, name, twin in [
+          ('condconv', 'mobilenetv1_100', 'mobilenetv1_100'), ('condconv', 'mobilenetv2_100', 'mobilenetv2_100'),
+          ('condconv', 'mnasnet_a1', 'semnasnet_100'), ('condconv', 'efficientnet_lite0', 'tf_efficientnet_lite0'),
+          ('condconv', 'efficientnet_b0', 'tf_efficientnet_b0'),
+          ('dyconv', 'mobilenetv3_small_100', 'mobilenetv3_small_100')]),
+])
+def test_constant_gates_fold_exactly(name, twin, kwargs):
+    """Into timm's own network, of timm's own class."""
+    model = routed(name, **kwargs)
+    shape = {key: value for key, value in RESNET.items() if kwargs.get(key, value)}
+    dense = timm.create_model(twin, num_classes=5, **shape).eval()
+    assert type(dense).__module__.startswith('timm.models.')
+    for parameter in last_router_weights(model, 'weight'):
+        nn.init.zeros_(parameter)
+    for parameter in last_router_weights(model, 'bias'):
+        nn.init.normal_(parameter)
+    dense.load_state_dict(to_dense(model, traced(model)))
+    assert difference(model, dense) < (1e-5 if 'channels' not in kwargs else 1e-3)  # rounding in 50 layers, unnormed
+    check_host_contract(dense)
+
+
+def test_other_gates_fold_on_average():
     model = routed('condconv_resnet18', num_experts=3)
     dense = timm.create_model('resnet18', num_classes=5, **RESNET).eval()
     dense.load_state_dict(to_dense(model, traced(model)))
-    assert 1e-4 < difference(model, dense)
+    assert 1e-4 < difference(model, dense) < 1
+
+
+def last_router_weights(model: nn.Module, kind: str) -> list[nn.Parameter]:
+    """What the images have an effect on the gates through."""
+    found: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
-        if 'routing_fn' in name:
-            nn.init.zeros_(parameter) if name.endswith('weight') else nn.init.normal_(parameter)
-    dense.load_state_dict(to_dense(model, traced(model)))
-    assert difference(model, dense) < 1e-5
+        router = re.match(rf'(.*routing_fn|embedding\.fc)\..*{kind}$|(.*routing_fn|embedding\.fc)\.{kind}$', name)
+        if router:
+            found[router[1] or router[2]] = parameter  # of two layers the second
+    return list(found.values())
 
 
 def test_channels_that_are_never_live_are_zero():
@@ -263,11 +315,26 @@ def test_timms_distillation_takes_routed_teachers_and_students(task_cls, tmp_pat
     assert not taught.training and all(p.grad is None for p in taught.parameters())
 
 
+# Keywords that make a model small enough for all of timm's tests, of four experts
+PRUNED = {
+    SMALLEST: dict(num_experts=4),
+    'vmoe_vit_s': dict(depth=4, embed_dim=32, num_heads=2, representation_size=32, num_experts=4),
+    'moe_resnet18': dict(channels=(8, 8, 16, 16), num_experts=4),
+}
+
+
 @needs_timm_tests
 @pytest.mark.slow
-def test_a_pruned_model_passes_timms_own_tests(tmp_path):
-    model = timm.create_model(SMALLEST, num_experts=4).eval()
-    smaller = prune(model, traced(model), keep=1)
-    kwargs = {key: value for key, value in smaller._model_args.items() if key != 'num_classes'}
-    found = timm_host.run([SMALLEST], MODULES, tmp_path, kwargs={SMALLEST: kwargs})
-    check(SMALLEST, found[SMALLEST], expected_tests(SMALLEST, meta=False))
+def test_pruned_models_pass_timms_own_tests(tmp_path):
+    """A pruned or merged model is its name with other keywords, which a saved one is created from."""
+    smaller = {}
+    for name, kwargs in PRUNED.items():
+        model = timm.create_model(name, **kwargs).eval()
+        with trace_routing(model) as trace, torch.no_grad():
+            model(torch.randn(2, *model.default_cfg['input_size']))
+        args = prune(model, trace, keep=2)._model_args
+        assert args['num_experts'] == 2
+        smaller[name] = {key: value for key, value in args.items() if key != 'num_classes'}
+    found = timm_host.run(PRUNED, MODULES, tmp_path, kwargs=smaller)
+    for name in PRUNED:
+        check(name, found[name], expected_tests(name, meta=False))
