@@ -23,6 +23,10 @@ class InputError(ValueError):
     """What was given cannot be used. The message is one sentence that says what would be."""
 
 
+class MissingPackage(InputError):
+    """An optional package is not installed. The message says which, and how it is had."""
+
+
 def counted(number: int, noun: str) -> str:
     """`1 image`, `2,000 images`, `3 classes`."""
     ending = '' if number == 1 else 'es' if noun.endswith('s') else 's'

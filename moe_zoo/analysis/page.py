@@ -288,6 +288,26 @@ def _figure(figure: Figure) -> str:
     return f'<figure>{drawing}{caption}</figure>'
 
 
+def chart_file(chart: str, title: str, alt: str) -> str:
+    """A chart of `moe_zoo.analysis.charts` as an SVG file of its own: on a card, light or dark as the reader's system.
+
+    Args:
+        chart: The SVG text, in the page's colours.
+        title: Written above it.
+        alt: What it shows, in words.
+    """
+    light, dark = re.findall(r':root {(.*?)}', STYLE.read_text(encoding='utf-8'), re.S)
+    width, height = (float(number) for number in re.search(r'viewBox="0 0 (\S+) (\S+)"', chart).groups())
+    inner = re.sub(r' width="[^"]*"', f' x="20" y="46" width="{width:g}" height="{height:g}"', chart, count=1)
+    style = f'svg {{{light}  color: var(--ink);\n}}\n@media(prefers-color-scheme:dark) {{\n  svg {{{dark}}}\n}}'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width + 40:g} {height + 60:g}" width="{width + 40:g}" '
+        f'fill="currentColor" font-family="system-ui, sans-serif" role="img" aria-label="{html.escape(alt)}">\n'
+        f'<style>\n{style}\n</style>\n'
+        f'<rect width="100%" height="100%" rx="8" fill="var(--card)" stroke="var(--line)"/>\n'
+        f'<text x="20" y="30" font-size="15" font-weight="600">{html.escape(title)}</text>\n{inner}\n</svg>\n')
+
+
 def _facts(facts: Sequence[tuple[str, str]]) -> str:
     if not facts:
         return ''

@@ -14,7 +14,7 @@ from typing import List, NamedTuple, Optional, Sequence
 import torch
 from torch.nn import functional as F
 
-from moe_zoo.errors import InputError
+from moe_zoo.errors import InputError, MissingPackage
 
 VOWELS = ('iy', 'ih', 'eh', 'ae', 'ah', 'aa', 'ao', 'uh', 'uw', 'er')
 TYPES = {'m': 'men', 'w': 'women', 'c': 'children'}
@@ -82,7 +82,7 @@ def load_vowels(path: Optional[str] = None) -> Vowels:
     if path is not None:
         return _read(_find(Path(path).expanduser()))
     if importlib.util.find_spec('parselmouth') is None:
-        raise InputError(MISSING)
+        raise MissingPackage(MISSING)
     from parselmouth.praat import call
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / 'praat.csv'

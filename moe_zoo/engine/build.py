@@ -11,16 +11,18 @@ import torch.distributed as dist
 from timm import utils
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.loss import create_classification_loss
-from timm.models import is_model, list_models, resolve_model_input_args
+from timm.models import get_pretrained_cfg_value, is_model, list_models, resolve_model_input_args
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import NativeScaler
 from torch import nn
 
 from ..errors import InputError, nearest, nearest_keyword
+from ..models.pretrained import HOW
 from .checkpoint import check_fits, find_weights, read_checkpoint
 
 SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'none')
+PATH = 'as pretrained_path=FILE (finetune: --from-dense FILE)'  # what a command line says instead of `HOW`
 
 
 def open_device(args: argparse.Namespace) -> torch.device:
@@ -67,7 +69,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
             global_pool=args.gp,
             bn_momentum=args.bn_momentum,
             bn_eps=args.bn_eps,
-            **args.model_kwargs,
+            **{**_size_of_base(args), **args.model_kwargs},
         )
         model = timm.create_model(pretrained=args.pretrained or bool(args.pretrained_path), **keywords)
     except (TypeError, AssertionError) as error:
@@ -75,14 +77,27 @@ def build_model(args: argparse.Namespace) -> nn.Module:
         raise InputError(f'The model {args.model!r} cannot be built with these options: {error}{hint}') from error
     except (RuntimeError, ValueError) as error:
         if isinstance(error, InputError):
-            raise
+            raise InputError(str(error).replace(HOW, PATH)) from error
         raise InputError(f'The model {args.model!r} cannot be built: {error}') from error
+    except OSError as error:  # of a model of timm's; ours say it themselves
+        raise InputError(
+            f'pretrained=true: the weights of {args.model} cannot be fetched ({type(error).__name__}); pass its'
+            f' model.safetensors {PATH}.') from error
     if args.initial_checkpoint:
         weights = find_weights(read_checkpoint(args.initial_checkpoint), args.initial_checkpoint)
         check_fits(model, weights, args.initial_checkpoint, args.model)
         model.load_state_dict(weights)
     args.num_classes = model.num_classes
     return model
+
+
+def _size_of_base(args: argparse.Namespace) -> Dict[str, int]:
+    """`img_size` for a `moefied` model whose base is built for one size: timm asks the name's own configuration."""
+    base, size = args.model_kwargs.get('base'), args.img_size or (args.input_size or [None])[-1]
+    try:
+        return {'img_size': size} if base and size and get_pretrained_cfg_value(base, 'fixed_input_size') else {}
+    except RuntimeError:
+        return {}  # of an unknown tag the model tells
 
 
 def prepare_model(args: argparse.Namespace, model: nn.Module, device: torch.device) -> nn.Module:

@@ -28,6 +28,8 @@ FILES = {
     'route-consistency': 'route_consistency',
     'situational-fusion': 'situational_fusion',
     'vowels': 'vowels',
+    'finetune-cnn': 'finetune',
+    'finetune-vit': 'finetune',
     'upcycle': 'dense_weights',
     'prune': 'dense_weights',
 }

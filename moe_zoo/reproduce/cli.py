@@ -7,10 +7,10 @@ from typing import Optional
 
 from rich.console import Console
 
-from moe_zoo.errors import InputError, exit_on_input_error
+from moe_zoo.errors import InputError, MissingPackage, exit_on_input_error
 
 from . import FILES, find_experiment
-from .report import publish, verdict_line, write_page
+from .report import checkout, draw_figures, publish, verdict_line, write_page
 from .runner import reproduce
 
 HELP = """\
@@ -28,6 +28,7 @@ examples:
   python tools/reproduce.py --list
   python tools/reproduce.py condconv
   python tools/reproduce.py condconv --data-dir cifar10 --seeds 10
+  python tools/reproduce.py finetune-cnn finetune-vit --data-dir cifar10
   python tools/reproduce.py all
 """
 
@@ -47,7 +48,9 @@ def parser() -> argparse.ArgumentParser:
     add('--pilot', action='store_true', help='measure on the validation images, with other seeds, into DIR/pilot: for '
         'choosing hyper-parameters and the deviation that a claim expects')
     add('--publish', action='store_true', help='copy the results, without the single runs, to docs/experiments, and '
-        "renew the README's table and the cards from what is there")
+        "renew the README's table and figures and the cards from what is there")
+    add('--figures', action='store_true', help="run nothing: draw the README's figures, docs/figures, again from "
+        'docs/experiments')
     add('--page', action='store_true', help='run nothing: write the page again from the results in DIR')
     return result
 
@@ -65,6 +68,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.page:
         console.print(f"page in '{write_page(args.output)}'", markup=False)
         return 0
+    if args.figures:
+        for path in draw_figures(checkout()):
+            console.print(f"figure in '{path}'", markup=False)
+        return 0
     if not args.names:
         raise InputError(f'Name an experiment, or all: {", ".join(FILES)}.')
     if args.jobs is not None and args.jobs < 1:
@@ -75,7 +82,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         args.output /= 'pilot'
     experiments = [find_experiment(name) for name in (FILES if 'all' in args.names else args.names)]
     for experiment in experiments:
-        _run(experiment, args, console)
+        try:
+            _run(experiment, args, console)
+        except MissingPackage as error:
+            if len(experiments) == 1:
+                raise
+            console.print(f'{experiment.name} is left out: {error}', markup=False)
     console.print(f"page in '{args.output / 'index.html'}'", markup=False)
     return 0
 

@@ -68,6 +68,9 @@ class Experiment:
         seeds: How many, from 0.
         cards: Models of moe_zoo whose small version it trains; what was measured goes onto their cards.
         charts: Results (see `moe_zoo.reproduce.runner.summarise`) -> further blocks of the section.
+        pictured: The README shows its first chart; publishing writes docs/figures/NAME.svg.
+        files: `load` is given as a second argument the folder of the experiment, for data that must lie in files.
+        computes: Further files and folders of the package that its runs compute with, see `runner.COMPUTES`.
         together: The arms of a seed share what is trained: `run` is given the options of all of them in one list, and
             returns their metrics in one list.
     """
@@ -78,11 +81,14 @@ class Experiment:
     arms: tuple[Arm, ...]
     claims: tuple[Claim, ...]
     run: Callable[[Any, int, Data], Any]
-    load: Callable[[Optional[str]], Data]
+    load: Callable[..., Data]
     seeds: int = 5
     cards: tuple[str, ...] = ()
     charts: Optional[Callable[[dict[str, Any]], Sequence[Any]]] = None
+    pictured: bool = False
     together: bool = False
+    files: bool = False
+    computes: tuple[str, ...] = ()
 
     def __post_init__(self):
         names = [arm.name for arm in self.arms]

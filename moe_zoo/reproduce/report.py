@@ -11,12 +11,12 @@ from typing import Any, Optional, Union
 
 import moe_zoo
 from moe_zoo.analysis.charts import intervals
-from moe_zoo.analysis.page import Figure, Page, Section, Table
+from moe_zoo.analysis.page import Figure, Page, Section, Table, chart_file
 from moe_zoo.errors import InputError, atomic_write
 
 from . import FILES, find_experiment
 
-__all__ = ['card_rows', 'publish', 'readme_table', 'renewed_card', 'verdict_line', 'write_page']
+__all__ = ['card_rows', 'draw_figures', 'publish', 'readme_table', 'renewed_card', 'verdict_line', 'write_page']
 
 TITLE = "The papers' experiments, reproduced at desk scale"
 LEAD = (
@@ -138,7 +138,9 @@ def checkout() -> Path:
 
 
 def publish(results: Results, root: Optional[Path] = None) -> Path:
-    """Keep finished results, without the single runs, in docs/experiments; renew the README's table and the cards.
+    """Keep finished results, without the single runs, in docs/experiments; renew what is made of all that are there.
+
+    That is the README's table and its figures in docs/figures, and the cards.
 
     Raises:
         InputError: They are not finished, or too large to keep.
@@ -153,12 +155,35 @@ def publish(results: Results, root: Optional[Path] = None) -> Path:
     path = root / 'docs' / 'experiments' / f'{results["name"]}.json'
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding='utf-8')
+    draw_figures(root)
     table, rows = readme_table(path.parent), card_rows(path.parent)
     readme = root / 'README.md'
     _renew(readme, lambda text: BLOCK.sub(lambda found: f'{found[1]}{table}{found[2]}', text))
     for card in (root / 'registry').glob('*/*.toml'):
         _renew(card, lambda text, name=card.stem: renewed_card(text, rows.get(name, [])))
     return path
+
+
+def draw_figures(root: Path) -> list[Path]:
+    """Draw the figures that the README shows, docs/figures, from what docs/experiments holds."""
+    paths = []
+    for name, text in readme_figures(root / 'docs' / 'experiments').items():
+        path = root / 'docs' / 'figures' / f'{name}.svg'
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, encoding='utf-8')
+        paths.append(path)
+    return paths
+
+
+def readme_figures(folder: Path) -> dict[str, str]:
+    """Name of every published experiment that is `pictured` to its first chart as an SVG file."""
+    figures = {}
+    for results in _published(folder):
+        experiment = find_experiment(results['name'])
+        if experiment.pictured:
+            figure = experiment.charts(results)[0]
+            figures[results['name']] = chart_file(figure.image, results['title'], figure.alt)
+    return figures
 
 
 def _renew(path: Path, change: Callable[[str], str]) -> None:

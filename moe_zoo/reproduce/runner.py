@@ -81,6 +81,8 @@ def reproduce(
         raise InputError(f'--seeds {count}: a paired test needs at least 2 seeds.')
     seeds = [seed + PILOT * pilot for seed in range(count)]
     folder = output / experiment.name
+    if experiment.files:
+        experiment = replace(experiment, load=partial(experiment.load, files=folder))
     if pilot:
         experiment = replace(experiment, load=partial(_without_test, experiment.load))
     data = experiment.load(data_dir)
@@ -207,7 +209,8 @@ def _made_by() -> dict[str, Optional[str]]:
 def fingerprint(experiment: Experiment, data: Data) -> str:
     """A hash of what all runs of an experiment compute with: data and code."""
     package = Path(moe_zoo.__file__).parent
-    found = [path for name in COMPUTES for path in ([package / name] if '.' in name else (package / name).glob('*.py'))]
+    parts = (*COMPUTES, *experiment.computes)
+    found = [path for name in parts for path in ([package / name] if '.' in name else (package / name).glob('*.py'))]
     found.append(Path(experiment.run.__code__.co_filename))
     state = hashlib.sha256(torch.__version__.encode())
     for path in sorted(found):

@@ -35,7 +35,7 @@ HELD_OUT = 0.2  # of every class of the training images, for validation where no
 
 
 class Split(NamedTuple):
-    """Images (N, C, H, W) float32, standardised by the mean and deviation of the training images, and their classes.
+    """Images and their classes; standardised by the mean and deviation of the training images, or from 0 to 1.
 
     Attributes:
         images: (N, C, H, W) float32.
@@ -63,18 +63,18 @@ class Data(NamedTuple):
         return {'in_chans': self.train.images.shape[1], 'num_classes': self.num_classes}
 
 
-def load_images(folder: Optional[str], size: int = 32) -> Data:
+def load_images(folder: Optional[str], size: int = 32, standardise: bool = True) -> Data:
     """The images of a folder, see `load_folder`, or scikit-learn's digits where none is given."""
-    return load_digits_data(size) if folder is None else load_folder(folder, size)
+    return load_digits_data(size, standardise) if folder is None else load_folder(folder, size, standardise)
 
 
-def load_digits_data(size: int = 32) -> Data:
+def load_digits_data(size: int = 32, standardise: bool = True) -> Data:
     """scikit-learn's 1,797 handwritten digits, 8 x 8, enlarged to `size` x `size`."""
     x_train, y_train, x_test, y_test = load_digits_split()
-    return _assemble("scikit-learn's digits", size, (x_train, y_train), (x_test, y_test))
+    return _assemble("scikit-learn's digits", size, standardise, (x_train, y_train), (x_test, y_test))
 
 
-def load_folder(folder: str, size: int = 32) -> Data:
+def load_folder(folder: str, size: int = 32, standardise: bool = True) -> Data:
     """Images from an npz file, or from folders of one class each: `train/` and `test/` or `val/`.
 
     Where `val/` and `test/` are both there, `val/` is for validation; else a fifth of the training images is.
@@ -83,6 +83,8 @@ def load_folder(folder: str, size: int = 32) -> Data:
         folder: The folder; or an npz file, or a folder with one, with `x_train`, `y_train`, `x_test`, `y_test`: uint8
             (N, H, W) or (N, H, W, C), and integers (N,).
         size: Height and width that images are brought to.
+        standardise: Bring the mean of the training images to 0 and their deviation to 1, channel by channel; or else
+            leave pixels from 0 to 1.
 
     Raises:
         InputError: There is no such data.
@@ -96,7 +98,7 @@ def load_folder(folder: str, size: int = 32) -> Data:
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
                 f"--data-dir '{archives[0]}' is no npz with x_train, y_train, x_test, y_test: {error}") from error
-        return _assemble(path.resolve().name, size, *parts)
+        return _assemble(path.resolve().name, size, standardise, *parts)
     folders = [path / name for name in ('train', 'test', 'val') if (path / name).is_dir()]
     if len(folders) < 2 or folders[0].name != 'train':
         raise InputError(f"--data-dir '{folder}' holds neither one npz file nor the folders train and test (or val).")
@@ -107,7 +109,7 @@ def load_folder(folder: str, size: int = 32) -> Data:
     if any(part.classes != found[0].classes for part in found):
         raise InputError(f"--data-dir '{folder}': its parts hold folders of different classes.")
     parts = [(np.stack([image for image, _ in part]), np.asarray(part.targets)) for part in found]
-    return _assemble(path.resolve().name, size, *parts)
+    return _assemble(path.resolve().name, size, standardise, *parts)
 
 
 def scattered(data: Data, copies: int = 4) -> Data:
@@ -150,18 +152,20 @@ def _read(file: str, size: int) -> np.ndarray:
 def _assemble(
         name: str,
         size: int,
+        standardise: bool,
         train: tuple[np.ndarray, np.ndarray],
         test: tuple[np.ndarray, np.ndarray],
         validation: Optional[tuple[np.ndarray, np.ndarray]] = None,
 ) -> Data:
-    """Tensors of one size, standardised; validation images are held out of the training images where none are given."""
+    """Tensors of one size; validation images are held out of the training images where none are given."""
     if validation is None:
         held_out = _hold_out(train[1])
         train, validation = (tuple(a[~held_out] for a in train), tuple(a[held_out] for a in train))
     splits = [Split(_tensor(images, size), torch.from_numpy(targets)) for images, targets in (train, validation, test)]
-    mean = splits[0].images.mean(dim=(0, 2, 3), keepdim=True)
-    std = splits[0].images.std(dim=(0, 2, 3), keepdim=True)
-    splits = [split._replace(images=(split.images - mean) / std) for split in splits]
+    if standardise:
+        mean = splits[0].images.mean(dim=(0, 2, 3), keepdim=True)
+        std = splits[0].images.std(dim=(0, 2, 3), keepdim=True)
+        splits = [split._replace(images=(split.images - mean) / std) for split in splits]
     counts = ', '.join(f'{len(s.targets):,} {kind}' for s, kind in zip(splits, ('train', 'validation', 'test')))
     num_classes = int(splits[0].targets.max()) + 1
     return Data(*splits, num_classes, f'{name}, {size} x {size} pixels: {counts}')
