@@ -531,7 +531,7 @@ def test_coco_metrics_come_from_the_fast_evaluator(tiny, scenes):
 
 def test_a_hard_constraint_in_the_backbone_hears_of_every_step_of_an_optimiser():
     cfg = load_config(path_of('coco/retinanet_condconv_r50_fpn_1x'), [
-        *SMALL, 'MOE.TIMM.NAME', 'moe_resnet18', 'MOE.TIMM.FROZEN_BN', 'False', 'MODEL.BACKBONE.FREEZE_AT', '0'])
+        *SMALL, 'MOE.TIMM.NAME', 'moe_resnet18', 'MODEL.BACKBONE.FREEZE_AT', '0'])
     cfg.MOE.TIMM.ARGS = type(cfg)({'constraint': 'relative', 'channels': (8, 8, 8, 8)})
     model = build_model(cfg).train()
     router = next(m.router for m in model.modules() if isinstance(m, MoEStage))

@@ -25,13 +25,18 @@ def add_moe_config(cfg: CfgNode) -> None:
         return
     moe = cfg.MOE = CfgNode()
 
-    # build_timm_fpn_backbone: any hierarchical model of timm or moe_zoo under an FPN.
+    # build_timm_fpn_backbone: any model of timm or moe_zoo that gives features, under a pyramid. MODEL.FPN.IN_FEATURES
+    # [res3, res4, res5] makes P3 to P7, [res2, res3, res4, res5] P2 to P6; MODEL.BACKBONE.FREEZE_AT n freezes what is
+    # before the first stage, and n - 1 stages, which in a plain transformer are blocks.
     moe.TIMM = CfgNode()
     moe.TIMM.NAME = 'condconv_resnet50'
     moe.TIMM.ARGS = CfgNode(new_allowed=True)  # keywords of timm.create_model, such as {num_experts: 4}
     moe.TIMM.PRETRAINED = False  # weights that timm knows by the model's name
-    moe.TIMM.CHECKPOINT = ''  # or a classification checkpoint of this model, as tools/train_imagenet.py writes
-    moe.TIMM.FROZEN_BN = False  # BatchNorm as a fixed affine map: with pretrained weights only
+    # Or a classification checkpoint of this model or of its dense twin, as tools/train_imagenet.py writes.
+    moe.TIMM.CHECKPOINT = ''
+    # BatchNorm as it is, '', as a fixed affine map, FrozenBN (with trained weights only), or over all ranks, SyncBN.
+    moe.TIMM.NORM = ''
+    moe.TIMM.CHECKPOINTING = False  # compute activations anew in backward: less memory, more time
     # timm's models expect RGB and their own mean and std. False: trust INPUT.FORMAT, PIXEL_MEAN and PIXEL_STD as given.
     moe.TIMM.CHECK_INPUT = True
 
