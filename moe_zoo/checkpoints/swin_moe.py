@@ -17,10 +17,13 @@ shapes that https://github.com/microsoft/Tutel/issues/248 shows of the released 
 - The router is `gates.0.wg.weight` (E, D) without a bias; or `gates.0.cosine_projector` to P dimensions,
   `gates.0.sim_matrix` (P, E), and `gates.0.temperature` (1,), the logarithm of a factor. Softmax before top-1, gates
   not normalised, noise of standard deviation 1 / E on the logits in training, capacity factor 1.25 in training and
-  evaluation, tokens of large gates first. `_num_global_experts`, if there, is E.
+  evaluation over the images of one GPU, tokens of large gates first. `_num_global_experts`, if there, is E.
 - The attention is that of the first Swin, pre-norm and with scaled products; the bias of its relative positions is a
   small network of stored coordinates, two linear maps with a ReLU between. A table of what it says is timm's parameter.
 - Downsampling is at the end of a stage, in timm at the start of the next; `head` is timm's `head.fc`.
+
+In training, the model that takes them drops tokens by the same factor, rounded otherwise, in groups of `group_images`;
+in evaluation it drops none, so that no image depends on another, unless `eval_capacity_factor=1.25` asks for it.
 
 Letters: E experts, D width, H heads, X hidden width, N positions in a table of relative positions.
 """
