@@ -59,6 +59,7 @@ def curves(
         y_format: str = '{:.1f}',
         x_format: str = '{:g}',
         log: bool = True,
+        least: float = -math.inf,
 ) -> str:
     """Points joined by lines, one colour a line, which are named below.
 
@@ -67,11 +68,12 @@ def curves(
         x_label, y_label: Written along the axes, units included.
         y_format, x_format: Of the numbers at the axes.
         log: Whether x, which is then above 0, is on a logarithmic scale.
+        least: Bars are cut there: the smallest value that y can have.
     """
     points = [point for _, line in lines for point in line]
     if not points or (log and any(x <= 0 for x, *_ in points)):
         raise InputError(f'lines={lines!r}: a chart needs at least one point, and on a logarithmic scale x above 0.')
-    ends = [(x, end) for x, y, *deviation in points for d in deviation or [0] for end in (y - d, y + d)]
+    ends = [(x, end) for x, y, *deviation in points for d in deviation or [0] for end in (max(y - d, least), y + d)]
     across, up, parts = _axes(*zip(*ends), x_label, y_label, x_format, y_format, log)
     x, y = LEFT, BOTTOM + 66
     for number, (name, line) in enumerate(lines):
@@ -80,8 +82,8 @@ def curves(
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         for a, b, *deviation in line:
             parts += [
-                f'<line x1="{across(a):.1f}" y1="{up(b - d):.1f}" x2="{across(a):.1f}" y2="{up(b + d):.1f}" '
-                f'stroke="{colour}" stroke-opacity=".6"/>' for d in deviation]
+                f'<line x1="{across(a):.1f}" y1="{up(max(b - d, least)):.1f}" x2="{across(a):.1f}" '
+                f'y2="{up(b + d):.1f}" stroke="{colour}" stroke-opacity=".6"/>' for d in deviation]
             parts.append(
                 f'<circle cx="{across(a):.1f}" cy="{up(b):.1f}" r="4" fill="{colour}">'
                 f'<title>{html.escape(name)}: {x_format.format(a)}, {y_format.format(b)}</title></circle>')

@@ -270,10 +270,12 @@ class SizeCollector:
 
     @staticmethod
     def _usable(module: nn.Module, calls: List[_Call]):
-        inputs = [call.inputs for call in calls]
-        if any(len(each) != 1 or each[0].dim() not in (2, 3) for each in inputs):
+        """Routers of features alone; which items lie on padding changes no decision upon the others."""
+        features = [call.inputs[0] for call in calls]
+        others = [each for call in calls for each in call.inputs[1:] if each is not None]
+        if any(each.dim() not in (2, 3) for each in features) or any(each.dtype != torch.bool for each in others):
             return None, None, calls[0].padding
-        return module, torch.cat([each[0].detach() for each in inputs]), calls[0].padding
+        return module, torch.cat([each.detach() for each in features]), calls[0].padding
 
     def _shuffled_router(self, name: str) -> ShuffledRouters:
         if name not in self._shuffled:

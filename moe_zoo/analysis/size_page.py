@@ -129,13 +129,13 @@ def _layer(layer: Mapping[str, Any], sizes: Mapping[str, Any]) -> List[Block]:
                  for e in shown]
         ends = '; '.join(f'{name}: {line[0][1]:.0f} % to {line[-1][1]:.0f} %' for name, line in lines)
         blocks.append(Figure(
-            curves(lines, 'root of the area of the object, pixels', 'gate, %', '{:.0f}'),
+            curves(lines, 'root of the area of the object, pixels', 'gate, %', '{:.0f}', least=0.),
             f'Mean gate over the size of objects, from the smallest to the largest. {ends}.',
             "Mean gate over the size of objects (COCO's classes end at 32 and 96), 95 % intervals by image."))
     return [*blocks, Table(
         ['', *(f'{size} ({sizes["objects"][size]})' for size in SIZES), 'p (chance)'], rows,
         'Gate mass, half its 95 % interval (images are the independent cases), and in brackets the objects that the '
-        'expert leads.'), f'{layer["verdict"]}']
+        'expert leads.'), layer['verdict'][:1].upper() + layer['verdict'][1:]]
 
 
 def _most_moved(layer: Mapping[str, Any], experts: int) -> List[int]:

@@ -57,19 +57,20 @@ class Scenes:
     Args:
         cfg: A config with our keys.
         model: The detector, whose anchors tell the FPN level of an object; None does without levels.
+        quiet: Show no progress.
 
     Raises:
         InputError: DATASETS.TEST does not name exactly one usable set.
     """
 
-    def __init__(self, cfg: CfgNode, model: Optional[nn.Module] = None):
+    def __init__(self, cfg: CfgNode, model: Optional[nn.Module] = None, quiet: bool = False):
         if len(cfg.DATASETS.TEST) != 1:
             raise InputError(f'DATASETS.TEST {list(cfg.DATASETS.TEST)}: the analysis takes one data set.')
         self.loader = build_test_loader(cfg, cfg.DATASETS.TEST[0])
         self.evaluator = build_evaluator(cfg, cfg.DATASETS.TEST[0])
         self.coco = self.evaluator._coco_api
         self.anchors = anchor_sizes(model)
-        self.passes, self.expected = 0, 1
+        self.quiet, self.passes, self.expected = quiet, 0, 1
 
     def entries(self, image: dict[str, Any]) -> list[dict[str, Any]]:
         """The annotations of an image; crowds are no objects."""
@@ -117,7 +118,8 @@ class Scenes:
         """
         self.evaluator.reset()
         self.passes += 1
-        for batch in _progress(self.loader, f'pass {self.passes} of {max(self.expected, self.passes)}, {title}'):
+        number = f'pass {self.passes} of {max(self.expected, self.passes)}'
+        for batch in self.loader if self.quiet else _progress(self.loader, f'{number}, {title}'):
             watch = contextlib.nullcontext()
             if collector is not None:
                 watch = collector.batch(list(map(self.objects, batch)))

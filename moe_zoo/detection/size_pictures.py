@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from ..analysis.figures import COLOURS
-from ..analysis.object_gates import SIZES, Objects
+from ..analysis.object_gates import SIZES, Objects, size_classes
 from ..analysis.object_sizes import LayerSizes, SizeCollector
 from ..analysis.usage import evaluation_mode
 
@@ -19,7 +19,8 @@ GREY = '#7b8794'  # of what no expert leads
 
 
 def draw_scenes(scenes, model: nn.Module, layer: LayerSizes, count: int) -> list[tuple[str, bytes, str]]:
-    """Pictures of some images of a test set, those with objects of most sizes first.
+    """Pictures of some images of a test set: by turns those in which small, medium and large objects prevail, and of
+    these the ones with most sizes and objects.
 
     Args:
         scenes: A `moe_zoo.detection.object_sizes.Scenes`.
@@ -28,20 +29,25 @@ def draw_scenes(scenes, model: nn.Module, layer: LayerSizes, count: int) -> list
         count: How many pictures.
 
     Returns:
-        (file name, bytes of a PNG, what it shows in words) of each.
+        (file name, bytes of a JPEG, what it shows in words) of each.
     """
     if count < 1:
         return []
     dataset = scenes.loader.loader.dataset
-    ranked = sorted(range(len(dataset)), key=lambda i: (-_variety(scenes, dataset, i), i))[:count]
+    ranked = []  # (turn, prevailing size, number of the image)
+    found = [_sizes(scenes, number) for number in sorted(scenes.coco.imgs)]  # as detectron2 orders them
+    for size in range(len(SIZES)):
+        of_size = [i for i, each in enumerate(found) if each.any() and each.argmax() == size]
+        best = sorted(of_size, key=lambda i: (-(found[i] > 0).sum(), -min(found[i].sum(), 9), i))[:count]
+        ranked += [(turn, size, i) for turn, i in enumerate(best)]
     with evaluation_mode(model):
-        return [_picture(scenes, model, layer.name, dataset[i], i) for i in sorted(ranked)]
+        return [_picture(scenes, model, layer.name, dataset[i], i) for *_, i in sorted(ranked)[:count]]
 
 
-def _variety(scenes, dataset, index: int) -> float:
-    image = dataset._dataset[index] if hasattr(dataset, '_dataset') else dataset[index]
-    areas = [a['area'] for a in scenes.entries(image)]
-    return len(set(Objects(np.zeros((len(areas), 4)), areas).sizes.tolist())) + min(len(areas), 9) / 10
+def _sizes(scenes, image_id: int) -> np.ndarray:
+    """(S,) number of objects of each size class."""
+    areas = [a['area'] for a in scenes.entries({'image_id': image_id})]
+    return np.bincount(size_classes(areas), minlength=len(SIZES))
 
 
 @torch.no_grad()
@@ -63,8 +69,8 @@ def _picture(scenes, model: nn.Module, layer: str, image: dict[str, Any], index:
     for box, gate, leader in zip((boxes * scale).tolist(), gates, leaders):
         _labelled(pen, box, leader, f'{leader}: {100 * gate[leader]:.0f} %' if leader >= 0 else 'no one')
     file = io.BytesIO()
-    canvas.save(file, 'PNG', optimize=True)
-    return f'scene_{index:04d}.png', file.getvalue(), _words(objects, leaders, len(missed))
+    canvas.save(file, 'JPEG', quality=88)
+    return f'scene_{index:04d}.jpg', file.getvalue(), _words(objects, leaders, len(missed))
 
 
 def _gates(scenes, model: nn.Module, layer: str, image: dict[str, Any], boxes: np.ndarray) -> np.ndarray:

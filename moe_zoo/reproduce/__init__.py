@@ -28,6 +28,7 @@ FILES = {
     'route-consistency': 'route_consistency',
     'situational-fusion': 'situational_fusion',
     'vowels': 'vowels',
+    'object-sizes': 'object_sizes',
     'finetune-cnn': 'finetune',
     'finetune-vit': 'finetune',
     'upcycle': 'dense_weights',
