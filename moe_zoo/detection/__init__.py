@@ -17,6 +17,7 @@ from .config import add_moe_config, load_config
 from .evaluation import use_fast_metrics
 from .heads import MoERetinaNetHead
 from .meta_arch import EpochHook, MoEFCOS, MoEGeneralizedRCNN, MoERetinaNet, with_moe_losses
+from .pyramid import SimplePyramid
 from .resnet_backbone import build_moe_resnet_fpn_backbone, route_resnet
 from .timm_backbone import TimmBackbone, build_timm_fpn_backbone
 
@@ -26,6 +27,7 @@ __all__ = [
     'MoEGeneralizedRCNN',
     'MoERetinaNet',
     'MoERetinaNetHead',
+    'SimplePyramid',
     'TimmBackbone',
     'add_moe_config',
     'build_moe_resnet_fpn_backbone',

@@ -4,6 +4,7 @@
     cfg = get_cfg()
     cfg.merge_from_file('configs/coco/retinanet_moe_res5_r50_fpn_1x.yaml')
 """
+import functools
 from pathlib import Path
 from typing import Iterator, Sequence, Union
 
@@ -107,9 +108,19 @@ def load_config(config_file: Union[str, Path], opts: Sequence[str] = ()) -> CfgN
     if len(opts) % 2:
         raise InputError(f'Overrides come as KEY VALUE pairs, but there are {len(opts)} words: {" ".join(opts)}.')
     with sentences(cfg, 'the command line'):
+        _open_free_nodes(cfg, opts[::2])
         cfg.merge_from_list(list(opts))
     register_user_data(cfg)
     return cfg
+
+
+def _open_free_nodes(cfg: CfgNode, keys: Sequence[str]) -> None:
+    """Let a word of the command line be new in a node of keywords, such as MOE.TIMM.ARGS, as a file does."""
+    for key in keys:
+        *path, leaf = key.split('.')
+        node = functools.reduce(lambda found, name: found.get(name) if isinstance(found, CfgNode) else None, path, cfg)
+        if isinstance(node, CfgNode) and node.is_new_allowed():
+            node.setdefault(leaf, None)  # yacs lets None become anything
 
 
 def _find(config_file: Union[str, Path]) -> Path:
