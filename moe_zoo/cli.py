@@ -23,6 +23,7 @@ TOOLS = {
     'convert-checkpoint': ('moe_zoo.checkpoints.convert_cli', 'released or dense checkpoints into safetensors', None),
     'benchmark': ('moe_zoo.analysis.benchmark_cli', 'time of a model or layer as a ratio to its dense twin', None),
     'train-coco': ('moe_zoo.detection.train', 'train or evaluate a detector from a detectron2 config', 'detection'),
+    'predict-coco': ('moe_zoo.detection.predict', 'the objects that a detector sees in images, drawn', 'detection'),
     'analyze-object-sizes': (
         'moe_zoo.detection.object_sizes', 'which expert serves small, medium and large objects', 'detection'),
     'demo': ('moe_zoo.demo', 'train, count and explain small models, and write one page about it', 'demo'),

@@ -179,7 +179,7 @@ def wait_for(condition, process, seconds=300):
 @pytest.mark.slow
 def test_two_processes_killed_at_any_moment_and_resumed(tiny, tmp_path, repository):
     """SIGKILL to both and their loaders, somewhere after the first checkpoint; experts that a rank leaves idle too."""
-    argv = [*tiny, '--num-processes', '2', 'SOLVER.MAX_ITER', '40', 'SOLVER.CHECKPOINT_PERIOD', '3',
+    argv = [*tiny, '--num-processes', '2', 'SOLVER.MAX_ITER', '24', 'SOLVER.CHECKPOINT_PERIOD', '3',
             'DATALOADER.NUM_WORKERS', '1', 'DATALOADER.ASPECT_RATIO_GROUPING', 'False']
     run = dict(cwd=repository, capture_output=True, check=True, timeout=300)
     subprocess.run(command(repository, argv), **run)

@@ -38,9 +38,10 @@ def export(cfg: CfgNode, file: str) -> str:
     given = [m.test_score_thresh for m in thresholds]
     for module in thresholds:  # noise has no objects: compare what would be thrown away
         module.test_score_thresh = 0.
-    boxes = _compare(model, _trace(model, first), [other])
+    traced = _trace(model, first)
+    boxes = _compare(model, traced, other)
     try:
-        boxes += _compare(model, _trace(model, first), [turned])
+        boxes += _compare(model, traced, turned)
         size = 'of any size'
     except InputError:
         size = 'of {} x {} pixels'.format(*first[0]['image'].shape[1:])
@@ -89,23 +90,20 @@ def _trace(model: nn.Module, inputs: List[Dict[str, Any]]) -> nn.Module:
 
 
 @torch.no_grad()
-def _compare(model: nn.Module, traced: nn.Module, images: List[List[Dict[str, Any]]]) -> int:
-    """Number of detections that the traced model gives as the model does.
+def _compare(model: nn.Module, traced: nn.Module, inputs: List[Dict[str, Any]]) -> int:
+    """Number of detections in an image that the traced model gives as the model does.
 
     Raises:
         InputError: One differs.
     """
-    number = 0
-    for inputs in images:
-        wanted = _detect(model, [{'image': inputs[0]['image']}])
-        try:
-            found = traced(inputs[0]['image'])
-            same = all(a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-4)
-                       for a, b in zip(found, wanted))
-        except RuntimeError:  # an operator met a size that tracing wrote down
-            same = False
-        if not same:
-            raise InputError('This detector cannot be exported: traced, it gives other detections on an image that it '
-                             'was not traced with.')
-        number += len(wanted[0])
-    return number
+    wanted = _detect(model, [{'image': inputs[0]['image']}])
+    try:
+        found = traced(inputs[0]['image'])
+        same = all(a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-4)
+                   for a, b in zip(found, wanted))
+    except RuntimeError:  # an operator met a size that tracing wrote down
+        same = False
+    if not same:
+        raise InputError('This detector cannot be exported: traced, it gives other detections on an image that it was '
+                         'not traced with.')
+    return len(wanted[0])
