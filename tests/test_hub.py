@@ -65,11 +65,11 @@ def no_network(monkeypatch, tmp_path):
 
 @contextlib.contextmanager
 def downloads(shapes, tmp_path):
-    """Where timm would download weights of these networks, it gets random ones; yields what was asked for."""
+    """Where timm would download weights of these networks, it gets random ones; yields the cache of each."""
     asked = []
 
     def download(repo_id, filename, **kwargs):
-        asked.append(repo_id)
+        asked.append(kwargs['cache_dir'])
         name = repo_id.removeprefix('timm/').partition('.')[0]
         path = tmp_path / f'{name}.safetensors'
         save_file(lively(timm.create_model(name, **shapes[name])).state_dict(), path)
@@ -84,8 +84,9 @@ def build(family, tmp_path) -> nn.Module:
     name, kwargs, source, _ = FAMILIES[family]
     if isinstance(source, dict):
         with downloads(source, tmp_path) as asked:
-            model = timm.create_model(name, pretrained=True, **kwargs)
+            model = timm.create_model(name, pretrained=True, cache_dir=tmp_path / name, **kwargs)
         assert len(asked) == len(source)
+        assert family == 'fusion' or asked == [tmp_path / name]
     elif source:
         dense = timm.create_model(source, num_classes=5, **(VIT if 'vit' in source else RESNET))
         save_file(lively(dense).state_dict(), tmp_path / 'dense.safetensors')

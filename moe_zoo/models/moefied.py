@@ -285,6 +285,11 @@ def _build(base: str, targets: Any, layer: str, layer_args: Dict[str, Any], pret
         raise InputError(
             f'pretrained=True: the weights of base={base!r} cannot be fetched ({type(error).__name__}); pass its'
             f' model.safetensors {HOW}.') from error
+    except RuntimeError as error:
+        if not pretrained or timm.get_pretrained_cfg(base).has_weights:
+            raise
+        raise InputError(
+            f'pretrained=True: base={base!r} has no file to download; pass weights of it {HOW}.') from error
     model = moefy(model, targets, layer, **layer_args)
     vars(model).pop('_model_args', None)  # create_model records what it was asked for
     return model
@@ -327,7 +332,7 @@ def moefied(
     return build(
         functools.partial(
             _build, base=base, targets=targets, layer=layer, pretrained=of_base,
-            layer_args=dict(layer_args, num_experts=num_experts)),
+            layer_args=dict(layer_args, num_experts=num_experts), cache_dir=kwargs.get('cache_dir')),
         'moefied',
         pretrained=pretrained and not of_base,
         pretrained_cfg=own or _cfg_of(base),
@@ -347,7 +352,7 @@ def _out_indices(base: str, features_only: bool = False, out_indices: Any = None
 
 def _cfg_of(base: str) -> Any:
     """The base's configuration without its source of weights, which are not those of the routed model."""
-    plain, _, tag = base.partition('.')
+    plain, _, tag = str(base).partition('.')
     if not timm.is_model(plain):
         raise InputError(f'base={base!r} is no model of timm.{nearest(plain, timm.list_models())}')
     try:
