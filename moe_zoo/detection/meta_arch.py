@@ -13,7 +13,6 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
 from detectron2.modeling.meta_arch import FCOS
 from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage
-from detectron2.utils.logger import log_first_n
 from torch import nn
 
 from ..errors import InputError
@@ -24,6 +23,7 @@ from ..routing import RoutingContext, end_step_after_optimizer, routing_context,
 from .heads import MoERetinaNetHead, train_experts_only
 from .resnet_backbone import UpcycledStage
 
+_LOGGER = logging.getLogger(__name__)
 LOG_PERIOD = 20  # iterations; detectron2's writers have the same period
 
 
@@ -52,25 +52,29 @@ class MoELosses:
         if args and isinstance(args[0], CfgNode):
             iterations_per_epoch = args[0].MOE.ITERATIONS_PER_EPOCH
         self.iterations_per_epoch = iterations_per_epoch
-        self.told_of_epochs = False
+        self.epochs_are_settled = False
         end_step_after_optimizer(self)
 
     def set_epoch(self, epoch: int) -> None:
         """Called where a trainer tells of epochs."""
-        self.told_of_epochs = True
+        self.epochs_are_settled = True
 
     def _follow_epochs(self) -> None:
+        if self.epochs_are_settled:
+            return
         iteration = get_event_storage().iter
         followers = [m for m in self.modules() if hasattr(m, 'set_epoch') and m is not self]
-        if self.told_of_epochs or not followers:
+        if self.iterations_per_epoch:
+            if iteration % self.iterations_per_epoch == 0:  # a resumed run has the last one in its checkpoint
+                for module in followers:
+                    module.set_epoch(iteration // self.iterations_per_epoch)
             return
-        if not self.iterations_per_epoch:
-            log_first_n(logging.WARNING, 'Nobody tells this detector of epochs, so that the temperature of Dynamic '
-                        'Convolution stays as it is: set MOE.ITERATIONS_PER_EPOCH (117,266 images of COCO 2017 in '
-                        'batches of 16: 7330), or register moe_zoo.detection.EpochHook.', name=__name__)
-        elif iteration % self.iterations_per_epoch == 0:  # a resumed run has the last one in its checkpoint
-            for module in followers:
-                module.set_epoch(iteration // self.iterations_per_epoch)
+        self.epochs_are_settled = True
+        if followers:
+            _LOGGER.warning(
+                'Nobody tells this detector of epochs, so that the temperature of Dynamic Convolution stays as it is: '
+                'set MOE.ITERATIONS_PER_EPOCH (7330 for COCO 2017 in batches of 16), or register '
+                'moe_zoo.detection.EpochHook.')
 
     def forward(self, batched_inputs: List[Dict[str, Any]]):
         """As the base's: a dictionary of losses in training, else one dictionary an image with its instances."""
