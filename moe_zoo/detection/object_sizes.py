@@ -285,12 +285,13 @@ def main(argv: Optional[list[str]] = None) -> dict[str, Any]:
         What object_sizes.json holds.
     """
     args = _parser().parse_intermixed_args(sys.argv[1:] if argv is None else argv)
+    trials, experts = _kinds(args.trials), _experts(args.experts)
     cfg, model = _load(args)
     output = Path(args.output or Path(cfg.OUTPUT_DIR) / 'object_sizes')
     cfg.OUTPUT_DIR = str(output)
     found = analyze_detector(
-        cfg, model, tuple(dict.fromkeys(args.control)), args.trials,
-        args.permutations, args.shuffles, args.alpha, args.seed, args.layer, args.experts)
+        cfg, model, tuple(dict.fromkeys(args.control)), trials, args.permutations, args.shuffles, args.alpha,
+        args.seed, args.layer, experts)
     content = as_content(found, args, cfg)
     text = json.dumps(content, indent=1)
     print(text if args.json else report(found))
@@ -369,9 +370,9 @@ def _kinds(text: str) -> list[str]:
     return kinds
 
 
-def _experts(text: str) -> list[int]:
+def _experts(text: Optional[str]) -> Optional[list[int]]:
     try:
-        return [int(word) for word in text.split(',')]
+        return text and [int(word) for word in text.split(',')]
     except ValueError:
         raise InputError(f'--experts {text!r}: give numbers, such as 0,2.') from None
 
@@ -391,11 +392,11 @@ def _parser() -> argparse.ArgumentParser:
     add('--json', action='store_true', help='print the JSON instead of the tables')
     add('--figure', action=argparse.BooleanOptionalAction, default=True, help='draw the figure')
     add('--pictures', type=int, default=6, metavar='N', help='scenes to draw (default: 6)')
-    add('--trials', type=_kinds, default=list(TRIALS), metavar='KINDS',
+    add('--trials', default=','.join(TRIALS), metavar='KINDS',
         help='what to try, each expert and each K being one more evaluation: none, or some of these by commas '
              '(default: all): ' + '; '.join(f'{name}: {what}' for name, what in TRIALS.items()))
     add('--layer', metavar='NAME', help='overrule this routed layer only (default: all of them)')
-    add('--experts', type=_experts, metavar='E,E',
+    add('--experts', metavar='E,E',
         help=f'experts to force and drop, by commas (default: all, up to {MOST_TRIED})')
     add('--control', action='append', choices=list(CONTROLS), default=[],
         help='one more pass with routers that must not (untrained) or must (planted) separate sizes')

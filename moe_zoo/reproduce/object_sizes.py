@@ -137,8 +137,9 @@ def run(options: list[dict[str, Any]], seed: int, data: Scenes) -> list[dict[str
     Returns:
         For 'trained': separation in percent; explained; ap by size; both p-values; mass (S, E); curve.
         For 'shuffled': separation of the routers whose weights are shuffled, the mean.
-        For a size: the AP that its objects lose where the expert of small (`lost_to_small`) or of large ones
-            (`lost_to_large`) does all the work, in points.
+        For a size of objects: how much of their AP they lose where the expert of small ones does all the work
+            (`lost_to_small`) or that of large ones (`lost_to_large`), in percent of it.
+        For an expert: how much small (`small_lost`) and large objects (`large_lost`) lose where it does all the work.
     """
     from moe_zoo.detection.object_sizes import Scenes as TestSet
     model = train(data, seed)
@@ -147,29 +148,29 @@ def run(options: list[dict[str, Any]], seed: int, data: Scenes) -> list[dict[str
     named = _sizes(validation, model, shuffles=0)[0]
     tests = TestSet(config(data, data.test, seed), model, quiet=True)
     sizes, free = _sizes(tests, model, SHUFFLES)
+    named = {'small': named.expert_of(small), 'large': named.expert_of(large)}
     lost = {}
-    for name, expert in (('small', named.expert_of(small)), ('large', named.expert_of(large))):
+    for name, expert in named.items():
         with force_expert(model, expert, HEAD):
             forced = tests.run(model, name)
-        lost[name] = {size: _points(free, f'AP{"sml"[size]}') - _points(forced, f'AP{"sml"[size]}')
-                      for size in (small, large)}
+        lost[name] = {size: _lost(free, forced, f'AP{"sml"[s]}') for size, s in (('small', small), ('large', large))}
     views = {
         'trained': {
             'separation': 100 * sizes.separation, 'explained': 100 * (sizes.explained or 0.),
-            **{f'ap{size}': _points(free, f'AP{size}') for size in ('', 's', 'm', 'l')},
+            **{f'ap{size}': free[f'AP{size}'] or 0. for size in ('', 's', 'm', 'l')},
             'p_chance': sizes.chance_p, 'p_shuffled': sizes.untrained_p,
-            'mass': sizes.as_dict()['mass'], 'named': [named.expert_of(small), named.expert_of(large)],
+            'mass': sizes.as_dict()['mass'], 'named': named,
             'curve': [[area, mean.tolist()] for area, mean, _ in sizes.curve]},
         'shuffled': {'separation': 100 * sizes.untrained_separation},
-        'small': {f'lost_to_{name}': lost[name][small] for name in lost},
-        'large': {f'lost_to_{name}': lost[name][large] for name in lost},
+        **{f'{size} objects': {f'lost_to_{name}': lost[name][size] for name in lost} for size in named},
+        **{f'expert of {name}': {f'{size}_lost': lost[name][size] for size in named} for name in lost},
     }
     return [views[each['view']] for each in options]
 
 
-def _points(row: dict[str, Optional[float]], key: str) -> float:
-    """What cannot be measured, because nothing was detected, is 0."""
-    return row[key] or 0.
+def _lost(free: dict[str, Optional[float]], forced: dict[str, Optional[float]], key: str) -> float:
+    """Percent of a metric that is lost; none where there is nothing to lose."""
+    return 100 * (1 - (forced[key] or 0.) / free[key]) if free[key] else 0.
 
 
 def _sizes(tests, model: nn.Module, shuffles: int) -> tuple[LayerSizes, dict[str, Optional[float]]]:
@@ -241,7 +242,7 @@ def figures(results: dict[str, Any]) -> list[Block]:
         heat_map([f'expert {e}' for e in range(experts)], list(known), mass, '', 'objects', '{:.1f}'),
         'Gate mass of each expert on objects by size; the numbers are drawn in.',
         f'Gate mass of each expert on the test objects of a size, %, seed {first["seed"]}. The expert of small objects '
-        f'is {found["named"][0]}, that of large ones {found["named"][1]}, by the validation images.'))
+        f'is {found["named"]["small"]}, that of large ones {found["named"]["large"]}, by the validation images.'))
     lines = [(f'expert {e}', [(area ** .5, 100 * mean[e]) for area, mean in found['curve']]) for e in range(experts)]
     blocks.append(Figure(
         curves(lines, 'root of the area of the object, pixels', 'gate, %', '{:.0f}'),
@@ -251,9 +252,10 @@ def figures(results: dict[str, Any]) -> list[Block]:
     rows = [[means[f'{size} objects'][f'lost_to_{name}']['mean'] for size in ('small', 'large')]
             for name in ('small', 'large')]
     blocks.append(Figure(
-        heat_map(['of small', 'of large'], ['small', 'large'], rows, '', 'AP lost by objects', '{:+.1f}'),
-        'Points of AP that small and large objects lose where one expert does all the work; the numbers are drawn in.',
-        'Points of AP that objects lose where the expert of small, or of large ones does all the work, all seeds.'))
+        heat_map(['of small', 'of large'], ['small', 'large'], rows, 'expert', 'objects', '{:.1f}'),
+        'Percent of their AP that objects lose where one expert does all the work; the numbers are drawn in.',
+        'Percent of their AP that small and large objects lose where the expert of small, or of large ones does all '
+        'the work, mean over the seeds.'))
     return blocks
 
 
@@ -272,18 +274,21 @@ OBJECT_SIZES = Experiment(
              'objects that size explains. Levels stand for sizes, so that a router that learned nothing separates them '
              f'too: `shuffled` is the mean of {SHUFFLES} versions of the trained router whose weights lost their '
              'places, on the same features. The expert of small objects is the one whose share of them exceeds its '
-             'share of all objects most, on validation images; `lost_to_small` is the AP that objects lose on test '
-             'images where it does all the work, `lost_to_large` likewise. All arms look at one detector a seed. '
+             'share of all objects most, on validation images. `lost_to_small` is the percent of their AP on test '
+             'images that objects lose where it does all the work, `lost_to_large` where that of large ones does; '
+             '`small_lost` and `large_lost` are the same numbers by expert. All arms look at one detector a seed. '
              'Of other data the smallest and largest COCO size with 10 validation objects stand for small and large.',
-    arms=(Arm('trained', {'view': 'trained'}), Arm('shuffled', {'view': 'shuffled'}),
-          Arm('small objects', {'view': 'small'}), Arm('large objects', {'view': 'large'})),
+    arms=tuple(Arm(view, {'view': view}) for view in (
+        'trained', 'shuffled', 'small objects', 'large objects', 'expert of small', 'expert of large')),
     claims=(
         Claim('Training makes experts separate objects by size: more than shuffled routers do on the same features.',
               'separation', 'trained', 'shuffled', deviation=5., source=UNREAD),
-        Claim('Forcing the expert of small objects hurts large objects more than small ones.', 'lost_to_small',
-              'large objects', 'small objects', deviation=5., source=UNREAD),
-        Claim('Forcing the expert of large objects hurts small objects more than large ones.', 'lost_to_large',
-              'small objects', 'large objects', deviation=5., source=UNREAD),
+        Claim('Forcing the expert of small objects costs large objects more of their AP than small ones.',
+              'lost_to_small', 'large objects', 'small objects', deviation=5., source=UNREAD, unit='% of the AP'),
+        Claim('It costs large objects more than forcing the expert of large ones does.', 'large_lost',
+              'expert of small', 'expert of large', deviation=5., source=UNREAD, unit='% of the AP'),
+        Claim('Forcing the expert of large objects costs small ones more than forcing that of small ones does.',
+              'small_lost', 'expert of large', 'expert of small', deviation=5., source=UNREAD, unit='% of the AP'),
     ),
     run=run,
     load=load,
