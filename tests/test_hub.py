@@ -180,7 +180,8 @@ def test_what_is_pushed_is_loaded_without_a_network(family, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize('family, shrink', [
-    pytest.param(family, each, marks=pytest.mark.slow if each is merge and family != 'condconv' else ())
+    pytest.param(family, each, marks=(
+        pytest.mark.slow if family in VARIANTS or (each is merge and family != 'condconv') else ()))
     for family, row in FAMILIES.items() for each in row[3]])
 def test_a_smaller_model_is_loaded_small(family, shrink, tmp_path, monkeypatch):
     model = build(family, tmp_path)
