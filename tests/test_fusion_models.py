@@ -187,6 +187,10 @@ def test_weights_that_cannot_be_fetched_are_one_sentence(monkeypatch):
     (dict(encoders=[]), 'at least one expert'),
     (dict(encoders=['resnet18.a9_in1k']), r"timm has no weights 'resnet18\.a9_in1k'\. Did you mean 'resnet18\."),
     (dict(encoders=['xcit_nano_12_p16_224'], img_size=100), r"The encoder 'xcit_nano_12_p16_224' cannot be built with"),
+    (dict(encoders=['resnet18', 'crossvit_9_240'], img_size=224),
+     r"The encoder 'crossvit_9_240' cannot run on images of 224 x 224, though timm builds it for them: use other "
+     r'encoders, or an img_size such as its own, 240 x 240\.'),
+    (dict(encoders=['mobilenetv2_035'], pretrained=True), "'mobilenetv2_035' cannot be built .*: No pretrained"),
     (dict(mode='single', single=3), r'single=3: there are 3 encoders, counted from 0'),
     (dict(mode='actions'), r"mode='actions' is not one of action, feature, concat, mean, single\."),
     (dict(affinity=[[0, .2, 0], [.9, 0, 0], [0, 0, 0]]), r'affinity is not symmetric, \[0\]\[1\] is 0\.2 and'),

@@ -363,8 +363,12 @@ def test_refusals():
     assert all(type(module) is Mlp for module in two)
     with pytest.raises(InputError, match="^base='resnet81' is no model of timm. Did you mean 'resnet18'"):
         timm.create_model('moefied', base='resnet81')
+    with pytest.raises(InputError, match='^base=5 is no model of timm'):
+        timm.create_model('moefied', base=5)
     with pytest.raises(InputError, match="^base='resnet18.nothing': resnet18 has no weights of this tag. Did you"):
         timm.create_model('moefied', base='resnet18.nothing')
+    with pytest.raises(InputError, match="^pretrained=True: base='mobilenetv2_035' has no file to download; pass"):
+        timm.create_model('moefied', base='mobilenetv2_035', targets='conv_stem', pretrained=True)
 
 
 # timm's own tests. Its two lists go by name, so that a token model under this name is put into the one of token models,

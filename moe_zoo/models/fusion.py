@@ -63,13 +63,17 @@ class TimmEncoder(Encoder):
         try:
             net = timm.create_model(
                 name, pretrained=pretrained, num_classes=0, in_chans=in_chans, **size, device=device, dtype=dtype)
-        except (AssertionError, TypeError) as error:
+        except (AssertionError, RuntimeError, TypeError) as error:
+            if isinstance(error, InputError):  # of an encoder that is ours
+                raise
             wanted = f'in_chans={in_chans}' + ''.join(f', {key}={value}' for key, value in size.items())
             raise InputError(f'The encoder {name!r} cannot be built with {wanted}: {error}') from error
         except OSError as error:
             raise InputError(
                 f"pretrained=True: timm's weights of the encoder {name!r} cannot be fetched ({type(error).__name__}); "
                 'pass weights of the whole model as pretrained_cfg_overlay=dict(file=...).') from error
+        if size:
+            _check_runs(name, in_chans, img_size)
         super().__init__(net, freeze)
         self.name = name
         self.num_features = net.head_hidden_size
@@ -290,6 +294,18 @@ def _check_sizes(names: Sequence[str]) -> None:
             raise InputError(
                 f'The encoder {name!r} takes images of {size[0]} x {size[1]} only, and the images are {SIZE[0]} x '
                 f'{SIZE[1]}: use encoders of one input size, or give img_size to build all of them for one.')
+
+
+def _check_runs(name: str, in_chans: int, img_size: Tuple[int, int]) -> None:
+    """Raises: InputError: timm builds the encoder for images that it then cannot take, as CrossViTs of most sizes."""
+    net = timm.create_model(name, num_classes=0, in_chans=in_chans, img_size=img_size, device='meta').eval()
+    try:
+        net(torch.empty(1, in_chans, *img_size, device='meta'))
+    except RuntimeError as error:
+        own = resolve_pretrained_cfg(name).input_size
+        raise InputError(
+            f'The encoder {name!r} cannot run on images of {img_size[0]} x {img_size[1]}, though timm builds it for'
+            f' them: use other encoders, or an img_size such as its own, {own[-2]} x {own[-1]}.') from error
 
 
 def _cfg(**kwargs) -> Dict[str, Any]:
