@@ -64,15 +64,18 @@ def vit(**kwargs) -> nn.Module:
 
 # Where weights come from
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', [*NAMES, *ELSEWHERE])
 def test_a_name_says_which_file_it_takes(name):
+    """Every registered name, without a network."""
     with pytest.raises(InputError) as error:
         timm.create_model(name, pretrained=True, device='meta')
     text = str(error.value)
     assert text.startswith('pretrained=True: ') and text.endswith('as pretrained_cfg_overlay=dict(file=...).')
     if name in SOURCES:
         assert f'{name} are those of timm/{SOURCES[name]}, which cannot be fetched' in text
-    elif name != 'condconv_efficientnet_b0':
+    elif name in ELSEWHERE or name == 'condconv_efficientnet_b0':
+        assert 'cannot be fetched' in text
+    else:
         assert f'{name} has no file to download; pass weights of its own' in text
 
 
