@@ -18,6 +18,7 @@ from torch import nn  # noqa: E402
 from moe_zoo.analysis import count  # noqa: E402
 from moe_zoo.detection import load_config, route_resnet  # noqa: E402
 from moe_zoo.detection.checkpoint import SafeCheckpointer  # noqa: E402
+from moe_zoo.detection.upstream import with_plain_pickles  # noqa: E402
 from moe_zoo.errors import InputError  # noqa: E402
 from moe_zoo.layers import DynamicConv2d, MoEStage, sparse_inference  # noqa: E402
 from moe_zoo.layers.cond_conv import MixingLayer  # noqa: E402
@@ -403,3 +404,20 @@ def test_shared_containers_are_not_walked(tmp_path):
         bomb = [bomb, bomb]
     found = load({'model': {'a': np.ones(2)}, 'other': bomb, '__author__': 'x'}, tmp_path)
     assert found['a'].tolist() == [1., 1.]
+
+
+def test_detectron2s_own_tools_read_pickles_no_other_way(tmp_path, monkeypatch):
+    """What `moe_zoo.run` puts in the place of the method of their checkpointer."""
+    safe = with_plain_pickles(DetectionCheckpointer._load_file)
+    monkeypatch.setattr(DetectionCheckpointer, '_load_file', safe)
+    for name, content in (('evil', Calls(open, str(tmp_path / 'harm'), 'w')), ('good', np.ones((2, 2), 'f4'))):
+        (tmp_path / f'{name}.pkl').write_bytes(pickle.dumps({'model': {'weight': content}, '__author__': 'x'}))
+    layer = nn.Linear(2, 2)
+    with pytest.raises(InputError, match=r"Checkpoint '.*evil.pkl' is not read: it asks for io.open, which is neither"):
+        DetectionCheckpointer(layer).load(str(tmp_path / 'evil.pkl'))
+    assert not (tmp_path / 'harm').exists()
+    DetectionCheckpointer(layer).load(str(tmp_path / 'good.pkl'))
+    assert layer.weight.tolist() == [[1., 1.], [1., 1.]]
+    torch.save({'model': nn.Linear(2, 2).state_dict()}, tmp_path / 'other.pth')
+    DetectionCheckpointer(layer).load(str(tmp_path / 'other.pth'))
+    assert layer.weight.tolist() != [[1., 1.], [1., 1.]]

@@ -106,6 +106,21 @@ def _with_arrays(value: Any, depth: int) -> Any:
     return value.value if isinstance(value, _Array) else value
 
 
+def read_pickle(filename: str) -> Dict[str, Any]:
+    """A .pkl of detectron2's model zoo, or of Caffe2, as detectron2's checkpointer wants it.
+
+    Raises:
+        UnpicklingError: It holds anything but numbers in plain containers; other errors for other nonsense.
+    """
+    with open(filename, 'rb') as file:
+        data = PlainUnpickler(file, encoding='latin1').load()
+    if 'model' in data and '__author__' in data:
+        return data
+    data = data.get('blobs', data)  # Detectron's own files
+    weights = {key: value for key, value in data.items() if not key.endswith('_momentum')}
+    return {'model': weights, '__author__': 'Caffe2', 'matching_heuristics': True}
+
+
 def detectron2_name(key: str) -> str:
     """
     >>> detectron2_name('layer1.0.downsample.1.weight')
@@ -180,15 +195,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             part.write_text(last_filename_basename)
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
-        if not filename.endswith('.pkl'):
-            return self._convert(super()._load_file(filename))
-        with open(filename, 'rb') as file:
-            data = PlainUnpickler(file, encoding='latin1').load()
-        if 'model' in data and '__author__' in data:
-            return data
-        data = data.get('blobs', data)  # Detectron's own files
-        weights = {key: value for key, value in data.items() if not key.endswith('_momentum')}
-        return {'model': weights, '__author__': 'Caffe2', 'matching_heuristics': True}
+        return read_pickle(filename) if filename.endswith('.pkl') else self._convert(super()._load_file(filename))
 
     def _convert(self, loaded: Dict[str, Any]) -> Dict[str, Any]:
         """A classifier by torchvision's and timm's names, which detectron2 does not know, under detectron2's.

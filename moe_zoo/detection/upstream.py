@@ -1,12 +1,16 @@
 """What detectron2's own scripts want besides our parts, which `moe_zoo.run` gives them: see `prepare`."""
 import functools
-from typing import Any
+import pickle
+from typing import Any, Dict
 
 import detectron2.engine
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import defaults
 from torch import nn
 
+from ..errors import InputError
+from .checkpoint import read_pickle
 from .coco import register_user_data
 from .config import sentences
 
@@ -21,14 +25,28 @@ def create_ddp_model(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def prepare() -> None:
-    """Let scripts of detectron2 train several processes on the CPU, use the data that MOE.DATA names, and answer a
-    wrong config by one sentence."""
+    """Let scripts of detectron2 train several processes on the CPU, use the data that MOE.DATA names, answer a wrong
+    config by one sentence, and read pickles without running what is in them."""
     if defaults.create_ddp_model is create_ddp_model:
         return
     defaults.create_ddp_model = detectron2.engine.create_ddp_model = create_ddp_model
     for name, where in (('merge_from_file', "'{}'"), ('merge_from_list', 'the command line')):
         setattr(CfgNode, name, _in_one_sentence(getattr(CfgNode, name), where))
     CfgNode.freeze = _with_data(CfgNode.freeze)
+    DetectionCheckpointer._load_file = with_plain_pickles(DetectionCheckpointer._load_file)
+
+
+def with_plain_pickles(load_file):
+    """The method of a checkpointer that reads a file, for .pkl by `read_pickle`."""
+    @functools.wraps(load_file)
+    def load_file_safely(self: DetectionCheckpointer, filename: str) -> Dict[str, Any]:
+        if not filename.endswith('.pkl'):
+            return load_file(self, filename)
+        try:
+            return read_pickle(filename)
+        except pickle.UnpicklingError as error:
+            raise InputError(f"Checkpoint '{filename}' is not read: {error}.") from error
+    return load_file_safely
 
 
 def _in_one_sentence(merge, where: str):
