@@ -6,9 +6,9 @@
 
 Models are registered with timm. `timm.task.ClassificationTask`, which timm's train.py trains with, is the one that adds
 auxiliary losses; a script that trains a routed model without it is warned. timm's learning rate schedules tell the
-model of such a task of epochs. A script that speaks of detectron2 finds our backbones, meta-architecture and config
-keys. Processes that the script spawns (`--num-gpus 2`) are prepared in the same way. Imports are absolute: spawned
-processes run this file by its path.
+model of such a task of epochs. A script that speaks of detectron2 finds our backbones, meta-architectures and config
+keys, and may train several processes on the CPU (`moe_zoo.detection.upstream`). Processes that the script spawns
+(`--num-gpus 2`) are prepared in the same way. Imports are absolute: spawned processes run this file by its path.
 """
 import functools
 import importlib.util
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from torch import nn
+from torch.multiprocessing import ProcessRaisedException
 
 import moe_zoo  # noqa: F401 - registers the models
 from moe_zoo.errors import InputError, exit_on_input_error
@@ -34,7 +35,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Run `SCRIPT ARGS...` as `python SCRIPT ARGS...` would.
 
     Raises:
-        InputError: There is no such script.
+        InputError: There is no such script, or a process that it spawned ended by one.
     """
     script, *arguments = (sys.argv[1:] if argv is None else argv) or ['--help']
     if script in ('-h', '--help'):
@@ -48,7 +49,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     os.environ[SCRIPT] = str(path.resolve())
     _prepare_children()
     sys.argv = [script, *arguments]
-    enter(path, '__main__')
+    try:
+        enter(path, '__main__')
+    except ProcessRaisedException as error:  # which holds the other process's traceback as text
+        sentence = str(error).rpartition('InputError: ')[2].strip()
+        raise (InputError(sentence) if '\n' not in sentence else error) from None
     return 0
 
 

@@ -2,6 +2,7 @@
 import csv
 import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 from multiprocessing import spawn
@@ -128,6 +129,12 @@ def run_here(monkeypatch):
             monkeypatch.setattr(module, name, getattr(module, name))
     for module in (timm.scheduler, timm.scheduler.scheduler_factory):
         monkeypatch.setattr(module, 'create_scheduler_v2', module.create_scheduler_v2)
+    if importlib.util.find_spec('detectron2'):
+        import detectron2.engine
+        for name in ('merge_from_file', 'merge_from_list', 'freeze'):
+            monkeypatch.setattr(detectron2.config.CfgNode, name, getattr(detectron2.config.CfgNode, name))
+        for module in (detectron2.engine, detectron2.engine.defaults):
+            monkeypatch.setattr(module, 'create_ddp_model', module.create_ddp_model)
     monkeypatch.setattr(context, '_OPEN', [])
     monkeypatch.setattr(spawn, 'get_preparation_data', spawn.get_preparation_data)
     monkeypatch.setattr(sys, 'argv', list(sys.argv))
@@ -210,57 +217,86 @@ def upstream_tool(name: str) -> Path:
     pytest.skip(f'{name} of detectron2 is not on this machine')
 
 
-# detectron2's launch spawns a process for each device and hands it a function of the script.
-LAUNCHING = """
-import sys
-
-from detectron2.config import get_cfg
-from detectron2.engine import launch
-
-
-def work(folder):
-    import detectron2.utils.comm as comm
-    open(f'{folder}/{comm.get_rank()}', 'w').write(str('MOE' in get_cfg()))
-
-
-if __name__ == '__main__':
-    launch(work, 2, dist_url='auto', args=(sys.argv[1],))
-"""
-
-
-@pytest.mark.slow
-def test_processes_of_detectron2_know_our_keys(repository, tmp_path):
-    pytest.importorskip('detectron2')
-    (tmp_path / 'launching.py').write_text(LAUNCHING)
-    done = moe_zoo_run(repository, tmp_path / 'launching.py', tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert [(tmp_path / rank).read_text() for rank in '01'] == ['True', 'True']
+# A small detector on the scenes of digits, as overrides of our configs.
+SMALL = {
+    'yaml': 'MODEL.RESNETS.STEM_OUT_CHANNELS 8 MODEL.RESNETS.RES2_OUT_CHANNELS 8 MODEL.FPN.OUT_CHANNELS 8 '
+            'MODEL.FPN.NORM "" MODEL.RETINANET.NORM "" MODEL.DEVICE cpu INPUT.MIN_SIZE_TRAIN (64,) '
+            'INPUT.MIN_SIZE_TEST 64 SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 2 SOLVER.STEPS () OUTPUT_DIR run',
+    'py': 'model.backbone.bottom_up.name=condconv_resnet18 model.backbone.bottom_up.pretrained=False '
+          'model.backbone.bottom_up.freeze_at=0 model.backbone.bottom_up.norm= '
+          'model.backbone.top_block.in_channels=512 model.num_classes=5 '
+          'train.device=cpu train.max_iter=2 train.eval_period=2 train.output_dir=run '
+          'dataloader.train.dataset.names=digit_scenes_train dataloader.test.dataset.names=digit_scenes_val '
+          'dataloader.train.total_batch_size=2 dataloader.train.num_workers=0 dataloader.test.num_workers=0 '
+          'dataloader.train.mapper.augmentations.0.short_edge_length=[64] '
+          'dataloader.test.mapper.augmentations.0.short_edge_length=64',
+}
+YAML, PY = 'demo/retinanet_digits.yaml', 'coco/retinanet_condconv_r50_fpn_1x.py'
 
 
-@pytest.mark.slow
-def test_train_net_of_detectron2(repository, tmp_path):
-    """Upstream's trainer, two iterations and an evaluation of our routed RetinaNet on four scenes of digits."""
-    script = upstream_tool('train_net.py')
+@pytest.fixture(scope='module')
+def scenes(tmp_path_factory):
+    """Folder for DETECTRON2_DATASETS."""
     pytest.importorskip('sklearn')
     from moe_zoo.data import write_scenes
-    write_scenes(tmp_path / 'scenes', train=4, val=4, classes=range(5))
-    done = moe_zoo_run(
-        repository, script, '--config-file', repository / 'configs' / 'demo' / 'retinanet_digits.yaml',
-        'MOE.DATA.ROOT', tmp_path / 'scenes', 'SOLVER.MAX_ITER', 2, 'SOLVER.IMS_PER_BATCH', 2,
-        'OUTPUT_DIR', tmp_path / 'run', cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / 'run' / 'model_final.pth').is_file()
-    assert 'loss_moe' in (tmp_path / 'run' / 'metrics.json').read_text()
-    assert 'by a loop of its own' not in done.stderr  # the meta-architecture collects the auxiliary losses
+    folder = tmp_path_factory.mktemp('datasets')
+    write_scenes(folder / 'digit_scenes', train=4, val=4, classes=range(5))
+    return folder
 
 
 @pytest.mark.slow
-def test_analyze_model_of_detectron2(repository, tmp_path):
-    done = moe_zoo_run(
-        repository, upstream_tool('analyze_model.py'), '--tasks', 'parameter', '--config-file',
-        repository / 'configs' / 'demo' / 'retinanet_digits.yaml', 'OUTPUT_DIR', tmp_path, cwd=tmp_path)
+@pytest.mark.parametrize('tool, config, arguments', [
+    ('train_net.py', YAML, []),
+    ('train_net.py', YAML, ['--num-gpus', '2', '--dist-url', 'auto']),
+    ('lazyconfig_train_net.py', PY, []),
+    ('lazyconfig_train_net.py', PY, ['--num-gpus', '2', '--dist-url', 'auto']),
+    ('analyze_model.py', YAML, ['--tasks', 'flop', 'activation', 'parameter', 'structure', '-n', '2']),
+])
+def test_tools_of_detectron2(tool, config, arguments, scenes, repository, tmp_path, monkeypatch):
+    """Upstream's own scripts, unmodified: two iterations and an evaluation on the CPU, in one process and in two."""
+    monkeypatch.setenv('DETECTRON2_DATASETS', str(scenes))
+    small = shlex.split(SMALL[config.rpartition('.')[2]])
+    done = moe_zoo_run(repository, upstream_tool(tool), '--config-file', repository / 'configs' / config, *arguments,
+                       *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert 'experts' in done.stdout + done.stderr
+    assert 'by a loop of its own' not in done.stderr  # the meta-architecture collects the auxiliary losses
+    if tool == 'analyze_model.py':
+        assert 'expert' in done.stdout + done.stderr
+        return
+    assert (tmp_path / 'run' / 'model_final.pth').is_file()
+    assert 'loss_cls' in (tmp_path / 'run' / 'metrics.json').read_text()
+    assert ('loss_moe' in (tmp_path / 'run' / 'metrics.json').read_text()) == (config == YAML)
+    assert 'copypaste: AP,AP50' in done.stdout
+    assert f'World size: {2 if arguments else 1}' in done.stdout
+
+
+def test_a_misspelt_key_given_to_a_tool_of_detectron2_is_one_sentence(run_here, tmp_path, capsys, monkeypatch):
+    """In this process, and in one that the script spawned."""
+    pytest.importorskip('detectron2')
+    script = tmp_path / 'own.py'
+    script.write_text("from detectron2.config import get_cfg\nget_cfg().merge_from_list(['MOE.TIMM.NAM', 'x'])\n")
+    sentence = "error: Unknown config key 'MOE.TIMM.NAM' in the command line. Did you mean 'MOE.TIMM.NAME'"
+    with pytest.raises(SystemExit) as exit:
+        run_here(script)
+    assert exit.value.code == 2 and capsys.readouterr().err.startswith(sentence)
+
+    def raised(*_):
+        raise run.ProcessRaisedException(f'Traceback\n\nmoe_zoo.errors.InputError: {sentence[7:]}\n', 0, 1)
+
+    monkeypatch.setattr(run, 'enter', raised)
+    with pytest.raises(SystemExit) as exit:
+        run_here(script)
+    assert exit.value.code == 2 and capsys.readouterr().err.startswith(sentence)
+
+
+def test_data_named_by_the_config_is_registered_when_a_script_freezes_it(run_here, tmp_path):
+    pytest.importorskip('detectron2')
+    script = tmp_path / 'own.py'
+    script.write_text(
+        "from detectron2.config import get_cfg\ncfg = get_cfg()\nassert cfg.DATASETS.TRAIN == ()\n"
+        "cfg.merge_from_list(['MOE.DATA.ROOT', '/some/where'])\ncfg.freeze()\n"
+        "assert cfg.DATASETS.TRAIN == ('instances_train of /some/where/annotations',), cfg.DATASETS.TRAIN\n")
+    assert run_here(script) == 0
 
 
 def test_timms_own_script(repository, tmp_path):
