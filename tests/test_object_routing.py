@@ -11,7 +11,7 @@ from moe_zoo.analysis.object_sizes import SizeCollector, planted_sizes, size_tab
 from moe_zoo.analysis.permutation import clustered_means, curve, level_permutations, t_quantile
 from moe_zoo.analysis.shuffled_routers import choose_again, item_weights, taken_by_expert
 from moe_zoo.layers import MoEMlp, PatchMoE, RoutedLayer
-from moe_zoo.routing import ExpertChoiceRouter, NoisyTopKRouter, Routing, SoftmaxTopKRouter, record
+from moe_zoo.routing import ExpertChoiceRouter, NoisyTopKRouter, Routing, SoftmaxTopKRouter, record, trace_routing
 
 LEVELS = 3
 
@@ -69,15 +69,15 @@ def test_t_quantile(freedom):
 
 def test_intervals_hold_the_true_mean_as_often_as_they_say():
     held, naive = [], []
-    for seed in range(400):
+    for seed in range(250):
         rng = np.random.default_rng(seed)
         images = np.repeat(np.arange(25), rng.integers(1, 7, size=25))
         values = (rng.normal(size=25)[images] + .5 * rng.normal(size=len(images)))[:, None]  # objects share their image
         mean, half = clustered_means(values, np.ones(len(images)), images)
         held.append(abs(mean[0]) <= half[0])
         naive.append(abs(mean[0]) <= 1.96 * values.std() / len(images) ** .5)
-    # 95 % of 400 with a standard deviation of 1.1 points. Objects taken for independent are far off.
-    assert .91 < np.mean(held) < .985 and np.mean(naive) < .85
+    # 95 % of 250 with a standard deviation of 1.4 points. Objects taken for independent are far off.
+    assert .90 < np.mean(held) < .99 and np.mean(naive) < .85
 
 
 def test_the_curve_follows_the_area():
@@ -147,15 +147,15 @@ def untrained_levels(seeds):
     return np.mean(reported), np.mean(by_chance)
 
 
-@pytest.mark.parametrize('seeds', [15, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('seeds', [8, pytest.param(80, marks=pytest.mark.slow)])
 def test_untrained_gates_of_levels_are_reported_at_the_nominal_rate_at_most(seeds):
     reported, by_chance = untrained_levels(seeds)
     assert reported <= .1 + 3 * (.09 / seeds) ** .5
     assert by_chance > .8  # levels differ, and stand for sizes: chance alone would report every router
 
 
+@pytest.mark.slow
 def test_gates_that_do_not_know_level_or_image_are_chance():
-    """The test that exchanges images alone would report levels whose gates differ by one draw for all images."""
     p = []
     for seed in range(60):
         rng = np.random.default_rng(seed)
@@ -257,10 +257,11 @@ def test_layers_whose_experts_choose_have_a_verdict():
     assert found.separates and found.expert_of(0) == 0 and found.expert_of(2) == 1
 
 
-def test_shuffled_routers_of_experts_that_choose_are_untrained_ones():
+@pytest.mark.parametrize('seeds', [6, pytest.param(40, marks=pytest.mark.slow)])
+def test_shuffled_routers_of_experts_that_choose_are_untrained_ones(seeds):
     rates = [run_tokens(expert_choice(seed), *scenes_of_tokens(np.random.default_rng(seed), 16), seed).separates
-             for seed in range(30)]
-    assert np.mean(rates) <= .1 + 3 * (.09 / 30) ** .5
+             for seed in range(seeds)]
+    assert np.mean(rates) <= .1 + 3 * (.09 / seeds) ** .5
 
 
 def test_routers_that_take_patches_themselves_have_a_verdict():
@@ -279,14 +280,9 @@ def test_a_router_that_is_called_level_by_level_is_found():
             fields = [torch.cat([getattr(r, key) for r in each]) for key in ('logits', 'gates', 'weights', 'indices')]
             record(self, Routing(*fields, shape=(LEVELS * len(x),)))
     model = Joined(SoftmaxTopKRouter(24, 4, 2)).eval()
-    collector = SizeCollector(model, shuffles=9)
-    with collector:
-        from moe_zoo.routing import trace_routing
-        with trace_routing(model) as trace, collector.batch([]):
-            pass
+    with SizeCollector(model, shuffles=9) as collector, trace_routing(model) as trace:
         collector.now = [whole([0])]
-        with trace_routing(model) as trace:
-            model(torch.randn(2, LEVELS, 24))
+        model(torch.randn(2, LEVELS, 24))
         router, features, _ = collector._source(trace[''][0])
     assert router is model.router and features.shape == (2 * LEVELS, 24)
 

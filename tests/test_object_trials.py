@@ -103,7 +103,8 @@ def noisy():
                     'image_id': image, 'category_id': annotations[-1]['category_id'] if rng.random() < .9 else 1,
                     'bbox': moved.tolist(), 'score': float(rng.random())})
     coco.dataset = {'images': [{'id': i, 'width': 256, 'height': 256} for i in range(1, 13)],
-                    'categories': [{'id': i, 'name': str(i)} for i in (1, 2, 3)], 'annotations': annotations, 'info': {}}
+                    'categories': [{'id': i, 'name': str(i)} for i in (1, 2, 3)], 'annotations': annotations,
+                    'info': {}}
     coco.createIndex()
     return coco, found
 

@@ -85,8 +85,7 @@ def clustered_means(
     number = by_image.sum() ** 2 / (by_image ** 2).sum()
     if number < 4:
         return mean, None
-    off = np.zeros((len(by_image), values.shape[1]))
-    np.add.at(off, images, weights[:, None] * (values - mean))
+    off = np.stack([np.bincount(images, column) for column in (weights[:, None] * (values - mean)).T], axis=1)
     error = np.sqrt((off ** 2).sum(axis=0) * number / (number - 1)) / weights.sum()
     return mean, t_quantile(number - 1) * error
 

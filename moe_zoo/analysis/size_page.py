@@ -41,7 +41,7 @@ def matches_by_expert(layer: LayerSizes, sizes: np.ndarray, found: np.ndarray) -
     Args:
         layer: Tells the leading expert of every object.
         sizes: (O,) size classes.
-        found: (O,) whether a detection of the right category overlaps it by a half.
+        found: (O,) whether the detector found each.
 
     Returns:
         layer; rows: for every expert, and for -1 where objects are led by none, `expert`, and by size `objects` and
@@ -199,8 +199,8 @@ def _matches(matches: Mapping[str, Any]) -> List[Block]:
         rows.append([name, total, _share(found, total), *cells])
     return [Table(
         ['leader', 'objects', 'found', *SIZES], rows,
-        f'Objects by the expert of `{matches["layer"]}` that leads them, and how many of them a detection of the right '
-        'category overlaps by a half (any score, 100 detections an image).')]
+        f'Objects by the expert of `{matches["layer"]}` that leads them, and how many of them were found: by a '
+        'detection of the right category and a score above 0.5 that overlaps by a half.')]
 
 
 def _share(found: int, objects: int) -> Optional[str]:

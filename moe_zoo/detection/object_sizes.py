@@ -40,7 +40,7 @@ from .checkpoint import SafeCheckpointer
 from .config import load_config
 from .evaluation import build_evaluator, build_test_loader
 from .size_metrics import detections, found_objects, size_metrics
-from .size_pictures import draw_scenes
+from .size_pictures import CONFIDENT, draw_scenes
 
 TRIALS = {
     'forced': 'each expert does all the work, with the whole combine weight',
@@ -130,8 +130,8 @@ class Scenes:
         return size_metrics(self.coco, detections(self.evaluator)) if metrics else None
 
     def found(self) -> np.ndarray:
-        """(O,) whether the last pass found each object, in the order in which a collector met them."""
-        matches = found_objects(self.coco, detections(self.evaluator))
+        """(O,) whether a confident detection of the last pass matches each object, in the order of a collector."""
+        matches = found_objects(self.coco, [d for d in detections(self.evaluator) if d['score'] > CONFIDENT])
         seen = [prediction['image_id'] for prediction in self.evaluator._predictions]
         return np.array([a['id'] in matches for i in seen for a in self.entries({'image_id': i})], dtype=bool)
 
