@@ -35,7 +35,8 @@ def add_moe_config(cfg: CfgNode) -> None:
     moe.TIMM.PRETRAINED = False  # weights that timm knows by the model's name
     # Or a classification checkpoint of this model or of its dense twin, as tools/train_imagenet.py writes.
     moe.TIMM.CHECKPOINT = ''
-    # BatchNorm as it is, '', as a fixed affine map, FrozenBN (with trained weights only), or over all ranks, SyncBN.
+    # BatchNorm as it is, '', as a fixed affine map, FrozenBN (with trained weights only), or over all ranks of a run on
+    # CUDA, SyncBN.
     moe.TIMM.NORM = ''
     moe.TIMM.CHECKPOINTING = False  # compute activations anew in backward: less memory, more time
     # timm's models expect RGB and their own mean and std. False: trust INPUT.FORMAT, PIXEL_MEAN and PIXEL_STD as given.
@@ -71,6 +72,12 @@ def add_moe_config(cfg: CfgNode) -> None:
     moe.HEAD.CONSTRAINT_VALUE = None
     moe.HEAD.PERTURB = 0.0  # above 0 the detections of a dense detector are not kept
     moe.HEAD.TRAIN_ONLY_NEW = False  # freeze all but the experts and gates of the head
+
+    # Instead of detectron2's SGD, an optimiser of timm's, such as adamw, with SOLVER's BASE_LR, WEIGHT_DECAY,
+    # WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS, BIAS_LR_FACTOR, MOMENTUM where it has one, and CLIP_GRADIENTS.
+    moe.OPTIMIZER = CfgNode()
+    moe.OPTIMIZER.NAME = ''  # a name of timm.optim.list_optimizers()
+    moe.OPTIMIZER.ARGS = CfgNode(new_allowed=True)  # its keywords, such as {betas: [0.9, 0.95]}
 
     # Own data, for the tools of moe_zoo: a folder with annotations/instances_{train,val}.json, train/ and val/, or the
     # single pieces. They replace DATASETS.TRAIN and DATASETS.TEST.

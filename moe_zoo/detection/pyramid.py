@@ -30,7 +30,7 @@ def pyramid(cfg: CfgNode, bottom_up: Backbone) -> FPN:
     """
     levels = _check_levels(cfg.MODEL.FPN.IN_FEATURES, bottom_up.output_shape())
     channels = cfg.MODEL.FPN.OUT_CHANNELS
-    return FPN(
+    fpn = FPN(
         bottom_up=bottom_up,
         in_features=levels,
         out_channels=channels,
@@ -38,6 +38,8 @@ def pyramid(cfg: CfgNode, bottom_up: Backbone) -> FPN:
         top_block=top_block(levels, bottom_up.output_shape()['res5'].channels, channels, 'res5'),
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+    _check_heads(cfg, fpn)
+    return fpn
 
 
 def simple_pyramid(cfg: CfgNode, net: Backbone) -> 'SimplePyramid':
@@ -46,7 +48,9 @@ def simple_pyramid(cfg: CfgNode, net: Backbone) -> 'SimplePyramid':
     The norm is MODEL.FPN.NORM, and that of ViTDet, LN, where this is empty.
     """
     levels = _check_levels(cfg.MODEL.FPN.IN_FEATURES, STRIDES)
-    return SimplePyramid(net, levels, cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.FPN.NORM or 'LN')
+    made = SimplePyramid(net, levels, cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.FPN.NORM or 'LN')
+    _check_heads(cfg, made)
+    return made
 
 
 class SimplePyramid(SimpleFeaturePyramid):
@@ -99,6 +103,17 @@ def _check_levels(asked: Sequence[str], given: Sequence[str]) -> Sequence[str]:
         raise InputError(f'MODEL.FPN.IN_FEATURES {list(levels)}: this backbone gives {list(given)}; '
                          f'{"use" if fitting else "a pyramid needs"} {ways}.')
     return levels
+
+
+def _check_heads(cfg: CfgNode, made: Backbone) -> None:
+    """Raises: InputError: A head of detectron2's own detectors reads a level that there is not."""
+    heads = {'RetinaNet': ('RETINANET',), 'RCNN': ('RPN', 'ROI_HEADS')}
+    for family, nodes in heads.items():
+        for node in nodes if family in cfg.MODEL.META_ARCHITECTURE else ():
+            asked = list(cfg.MODEL[node].IN_FEATURES)
+            if not set(asked) <= set(made.output_shape()):
+                raise InputError(f'MODEL.{node}.IN_FEATURES {asked}: MODEL.FPN.IN_FEATURES '
+                                 f'{list(cfg.MODEL.FPN.IN_FEATURES)} makes {list(made.output_shape())}.')
 
 
 def moe_options(cfg: CfgNode) -> CfgNode:

@@ -18,6 +18,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.utils.comm import get_world_size
 from timm.layers import Format, convert_sync_batchnorm
 from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
@@ -30,7 +31,8 @@ from ..routing import checkpoint_routed
 from .pyramid import STRIDES, SimplePyramid, moe_options, pyramid, simple_pyramid, warn_frozen
 
 NAMES = {stride: name for name, stride in STRIDES.items()}
-NORMS = {'': 'as the model has them', 'FrozenBN': 'fixed affine maps', 'SyncBN': 'synchronised over all ranks'}
+UNTOLD = 'untold'
+NORMS = {'': 'as the model has them', 'FrozenBN': 'fixed affine maps', 'SyncBN': 'synchronised over all ranks, on CUDA'}
 
 
 @BACKBONE_REGISTRY.register()
@@ -54,6 +56,9 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Union[FPN, 
         norm=options.NORM,
         grad_checkpointing=options.CHECKPOINTING,
     )
+    if options.NORM == 'SyncBN' and cfg.MODEL.DEVICE == 'cpu' and get_world_size() > 1:
+        raise InputError("MOE.TIMM.NORM 'SyncBN' with MODEL.DEVICE 'cpu': torch synchronises norms on CUDA only; use "
+                         "'' or 'FrozenBN'.")
     if options.CHECK_INPUT:
         _check_input(cfg, bottom_up)
     frozen = cfg.MODEL.BACKBONE.FREEZE_AT > 0 or options.NORM == 'FrozenBN'
@@ -100,7 +105,7 @@ class TimmBackbone(Backbone):
     ):
         super().__init__()
         model_args = dict(model_args or {}, in_chans=in_chans)
-        infos = _create(name, model_args).feature_info.info
+        infos = _sketch(name, model_args).feature_info.info
         self.plain = len({info['reduction'] for info in infos}) == 1
         # The deepest map of each stride: some models list several.
         index = {info['reduction']: i for i, info in enumerate(infos) if info['reduction'] in NAMES}
@@ -225,22 +230,22 @@ def _create_for_any_size(
         checkpoint: str,
         out_indices: tuple,
 ) -> nn.Module:
-    """The extractor, its image size freed where that is fixed and timm can free it; tried on a small image, without
-    weights first."""
-    refusal = None
+    """The extractor, its image size freed where that is fixed and timm can free it, which a small image tells."""
+    refusal = None  # the last map that did not fit says more than what the model did not take
     for freed in ({}, {'strict_img_size': False}, {'dynamic_img_size': True}):
         args = {**model_args, **freed}
         try:
-            net = _create(name, args, out_indices)
+            reason = _check_maps(_sketch(name, args, out_indices), model_args['in_chans'])
+            if reason == UNTOLD:
+                reason = _check_maps(_create(name, args, out_indices), model_args['in_chans'])
         except InputError as error:
             if not freed:
                 raise
             refusal = refusal or error
             continue
-        reason = _check_maps(net, model_args['in_chans'])
         if not reason:
-            return _load(name, args, out_indices, checkpoint) if pretrained or checkpoint else net
-        refusal = refusal or InputError(
+            return _load(name, args, out_indices, pretrained, checkpoint)
+        refusal = InputError(
             f'MOE.TIMM.NAME {name!r} cannot stand under a feature pyramid: {reason}; set what helps in MOE.TIMM.ARGS, '
             'or choose another model.')
     raise refusal
@@ -251,12 +256,15 @@ def _check_maps(net: nn.Module, in_chans: int) -> str:
     """Run a small image through: free image sizes, layout and strides are what a pyramid builds on.
 
     Returns:
-        What is wrong, or an empty string.
+        What is wrong, or an empty string; `UNTOLD` where a sketch cannot tell.
     """
     training = net.training
+    device = next(net.parameters()).device
     try:
-        maps = _maps(net.eval(), torch.zeros(1, in_chans, 128, 192))
+        maps = _maps(net.eval(), torch.zeros(1, in_chans, 128, 192, device=device))
     except Exception as error:  # a model of any origin may refuse in any way
+        if device.type == 'meta' and (isinstance(error, NotImplementedError) or 'meta' in str(error)):
+            return UNTOLD
         return f'it does not take a 128 x 192 image ({" ".join(str(error).split())[:200]})'
     finally:
         net.train(training)
@@ -267,14 +275,20 @@ def _check_maps(net: nn.Module, in_chans: int) -> str:
     return ''
 
 
-def _load(name: str, model_args: Dict[str, Any], out_indices: tuple, checkpoint: str) -> nn.Module:
-    """The extractor with the weights of a file, or those that timm knows.
+def _load(
+        name: str,
+        model_args: Dict[str, Any],
+        out_indices: tuple,
+        pretrained: bool,
+        checkpoint: str,
+) -> nn.Module:
+    """The extractor with the weights of a file, those that timm knows, or random ones.
 
     Raises:
         InputError: The file cannot be read, or lacks a part of the model.
     """
     if not checkpoint:
-        return _create(name, model_args, out_indices, pretrained=True)
+        return _create(name, model_args, out_indices, pretrained)
     # A number of classes that no model has: the file's classifier, whatever its classes, is left out.
     overlay = dict(file=checkpoint, num_classes=-1)
     with _missing_names() as missing:
@@ -307,6 +321,14 @@ def _missing_names() -> Iterator[List[str]]:
         logger.removeFilter(listen)
 
 
+def _sketch(name: str, model_args: Dict[str, Any], out_indices: Optional[tuple] = None) -> nn.Module:
+    """The extractor without memory, or, of a model that does not know of devices, a real one."""
+    try:
+        return _create(name, dict(model_args, device='meta'), out_indices)
+    except InputError:
+        return _create(name, model_args, out_indices)
+
+
 def _create(
         name: str,
         model_args: Dict[str, Any],
@@ -322,7 +344,8 @@ def _create(
     try:
         return timm.create_model(name, pretrained=pretrained, features_only=True, **kwargs)
     except Exception as error:
-        reason = ' '.join(str(error).split())[:300]
+        reason = ' '.join(str(error).split())
+        reason = reason if isinstance(error, InputError) else reason[:300]
         if not timm.is_model(name):
             hint = nearest(name, timm.list_models())
             raise InputError(f'MOE.TIMM.NAME {name!r} is no model of timm or moe_zoo.{hint}') from error

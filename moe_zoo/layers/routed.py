@@ -98,8 +98,10 @@ def masked_mean(x: torch.Tensor, cut: int = 0) -> torch.Tensor:
     sizes = current_image_sizes()
     if sizes is None:
         return x.mean(dim=(2, 3))
-    inside = _cells_inside(x.shape[-2:], x.device, *sizes, cut).to(x.dtype)
-    return (x * inside.unsqueeze(1)).sum(dim=(2, 3)) / inside.sum(dim=(1, 2)).unsqueeze(1)
+    inside = _cells_inside(x.shape[-2:], x.device, *sizes, cut)
+    wide = torch.promote_types(x.dtype, torch.float32)  # in which thousands of cells are counted without rounding
+    total = (x * inside.to(x.dtype).unsqueeze(1)).sum(dim=(2, 3), dtype=wide)
+    return (total / inside.sum(dim=(1, 2)).unsqueeze(1)).to(x.dtype)
 
 
 def tokens_inside(x: torch.Tensor) -> Optional[torch.Tensor]:

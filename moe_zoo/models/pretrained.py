@@ -61,7 +61,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
         gone = [f'{name}.classifier.' for name, module in model.named_modules() if isinstance(module, ShallowEmbedding)]
         others = model.num_classes != cfg.get('num_classes')
         return {k: v for k, v in state_dict.items() if not (others and k.startswith(tuple(gone)))}
-    ignore: List[str] = []
+    ignore: List[str] = [] if model.num_classes else ['pre_logits']  # which features do without
     for classifier in _names(cfg.get('classifier')):
         if model.num_classes != cfg.get('num_classes') or f'{classifier}.weight' not in state_dict:
             ignore.append(classifier)
