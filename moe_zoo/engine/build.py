@@ -3,7 +3,9 @@ import argparse
 import contextlib
 import functools
 import importlib
-from typing import Any, Dict, Optional, Tuple
+import logging
+import re
+from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
 import timm
 import torch
@@ -17,6 +19,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import NativeScaler
 from torch import nn
 
+from ..checkpoints import is_routed
 from ..errors import InputError, nearest, nearest_keyword
 from ..models.pretrained import HOW
 from .checkpoint import check_fits, find_weights, read_checkpoint
@@ -54,41 +57,113 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     """
     if ':' not in args.model and not is_model(args.model.partition('.')[0]):
         raise InputError(f'Unknown model {args.model!r}.{nearest(args.model, list_models())}')
-    overlay = dict(args.pretrained_cfg_overlay or {})
+    weights = None
     if args.pretrained_path:
-        overlay.update(file=args.pretrained_path, num_classes=-1)  # -1: the head is always adapted
+        weights = find_weights(read_checkpoint(args.pretrained_path), args.pretrained_path)
     try:
-        keywords = resolve_model_input_args(
-            args.model,
-            vars(args),
-            pretrained_cfg_overlay=overlay or None,
-            num_classes=args.num_classes,
-            drop_rate=args.drop,
-            drop_path_rate=args.drop_path if args.drop_path is not None else args.drop_connect,
-            drop_block_rate=args.drop_block,
-            global_pool=args.gp,
-            bn_momentum=args.bn_momentum,
-            bn_eps=args.bn_eps,
-            **{**_size_of_base(args), **args.model_kwargs},
-        )
-        model = timm.create_model(pretrained=args.pretrained or bool(args.pretrained_path), **keywords)
+        keywords = _model_keywords(args)
+        with _told_by_us(weights is not None):
+            model = timm.create_model(pretrained=args.pretrained or weights is not None, **keywords)
     except (TypeError, AssertionError) as error:
         hint = nearest_keyword(error, functools.partial(timm.create_model, args.model, device='meta'))
         raise InputError(f'The model {args.model!r} cannot be built with these options: {error}{hint}') from error
     except (RuntimeError, ValueError) as error:
         if isinstance(error, InputError):
             raise InputError(str(error).replace(HOW, PATH)) from error
-        raise InputError(f'The model {args.model!r} cannot be built: {error}') from error
+        raise InputError(_mismatch(error, args) or f'The model {args.model!r} cannot be built: {error}') from error
+    except KeyError as error:
+        if weights is None:
+            raise
+        raise InputError(
+            f"The weights in '{args.pretrained_path}' are of another architecture than the model, which has no"
+            f' {error.args[0]}.') from error
     except OSError as error:  # of a model of timm's; ours say it themselves
         raise InputError(
             f'pretrained=true: the weights of {args.model} cannot be fetched ({type(error).__name__}); pass its'
             f' model.safetensors {PATH}.') from error
+    if weights is not None:
+        _check_taken(model, weights, args.pretrained_path)
     if args.initial_checkpoint:
         weights = find_weights(read_checkpoint(args.initial_checkpoint), args.initial_checkpoint)
         check_fits(model, weights, args.initial_checkpoint, args.model)
         model.load_state_dict(weights)
     args.num_classes = model.num_classes
+    if 'act_layer' in model._model_args:  # which dense weights may have brought with them
+        args.model_kwargs = {**args.model_kwargs, 'act_layer': model._model_args['act_layer']}
     return model
+
+
+def _model_keywords(args: argparse.Namespace) -> Dict[str, Any]:
+    overlay = dict(args.pretrained_cfg_overlay or {})
+    if args.pretrained_path:
+        overlay.update(file=args.pretrained_path, num_classes=-1)  # -1: the head is always adapted
+    return resolve_model_input_args(
+        args.model,
+        vars(args),
+        pretrained_cfg_overlay=overlay or None,
+        num_classes=args.num_classes,
+        drop_rate=args.drop,
+        drop_path_rate=args.drop_path if args.drop_path is not None else args.drop_connect,
+        drop_block_rate=args.drop_block,
+        global_pool=args.gp,
+        bn_momentum=args.bn_momentum,
+        bn_eps=args.bn_eps,
+        **{**_size_of_base(args), **args.model_kwargs},
+    )
+
+
+@contextlib.contextmanager
+def _told_by_us(ours: bool) -> Iterator[None]:
+    """Silence timm's list of the names that do not fit where `_check_taken` follows."""
+    logger = logging.getLogger('timm.models._builder')
+    level = logger.level
+    logger.setLevel(logging.ERROR if ours else level)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+MISMATCH = re.compile(
+    r'size mismatch for (\S+): copying a param with shape torch.Size\(\[(.*?)\]\) from checkpoint, '
+    r'the shape in current model is torch.Size\(\[(.*?)\]\)')
+
+
+def _mismatch(error: Exception, args: argparse.Namespace) -> Optional[str]:
+    """One sentence on the first tensor of another shape, where that is what torch says of a file of weights."""
+    found = MISMATCH.search(str(error)) if args.pretrained_path else None
+    return found and (
+        f"The weights in '{args.pretrained_path}' are of another architecture than the model: {found[1]} has shape "
+        f'({found[2]}) in them, and the model takes ({found[3]}).')
+
+
+def _check_taken(model: nn.Module, weights: Mapping[str, torch.Tensor], path: str) -> None:
+    """Where the classifier is another one, timm loads the weights that have the model's names, and lets the rest be.
+
+    A weight was taken if its name or its values are in the file, which may also be of a layout that timm converts;
+    dense weights in a routed model have been held against it by upcycling.
+
+    Raises:
+        InputError: A weight of the model is not in the file, which has the model's names, or none is.
+    """
+    if not is_routed(weights, model):
+        return
+    by_shape: Dict[Any, list] = {}
+    for tensor in weights.values():
+        by_shape.setdefault(tensor.shape, []).append(tensor)
+    heads = tuple(f'{head}.' for head in _as_list(model.pretrained_cfg.get('classifier')))
+    wanted = {k: p for k, p in model.named_parameters() if p.dim() > 1 and not k.startswith(heads)}
+    left = [
+        k for k, p in wanted.items()
+        if k not in weights and not any(torch.equal(p, t.to(p.dtype)) for t in by_shape.get(p.shape, ()))]
+    if left and (len(left) == len(wanted) or any(k in weights for k in wanted)):
+        raise InputError(
+            f"The weights in '{path}' are of another architecture than the model: {left[0]} is missing in them, and the"
+            f' model takes shape {tuple(wanted[left[0]].shape)}.')
+
+
+def _as_list(value: Any) -> list:
+    return [] if not value else [value] if isinstance(value, str) else list(value)
 
 
 def _size_of_base(args: argparse.Namespace) -> Dict[str, int]:
