@@ -111,6 +111,8 @@ class VMoE(RoutedModel, VisionTransformer):
         representation_size: Width of the tanh layer before the head; 0 for none.
         head_bias_init: Initial bias of the head; -log(num_classes) if None, a good start for a sigmoid loss.
         head_zero_init: Start the head's weights at zero.
+        act_layer: None is the original's GELU by tanh; dense weights that are loaded by `pretrained=True` make it the
+            exact one, timm's, and an argument of the model from then on.
         global_pool: 'token', 'avg', 'map' (attention pooling), or timm's others.
         class_token: Without one, 'token' pools the first patch.
         weight_init: '' is the original's, else a mode of timm's ('skip', 'jax', 'moco', 'reset').
@@ -137,7 +139,7 @@ class VMoE(RoutedModel, VisionTransformer):
             representation_size: int = 0,
             head_bias_init: Optional[float] = None,
             head_zero_init: bool = True,
-            act_layer: Any = GELU_TANH,
+            act_layer: Any = None,
             weight_init: str = '',
             device=None,
             dtype=None,
@@ -161,10 +163,11 @@ class VMoE(RoutedModel, VisionTransformer):
             class_token=class_token,
             pos_embed='none' if pos_embed == 'sincos2d' else pos_embed,
             weight_init='skip',
-            act_layer=act_layer,
+            act_layer=GELU_TANH if act_layer is None else act_layer,
             **{'block_fn': block_fn, 'attn_layer': ScaleNormAttention, 'fc_norm': False, **kwargs},
             **dd,
         )
+        self.act_by_default = act_layer is None
         self.global_pool = global_pool
         self.sincos2d = pos_embed == 'sincos2d'
         self.pos_temperature = pos_temperature
@@ -377,16 +380,26 @@ def _init_original(module: nn.Module, name: str, needs_reset: bool) -> None:
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: VMoE) -> Dict[str, torch.Tensor]:
     """As timm's for its ViTs, but position tables are resized as the original does, and the pre-logits stay.
 
-    The weights of a dense ViT pass timm's own filter, and are upcycled.
+    The weights of a dense ViT pass timm's own filter, and are upcycled; they bring their activation with them.
     """
     state_dict = state_dict.get('model', state_dict)
     state_dict = state_dict.get('state_dict', state_dict)
     if not is_routed(state_dict, model):
+        if model.act_by_default:
+            _take_exact_gelu(model)
         return upcycling_filter_fn(vit_checkpoint_filter_fn(state_dict, model), model)
     pre_logits = {name: value for name, value in state_dict.items() if name.startswith('pre_logits.')}
     filtered = vit_checkpoint_filter_fn(
         state_dict, model, interpolation='bilinear', antialias=False, align_corners=True)
     return {**filtered, **pre_logits}
+
+
+def _take_exact_gelu(model: VMoE) -> None:
+    """The activation of timm's ViTs, from which the one by tanh moves logits by 7e-4; it is saved with the model."""
+    for module in model.modules():
+        if isinstance(module, nn.GELU):
+            module.approximate = 'none'
+    model._model_args = {**getattr(model, '_model_args', {}), 'act_layer': 'gelu'}
 
 
 def from_config(entry: Mapping[str, Any], img_size: Union[None, int, Tuple[int, int]] = None, **kwargs) -> VMoE:
