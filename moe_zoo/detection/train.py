@@ -45,6 +45,7 @@ from .evaluation import Evaluator, NonEmpty, build_evaluator, build_test_loader
 from .export import export
 from .loader import Batches
 from .meta_arch import LOG_PERIOD, EpochHook
+from .optimizer import build_optimizer
 from .upstream import create_ddp_model
 
 _LOGGER = logging.getLogger(__name__)
@@ -112,6 +113,10 @@ class Trainer(DefaultTrainer):
         except (AssertionError, KeyError) as error:  # detectron2's way of refusing a config
             reason = ' '.join(str(error).strip('"\'').split())
             raise InputError(f'The model cannot be built from this config: {reason}.') from error
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, dataset: Optional[List[Dict[str, Any]]] = None) -> Batches:
@@ -429,9 +434,9 @@ def _forget_loggers() -> None:
 
 def _training_set(cfg: CfgNode) -> List[Dict[str, Any]]:
     """The images to train on; those to evaluate on are looked at as well, before hours of training."""
+    found = load_datasets(cfg, cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     for name in cfg.DATASETS.TEST:
         load_datasets(cfg, [name], filter_empty=False)
-    found = load_datasets(cfg, cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     check_same_categories([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     return found
 
