@@ -9,7 +9,7 @@ from torch import nn
 
 from moe_zoo.analysis import object_gates, object_sizes, permutation, shuffled_routers
 from moe_zoo.analysis.figures import class_figure, save, size_figure, usage_figure
-from moe_zoo.analysis.object_gates import Objects, gate_shares, lay_out, overlaps, size_classes, token_grid
+from moe_zoo.analysis.object_gates import Objects, gate_shares, lay_out, overlaps, size_classes
 from moe_zoo.analysis.object_sizes import SizeCollector, analyze, planted_sizes, size_table, untrained_routers
 from moe_zoo.analysis.permutation import (
     max_p,
@@ -19,6 +19,7 @@ from moe_zoo.analysis.permutation import (
 from moe_zoo.analysis.usage import LayerUsage
 from moe_zoo.errors import InputError
 from moe_zoo.layers import RoutedLayer
+from moe_zoo.layers.routed import token_grid
 from moe_zoo.routing import (
     NoisyTopKRouter,
     Routing,

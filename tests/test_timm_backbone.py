@@ -10,12 +10,15 @@ pytest.importorskip('detectron2', reason='detectron2 is not installed')
 
 from detectron2.config import CfgNode  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
+from detectron2.modeling.meta_arch import FCOS  # noqa: E402
+from detectron2.modeling.meta_arch.fcos import FCOSHead  # noqa: E402
+from detectron2.structures import PolygonMasks  # noqa: E402
 from detectron2.utils.events import EventStorage  # noqa: E402
 from test_detection import SMALL, images, path_of  # noqa: E402
 from timm.layers import SyncBatchNormAct  # noqa: E402
 from torch import nn  # noqa: E402
 
-from moe_zoo.detection import TimmBackbone, load_config  # noqa: E402
+from moe_zoo.detection import MoEFCOS, TimmBackbone, load_config  # noqa: E402
 from moe_zoo.errors import InputError  # noqa: E402
 from moe_zoo.layers import RoutedLayer  # noqa: E402
 from moe_zoo.layers.cond_conv import CondConv2d  # noqa: E402
@@ -399,3 +402,58 @@ def test_detections_move_by_padding_as_the_dense_twins_do(name, args, source, so
         moved.append(padded - alone)
     assert moved[0].abs().max() > 1e-3
     torch.testing.assert_close(moved[1], moved[0], rtol=0, atol=1e-4)
+
+
+# --- under detectron2's detectors
+
+def with_masks(inputs):
+    for each in inputs:
+        instances = each['instances']
+        instances.gt_masks = PolygonMasks([[[4., 4., 40., 4., 40., 40.]]] * len(instances))
+    return inputs
+
+
+@pytest.mark.parametrize('key', ['condconv', pytest.param('vmoe', marks=SLOW), pytest.param('moe_mlp', marks=SLOW)])
+@pytest.mark.parametrize('meta_arch', [pytest.param('GeneralizedRCNN', marks=SLOW), 'MoEGeneralizedRCNN'])
+def test_mask_rcnn_trains_and_detects_on_p2_to_p6(key, meta_arch):
+    model = detector(*MODELS[key], 'MODEL.META_ARCHITECTURE', meta_arch, 'MODEL.MASK_ON', 'True',
+                     'MODEL.ROI_BOX_HEAD.FC_DIM', '16', 'MODEL.ROI_MASK_HEAD.CONV_DIM', '8',
+                     'MODEL.ROI_HEADS.NUM_CLASSES', '3', base='coco/Base-RCNN-FPN')
+    with EventStorage():
+        losses = model.train()(with_masks(images((50, 64), (64, 90))))
+    balanced = {'loss_moe_importance', 'loss_moe_vmoe_load'} if meta_arch[:3] == 'MoE' and key != 'condconv' else set()
+    assert balanced | {'loss_cls', 'loss_mask', 'loss_rpn_cls'} <= set(losses)
+    assert balanced == {name for name in losses if 'moe' in name}
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.backbone.parameters())
+    with torch.no_grad():
+        assert 'instances' in model.eval()(images((50, 64)))[0]
+
+
+@pytest.mark.parametrize('key', [pytest.param('condconv', marks=SLOW), 'vmoe'])
+@pytest.mark.parametrize('arch', [pytest.param(FCOS, marks=SLOW), MoEFCOS])
+def test_fcos_trains_and_detects_on_p3_to_p7(key, arch):
+    backbone, levels = detector(*MODELS[key]).backbone, [f'p{n}' for n in range(3, 8)]
+    model = arch(
+        backbone=backbone, head=FCOSHead(
+            input_shape=[backbone.output_shape()[level] for level in levels], num_classes=3, conv_dims=[8]),
+        head_in_features=levels, num_classes=3, pixel_mean=[120.] * 3, pixel_std=[60.] * 3)
+    with EventStorage():
+        losses = model.train()(images((50, 64), (64, 90)))
+    assert {name for name in losses if 'moe' in name} == (
+        {'loss_moe_importance', 'loss_moe_vmoe_load'} if arch is MoEFCOS and key == 'vmoe' else set())
+    sum(losses.values()).backward()
+    with torch.no_grad():
+        assert 'instances' in model.eval()(images((50, 64)))[0]
+
+
+@pytest.mark.parametrize('key', ['vmoe', 'moe_mlp'])
+def test_a_frozen_backbone_trains_its_heads(key):
+    """Its gates still decide and are still logged, but nothing of it moves."""
+    model = detector(*MODELS[key], 'MODEL.BACKBONE.FREEZE_AT', '5').train()
+    with EventStorage():
+        losses = model(images((50, 64), (64, 90)))
+    sum(losses.values()).backward()
+    net = model.backbone.net if hasattr(model.backbone, 'net') else model.backbone.bottom_up
+    assert all(p.grad is None for p in net.parameters())
+    assert all(p.grad is not None for p in model.head.parameters())

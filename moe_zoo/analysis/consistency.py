@@ -18,9 +18,9 @@ from torch import nn
 
 from ..data import Grid, match_items, random_view
 from ..errors import InputError
+from ..layers.routed import token_grid
 from ..routing import Routing, trace_routing
 from . import charts
-from .object_gates import token_grid
 from .page import Figure, Section, Stats, Table
 from .usage import evaluation_mode
 

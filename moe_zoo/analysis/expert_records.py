@@ -10,9 +10,9 @@ from torch import nn
 
 from ..errors import InputError
 from ..layers import ChannelGate, RoutedLayer
+from ..layers.routed import token_grid
 from ..routing import Routing, trace_routing
 from .force import routed_layers
-from .object_gates import token_grid
 from .usage import LayerUsage, UsageSums, evaluation_mode, image_shares
 
 Batches = Iterable[Tuple[torch.Tensor, torch.Tensor]]

@@ -15,6 +15,7 @@ from typing import Optional, Sequence, Tuple
 
 import numpy as np
 
+from ..layers.routed import token_grid
 from ..routing import Routing
 
 SIZES = ('small', 'medium', 'large')
@@ -140,24 +141,6 @@ def overlaps(low: np.ndarray, high: np.ndarray, cells: int) -> np.ndarray:
     empty = high <= low
     inside[empty] = np.eye(cells)[np.minimum((low[empty] * cells).astype(int), cells - 1)]
     return inside / inside.sum(axis=1, keepdims=True)
-
-
-def token_grid(tokens: int, input_size: Tuple[int, int]) -> Optional[Tuple[int, int, int]]:
-    """(tokens in front, rows, columns) of a sequence of patches: the only whole square patch that gives their number.
-
-    >>> token_grid(197, (224, 224))
-    (1, 14, 14)
-
-    Returns:
-        None where no square patch gives this number of tokens with at most 8 in front.
-    """
-    height, width = input_size
-    for front in range(min(9, tokens)):
-        patch = round((height * width / (tokens - front)) ** 0.5)
-        if patch and height % patch == 0 and width % patch == 0 \
-                and (height // patch) * (width // patch) == tokens - front:
-            return front, height // patch, width // patch
-    return None
 
 
 def gate_shares(routing: Routing) -> np.ndarray:
