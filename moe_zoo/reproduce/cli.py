@@ -88,7 +88,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             if len(experiments) == 1:
                 raise
             console.print(f'{experiment.name} is left out: {error}', markup=False)
-    console.print(f"page in '{args.output / 'index.html'}'", markup=False)
+    if (args.output / 'index.html').is_file():
+        console.print(f"page in '{args.output / 'index.html'}'", markup=False)
     return 0
 
 

@@ -113,7 +113,7 @@ EXPERIMENTS = (
                  'blocks 9 to 16 mix 8 experts. At 96 pixels, with a momentum of 0.1 in batch norm, '
                  'for so few steps.', grid='0.001, 0.003 and 0.01'),
         arms=(_arm('dense', LITE0, 3e-3, model=LITE0, **SMALL_CNN),
-              _arm('upcycled', LITE0, 3e-3, model='condconv_efficientnet_lite0', **SMALL_CNN)),
+              _arm('upcycled', LITE0, 1e-3, model='condconv_efficientnet_lite0', **SMALL_CNN)),
         claims=(Claim('Upcycled to CondConv, a trained EfficientNet-Lite0 is more accurate after fine-tuning.',
                       'accuracy', 'upcycled', 'dense', 1., source=NO_PAPER),),
         run=finetune,
