@@ -547,6 +547,16 @@ def test_a_traced_detector_sends_levels_to_experts_by_their_own_gates():
     torch.testing.assert_close(found[0]['instances'].pred_boxes.tensor, wanted[0]['instances'].pred_boxes.tensor)
 
 
+def test_a_head_that_a_meta_architecture_has_not_is_refused():
+    cfg = load_config('configs/coco/faster_rcnn_moe_res5_r50_fpn_1x.yaml', [
+        'MODEL.DEVICE', 'cpu', 'MODEL.RESNETS.DEPTH', '18', 'MODEL.RESNETS.RES2_OUT_CHANNELS', '8',
+        'MODEL.RESNETS.STEM_OUT_CHANNELS', '8', 'MODEL.FPN.OUT_CHANNELS', '8', 'MODEL.ROI_BOX_HEAD.FC_DIM', '8'])
+    assert build_model(cfg).proposal_generator is not None
+    cfg.MOE.HEAD.SUBNETS = 'box'
+    with pytest.raises(InputError, match="SUBNETS 'box': only .* MoERetinaNet .* set 'none' for MoEGeneralizedRCNN"):
+        build_model(cfg)
+
+
 def test_fcos_of_a_yaml_is_refused_in_one_sentence():
     with pytest.raises(InputError, match='MODEL.META_ARCHITECTURE MoEFCOS: detectron2 has FCOS in LazyConfigs only'):
         detector('MODEL.META_ARCHITECTURE', 'MoEFCOS')

@@ -51,6 +51,9 @@ class MoELosses:
         super().__init__(*args, **kwargs)
         if args and isinstance(args[0], CfgNode):
             iterations_per_epoch = args[0].MOE.ITERATIONS_PER_EPOCH
+            if args[0].MOE.HEAD.SUBNETS != 'none':  # which MoERetinaNet has read
+                raise InputError(f'MOE.HEAD.SUBNETS {args[0].MOE.HEAD.SUBNETS!r}: only MODEL.META_ARCHITECTURE '
+                                 f"MoERetinaNet has such a head; set 'none' for {type(self).__name__}.")
         self.iterations_per_epoch = iterations_per_epoch
         self.epochs_are_settled = False
         end_step_after_optimizer(self)

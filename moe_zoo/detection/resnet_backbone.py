@@ -47,6 +47,9 @@ LAYERS: Dict[str, Tuple[str, ...]] = {  # a kind of routed stage, and its keywor
 def build_moe_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """detectron2's own ResNet with the routed stages that MOE.RESNET names, under a feature pyramid.
 
+    Weights of a dense detector start it under any meta-architecture; those of a classifier, whose names begin at the
+    stage (`R-50.pkl`), under those that `with_moe_losses` makes, which give such names their place.
+
     Raises:
         InputError: A value of MOE.RESNET cannot be used, or NORM is a synchronised one inside experts.
     """
