@@ -186,6 +186,31 @@ def test_vision_transformers():
             model.forward_features(x), dense.forward_features(x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('name, twin, kwargs', [
+    ('vmoe_vit_b', 'vit_small_patch16_224', dict(embed_dim=384, num_heads=6)),
+    ('vmoe_vit_b', 'vit_small_patch32_224', dict(embed_dim=384, num_heads=6, patch_size=32)),
+    ('vmoe_vit_b', 'vit_small_patch14_dinov2', dict(embed_dim=384, num_heads=6, patch_size=14)),  # LayerScale
+    ('vmoe_vit_b', 'vit_base_patch16_224', {}),
+    ('vmoe_vit_b', 'vit_base_patch32_224', dict(patch_size=32)),
+    ('vmoe_vit_b', 'vit_base_patch16_gap_224', dict(class_token=False, global_pool='avg', num_heads=16)),
+    ('vmoe_vit_b', 'vit_base_patch16_siglip_224', dict(class_token=False, global_pool='map')),
+    ('vmoe_vit_l', 'vit_large_patch16_224', {}),
+    ('vmoe_vit_l', 'vit_large_patch14_224', dict(patch_size=14)),
+    ('vmoe_vit_h', 'vit_huge_patch14_224', {}),
+])
+def test_every_size_patch_and_pooling_of_timms_vision_transformers(name, twin, kwargs):
+    """Two blocks of each, on four patches."""
+    size = 2 * timm.create_model(name, device='meta', depth=1, **kwargs).patch_embed.patch_size[0]
+    dense = timm.create_model(twin, depth=2, img_size=size, num_classes=5).eval()
+    for parameter in dense.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    overlay = dict(state_dict=dense.state_dict(), num_classes=5, input_size=(3, size, size))
+    model = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, depth=2, moe_layers=(1,), num_experts=2, img_size=size,
+        num_classes=5, **kwargs).eval()
+    assert difference(dense, model, size) < 1e-5
+
+
 def test_dense_weights_bring_their_activation(tmp_path):
     """The GELU of timm's ViTs is the exact one, V-MoE's is by tanh."""
     dense = vit()
