@@ -262,6 +262,18 @@ def test_costs_and_analysis_know_the_head():
     assert trace['bbox_experts'][0].indices.shape == (2, 3)
 
 
+@pytest.mark.slow
+def test_exported_compiled_and_on_meta_tensors_the_head_is_the_same():
+    made = head(4, 2, convs=2).eval()
+    features = [torch.randn(2, 4, n, n) for n in (4, 2)]
+    with torch.no_grad():
+        wanted = made(features)
+        torch.testing.assert_close(torch.export.export(made, (features,)).module()(features), wanted)
+        torch.testing.assert_close(torch.compile(made, backend='eager')(features), wanted)
+    shapes = [[y.shape for y in ys] for ys in made.to('meta')([x.to('meta') for x in features])]
+    assert shapes == [[y.shape for y in ys] for ys in wanted]
+
+
 @pytest.mark.parametrize('kwargs, message', [
     (dict(subnets='boxes'), r"subnets='boxes' \(MOE.HEAD.SUBNETS\) is not one of cls, box, both. Did you mean 'box'"),
     (dict(experts='last'), "experts='last' .* is not one of subnet, last_conv, output. Did you mean 'last_conv'"),

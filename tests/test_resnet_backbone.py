@@ -13,6 +13,8 @@ from detectron2.layers import FrozenBatchNorm2d  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
 from detectron2.modeling.backbone import BasicStem, ResNet  # noqa: E402
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock  # noqa: E402
+from detectron2.structures import Boxes, Instances  # noqa: E402
+from detectron2.utils.events import EventStorage  # noqa: E402
 from torch import nn  # noqa: E402
 
 from moe_zoo.analysis import count  # noqa: E402
@@ -244,6 +246,18 @@ def test_a_dense_detector_of_the_model_zoo_starts_every_kind(layer, checkpointer
     checkpointer(model).load(str(file))
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(features(model, x), features(dense, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('layer, losses', [
+    ('moe', {'kl', 'load'}), ('condconv', set()), ('dyconv', set()), ('deepmoe', {'gate_l1'})])
+def test_detectors_of_every_kind_ask_for_the_losses_of_their_papers(layer, losses):
+    instances = Instances((64, 64), gt_boxes=Boxes(torch.tensor([[4., 4., 40., 40.]])), gt_classes=torch.tensor([0]))
+    image = {'image': torch.randint(0, 255, (3, 64, 64), dtype=torch.uint8), 'instances': instances}
+    with EventStorage():
+        found = tiny(layer).train()([image, image])
+    assert set(found) == {'loss_cls', 'loss_box_reg', *(f'loss_moe_{name}' for name in losses)}
+    if layer == 'deepmoe':  # every gate is 1: two blocks, two gated maps of 64 channels each, weight 0.001
+        assert found['loss_moe_gate_l1'].item() == pytest.approx(2 * 2 * 64 * 1e-3)
 
 
 CAFFE2 = {'shortcut': 'branch1', 'conv1': 'branch2a', 'conv2': 'branch2b', 'conv3': 'branch2c'}
