@@ -13,6 +13,7 @@ from ..errors import InputError
 from .checkpoint import read_pickle
 from .coco import register_user_data
 from .config import sentences
+from .optimizer import build_optimizer
 
 _create_ddp_model = defaults.create_ddp_model
 
@@ -25,11 +26,12 @@ def create_ddp_model(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def prepare() -> None:
-    """Let scripts of detectron2 train several processes on the CPU, use the data that MOE.DATA names, answer a wrong
-    config by one sentence, and read pickles without running what is in them."""
+    """Let scripts of detectron2 train several processes on the CPU, use the data that MOE.DATA and the optimiser that
+    MOE.OPTIMIZER names, answer a wrong config by one sentence, and read pickles without running what is in them."""
     if defaults.create_ddp_model is create_ddp_model:
         return
     defaults.create_ddp_model = detectron2.engine.create_ddp_model = create_ddp_model
+    defaults.build_optimizer = build_optimizer
     for name, where in (('merge_from_file', "'{}'"), ('merge_from_list', 'the command line')):
         setattr(CfgNode, name, _in_one_sentence(getattr(CfgNode, name), where))
     CfgNode.freeze = _with_data(CfgNode.freeze)
