@@ -324,6 +324,15 @@ def test_torchvisions_and_timms_names_start_a_stage(tmp_path):
         SafeCheckpointer(model).load(str(tmp_path / 'resnet18.pth'))
 
 
+def test_dense_weights_of_another_width_are_told_by_stage_and_tensor(tmp_path):
+    dense = {key: torch.zeros(1) if 'res5.0.conv2.weight' in key else value
+             for key, value in dense_detector().state_dict().items()}
+    torch.save({'model': dense}, tmp_path / 'dense.pth')
+    with pytest.raises(InputError, match=r"dense.pth' .*: backbone.bottom_up.res5: The dense weights are of another "
+                                         r'architecture than the model: 0.conv2.conv.weight is of shape \(1,\)'):
+        SafeCheckpointer(tiny('condconv')).load(str(tmp_path / 'dense.pth'))
+
+
 # --- pickles of strangers
 
 def load(content, tmp_path):
