@@ -105,7 +105,8 @@ class TimmBackbone(Backbone):
     ):
         super().__init__()
         model_args = dict(model_args or {}, in_chans=in_chans)
-        infos = _sketch(name, model_args).feature_info.info
+        with _one_sentence(name, model_args):
+            infos = _sketch(name, model_args).feature_info.info
         self.plain = len({info['reduction'] for info in infos}) == 1
         # The deepest map of each stride: some models list several.
         index = {info['reduction']: i for i, info in enumerate(infos) if info['reduction'] in NAMES}
@@ -231,24 +232,21 @@ def _create_for_any_size(
         out_indices: tuple,
 ) -> nn.Module:
     """The extractor, its image size freed where that is fixed and timm can free it, which a small image tells."""
-    refusal = None  # the last map that did not fit says more than what the model did not take
+    reasons: List[str] = []
     for freed in ({}, {'strict_img_size': False}, {'dynamic_img_size': True}):
         args = {**model_args, **freed}
         try:
-            reason = _check_maps(_sketch(name, args, out_indices), model_args['in_chans'])
-            if reason == UNTOLD:
-                reason = _check_maps(_create(name, args, out_indices), model_args['in_chans'])
-        except InputError as error:
+            reasons.append(_check_maps(_sketch(name, args, out_indices), model_args['in_chans']))
+            if reasons[-1] == UNTOLD:
+                reasons[-1] = _check_maps(_build(name, args, out_indices), model_args['in_chans'])
+        except Exception:
             if not freed:
                 raise
-            refusal = refusal or error
-            continue
-        if not reason:
+            continue  # the model does not know this keyword
+        if not reasons[-1]:
             return _load(name, args, out_indices, pretrained, checkpoint)
-        refusal = InputError(
-            f'MOE.TIMM.NAME {name!r} cannot stand under a feature pyramid: {reason}; set what helps in MOE.TIMM.ARGS, '
-            'or choose another model.')
-    raise refusal
+    raise InputError(f'MOE.TIMM.NAME {name!r} cannot stand under a feature pyramid: {reasons[-1]}; set what helps in '
+                     'MOE.TIMM.ARGS, or choose another model.')
 
 
 @torch.no_grad()
@@ -287,12 +285,13 @@ def _load(
     Raises:
         InputError: The file cannot be read, or lacks a part of the model.
     """
+    overlay = {}
+    if checkpoint:  # a number of classes that no model has: the file's classifier, whatever its classes, is left out
+        overlay = dict(pretrained_cfg_overlay=dict(file=checkpoint, num_classes=-1))
+    with _missing_names() as missing, _one_sentence(name, model_args, checkpoint):
+        net = _build(name, {**model_args, **overlay}, out_indices, pretrained or bool(checkpoint))
     if not checkpoint:
-        return _create(name, model_args, out_indices, pretrained)
-    # A number of classes that no model has: the file's classifier, whatever its classes, is left out.
-    overlay = dict(file=checkpoint, num_classes=-1)
-    with _missing_names() as missing:
-        net = _create(name, dict(model_args, pretrained_cfg_overlay=overlay), out_indices, pretrained=True)
+        return net
     own = {key.removeprefix('model.').replace('.', '_') for key in net.state_dict()}
     lacking = [key for key in missing if key.replace('.', '_') in own]
     if lacking:
@@ -324,39 +323,43 @@ def _missing_names() -> Iterator[List[str]]:
 def _sketch(name: str, model_args: Dict[str, Any], out_indices: Optional[tuple] = None) -> nn.Module:
     """The extractor without memory, or, of a model that does not know of devices, a real one."""
     try:
-        return _create(name, dict(model_args, device='meta'), out_indices)
-    except InputError:
-        return _create(name, model_args, out_indices)
+        return _build(name, dict(model_args, device='meta'), out_indices)
+    except Exception:
+        return _build(name, model_args, out_indices)
 
 
-def _create(
+def _build(
         name: str,
         model_args: Dict[str, Any],
         out_indices: Optional[tuple] = None,
         pretrained: bool = False,
 ) -> nn.Module:
-    """timm.create_model with features_only, and its refusals as one sentence."""
     kwargs = dict(model_args)
     if out_indices is not None:
         kwargs['out_indices'] = out_indices
     if timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('moe_zoo.'):
         kwargs['feature_cls'] = 'getter'  # which runs the model's own forward: chained stages forget checkpointing
+    return timm.create_model(name, pretrained=pretrained, features_only=True, **kwargs)
+
+
+@contextlib.contextmanager
+def _one_sentence(name: str, model_args: Dict[str, Any], checkpoint: str = '') -> Iterator[None]:
+    """What timm raises where it cannot build a model, as an InputError."""
     try:
-        return timm.create_model(name, pretrained=pretrained, features_only=True, **kwargs)
+        yield
     except Exception as error:
         reason = ' '.join(str(error).split())
         reason = reason if isinstance(error, InputError) else reason[:300]
         if not timm.is_model(name):
             hint = nearest(name, timm.list_models())
             raise InputError(f'MOE.TIMM.NAME {name!r} is no model of timm or moe_zoo.{hint}') from error
-        if 'pretrained_cfg_overlay' in model_args:
-            file = model_args['pretrained_cfg_overlay']['file']
-            raise InputError(f"MOE.TIMM.CHECKPOINT '{file}' cannot be loaded into {name}: {reason}") from error
+        if checkpoint:
+            raise InputError(f"MOE.TIMM.CHECKPOINT '{checkpoint}' cannot be loaded into {name}: {reason}") from error
         if HOW in reason:
             reason = reason.replace('pretrained=True', 'MOE.TIMM.PRETRAINED True').replace(
                 HOW, 'as MOE.TIMM.CHECKPOINT')
             raise InputError(reason) from error
-        shown = {k: v for k, v in model_args.items() if k not in ('in_chans', 'out_indices')}
+        shown = {key: value for key, value in model_args.items() if key != 'in_chans'}
         hint = nearest_keyword(error, partial(timm.create_model, name, device='meta'))
         raise InputError(f'MOE.TIMM.NAME {name!r} cannot be built as a backbone with MOE.TIMM.ARGS {shown}: {reason}'
                          f'{hint}') from error
