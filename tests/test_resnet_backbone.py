@@ -303,6 +303,14 @@ def test_r50_pkl_starts_every_kind(layer, tmp_path):
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_a_classifier_under_a_meta_architecture_of_detectron2s_own_is_no_silent_loss(tmp_path):
+    weights = caffe2_names(dense_detector().backbone.bottom_up.state_dict())
+    (tmp_path / 'R-18.pkl').write_bytes(pickle.dumps({key: value.numpy() for key, value in weights.items()}))
+    model = tiny('condconv', 'MODEL.META_ARCHITECTURE', 'RetinaNet')
+    with pytest.raises(InputError, match='res5: the norms of this stage are found, but no kernel: .* under MoERetinaNet'):
+        SafeCheckpointer(model).load(str(tmp_path / 'R-18.pkl'))
+
+
 def test_torchvisions_and_timms_names_start_a_stage(tmp_path):
     timm = pytest.importorskip('timm')
     classifier = timm.create_model('resnet18', num_classes=3, channels=(8, 16, 32, 64), stem_width=4).eval()

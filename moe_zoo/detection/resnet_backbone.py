@@ -201,6 +201,10 @@ class UpcycledStage(nn.Sequential):
     def _load_from_state_dict(self, state_dict: Dict[str, torch.Tensor], prefix: str, *args) -> None:
         given = {key[len(prefix):]: value for key, value in state_dict.items() if key.startswith(prefix)}
         if given and not is_routed(given, self):
+            if not any(f'{name}.weight' in given for name, m in self.named_modules() if isinstance(m, ConvNorm)):
+                raise InputError(
+                    f'{prefix.rstrip(".")}: the norms of this stage are found, but no kernel: those of a classifier '
+                    'reach it only under MoERetinaNet or what with_moe_losses makes')
             for key in given:
                 del state_dict[prefix + key]
             try:
