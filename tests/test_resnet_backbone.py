@@ -307,7 +307,7 @@ def test_a_classifier_under_a_meta_architecture_of_detectron2s_own_is_no_silent_
     weights = caffe2_names(dense_detector().backbone.bottom_up.state_dict())
     (tmp_path / 'R-18.pkl').write_bytes(pickle.dumps({key: value.numpy() for key, value in weights.items()}))
     model = tiny('condconv', 'MODEL.META_ARCHITECTURE', 'RetinaNet')
-    with pytest.raises(InputError, match='res5: the norms of this stage are found, but no kernel: .* under MoERetinaNet'):
+    with pytest.raises(InputError, match='res5: the norms of this stage .* but no kernel: .* under MoERetinaNet'):
         SafeCheckpointer(model).load(str(tmp_path / 'R-18.pkl'))
 
 

@@ -204,7 +204,7 @@ class UpcycledStage(nn.Sequential):
             if not any(f'{name}.weight' in given for name, m in self.named_modules() if isinstance(m, ConvNorm)):
                 raise InputError(
                     f'{prefix.rstrip(".")}: the norms of this stage are found, but no kernel: those of a classifier '
-                    'reach it only under MoERetinaNet or what with_moe_losses makes')
+                    'reach it only under MoERetinaNet or what with_moe_losses makes.')
             for key in given:
                 del state_dict[prefix + key]
             try:
