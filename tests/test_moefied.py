@@ -9,11 +9,13 @@ import timm
 import timm_host
 import torch
 from host_contract import fx_model
+from image_folders import write_images
 from timm.layers import Format, GluMlp, Mlp, SwiGLU, set_reentrant_ckpt
 from timm.models import save_for_hf
 from torch import nn
 
 import moe_zoo
+from moe_zoo import cli
 from moe_zoo.checkpoints.shrink import prune
 from moe_zoo.errors import InputError
 from moe_zoo.layers import DynamicConv2d, MoEConv2d, MoEMlp, RoutedConv2d
@@ -373,6 +375,50 @@ def test_refusals():
 
 # timm's own tests. Its two lists go by name, so that a token model under this name is put into the one of token models,
 # as the name of its base is; sizes of images are those of what is built.
+
+REFUSED = [
+    (['base=resnet81'], "base='resnet81' is no model of timm. Did you mean 'resnet18'"),
+    (['base=resnet18', 'targets=layer9.*'], "targets='layer9.*' matches no module, and layer='condconv' repl"),
+    (['base=resnet18', 'layer=condcnv'], "layer='condcnv' is unknown. Did you mean 'condconv'"),
+    (['base=resnet18', 'num_selected=1'], "unexpected keyword argument 'num_selected'. Did you mean 'num_experts'?"),
+]
+
+
+def refusal(arguments, capsys) -> str:
+    """What the command line says: one line, exit code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(each) for each in arguments])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith('error: ') and error.count('\n') == 1
+    return error
+
+
+@pytest.mark.parametrize('options, message', [
+    *REFUSED,
+    (['base=resnet10t'], 'of another architecture than the model: conv1.0.weight is missing in them, and the')
+])
+def test_what_cannot_be_converted_is_told_and_nothing_written(options, message, tmp_path, capsys):
+    torch.save(timm.create_model('resnet18').state_dict(), tmp_path / 'dense.pth')
+    error = refusal(['convert-checkpoint', 'upcycle', tmp_path / 'dense.pth', tmp_path / 'out.safetensors', '--model',
+                     'moefied', '--model-kwargs', *options], capsys)
+    assert message in error and [path.name for path in tmp_path.iterdir()] == ['dense.pth']
+
+
+@pytest.mark.parametrize('options, message', [
+    *REFUSED,
+    (['base=resnet18'], "the weights of base='resnet18' cannot be fetched"),
+    (['base=mobilenetv2_035', 'targets=conv_stem'], "base='mobilenetv2_035' has no file to download"),
+])
+def test_what_cannot_be_finetuned_is_told_and_nothing_written(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'hub'))
+    folder = write_images(tmp_path / 'data', {'train': 1, 'val': 1})
+    error = refusal(['finetune', '--model', 'moefied', '--data-dir', folder, f'output={tmp_path / "run"}',
+                     *(f'model_kwargs.{option}' for option in options)], capsys)
+    assert message in error and not (tmp_path / 'run').exists()
+    if 'fetched' in message or 'download' in message:
+        assert error.endswith('as pretrained_path=FILE (finetune: --from-dense FILE).\n')
+
 
 def test_weights_that_modules_share_are_told():
     model = dense('vit_tiny_patch16_224', **SMALL)

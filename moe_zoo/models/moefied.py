@@ -279,6 +279,8 @@ default_cfgs = generate_default_cfgs({f'moefied.{UNTRAINED}': _cfg()})
 
 
 def _build(base: str, targets: Any, layer: str, layer_args: Dict[str, Any], pretrained: bool, **kwargs) -> nn.Module:
+    if pretrained:  # a pattern without a match is told before anything is downloaded
+        find_targets(timm.create_model(base, **{**kwargs, 'device': 'meta'}), targets, layer)
     try:
         model = timm.create_model(base, pretrained=pretrained, **kwargs)
     except OSError as error:
