@@ -15,6 +15,7 @@ import moe_zoo  # noqa: F401 - registers the models
 from moe_zoo.data import load_digits_split
 from moe_zoo.engine import finetune
 from moe_zoo.engine.build import build_model
+from moe_zoo.engine.compare import twin_options
 from moe_zoo.engine.config import load_config
 from moe_zoo.engine.data import open_datasets
 from moe_zoo.engine.evaluate import evaluate
@@ -127,6 +128,11 @@ def test_what_is_fine_tuned_begins_as_the_dense_network(dense, name, kwargs, opt
     assert model.num_classes == 3
     for key in ('mean', 'std', 'classifier', 'interpolation', 'crop_pct'):
         assert model.pretrained_cfg[key] == larger.pretrained_cfg[key]
+
+
+def test_the_twin_of_a_moefied_model_is_its_base():
+    args = load_config(finetune.RECIPE, dict(model='moefied', model_kwargs=MOEFIED_VIT))
+    assert twin_options(args) == {'model': 'vit_tiny_patch16_224', 'model_kwargs': VIT}
 
 
 # Name, keywords, and by block the rate under a decay of a half, by hand: the head has 1, each block half of the next.

@@ -305,7 +305,7 @@ def chart_file(chart: str, title: str, alt: str) -> str:
         f'fill="currentColor" font-family="system-ui, sans-serif" role="img" aria-label="{html.escape(alt)}">\n'
         f'<style>\n{style}\n</style>\n'
         f'<rect width="100%" height="100%" rx="8" fill="var(--card)" stroke="var(--line)"/>\n'
-        f'<text x="20" y="30" font-size="15" font-weight="600">{html.escape(title)}</text>\n{inner}\n</svg>\n')
+        f'<text x="20" y="30" font-size="14" font-weight="600">{html.escape(title)}</text>\n{inner}\n</svg>\n')
 
 
 def _facts(facts: Sequence[tuple[str, str]]) -> str:

