@@ -24,6 +24,8 @@ from pycocotools.coco import COCO  # noqa: E402
 from pycocotools.cocoeval import COCOeval  # noqa: E402
 from torch import nn  # noqa: E402
 
+from moe_zoo.analysis.benchmark_cli import main as benchmark  # noqa: E402
+from moe_zoo.analysis.timing import peak_memory  # noqa: E402
 from moe_zoo.cli import main as moe_zoo  # noqa: E402
 from moe_zoo.data.scenes import write_scenes  # noqa: E402
 from moe_zoo.detection import load_config, register_coco  # noqa: E402
@@ -309,3 +311,37 @@ def test_classes_are_numbers_where_nothing_names_them(config, tmp_path):
     weights, model = trained_like(config, tmp_path)
     torch.save({'model': model.state_dict()}, weights)
     assert load_weights(load_config(config, ['MODEL.WEIGHTS', str(weights)]))[1]['classes'] == list('01234')
+
+
+# --- timing
+
+def test_memory_of_a_call_is_its_peak():
+    def run():
+        one, two = torch.ones(1_000_000), torch.ones(1_000_000)  # 4 MB each
+        del one
+        three = torch.ones(500_000)
+        return two, three
+
+    assert peak_memory(run, 'cpu') == 8_000_000
+
+
+def test_metrics_of_two_libraries_are_timed_where_they_are_equal(tmp_path, capsys):
+    assert benchmark(['coco-eval', '--images', '6', '--rounds', '3', '--json', str(tmp_path / 'times.json')]) == 0
+    row, = json.loads((tmp_path / 'times.json').read_text())['rows']
+    assert row['difference'] < 1e-9 and len(row['seconds']) == len(row['twin_seconds']) == 3
+    assert row['verdict'] in ('reached', 'missed', 'not resolved') and row['at_most'] == 0.25
+    with pytest.raises(SystemExit):
+        benchmark(['coco-eval', '--images', '0'])
+    assert '--images 0: at least one image is needed' in capsys.readouterr().err
+
+
+def test_detectors_are_timed_beside_their_macs_and_memory(config, tmp_path, capsys):
+    dense = tmp_path / 'dense.yaml'
+    dense.write_text(config.read_text().replace('moe_resnet18', 'resnet18'))
+    benchmark(['detector', str(dense), str(config), '--img-size', '64x96', '--rounds', '3', '--json',
+               str(tmp_path / 'times.json'), '--opts', 'MODEL.FPN.OUT_CHANNELS', '16'])
+    first, second = json.loads((tmp_path / 'times.json').read_text())['rows']
+    assert first['macs_ratio'] == 1 and second['macs_ratio'] == second['macs'] / first['macs']
+    assert first['input_size'] == [3, 64, 96] and first['memory'] > 64 * 96 * 3 * 4  # more than the normalised image
+    assert second['parameters'] != first['parameters'] and len(second['seconds']) == 3
+    assert re.search(r'dense +64x96 +[0-9,]+ +0\.\d+ ', capsys.readouterr().out)

@@ -1,4 +1,5 @@
-"""`tools/benchmark.py`: the time of a routed model beside that of its dense twin, of a routed layer beside a plain one.
+"""`tools/benchmark.py`: the time of a routed model beside that of its dense twin, of a routed layer beside a plain one,
+of detectors beside one another, and of COCO's metrics by two libraries.
 
 Time stands next to MACs, because MACs that are saved or added do not always turn into time. How it is measured is in
 `timing.py`, which layers are in `layer_cases.py`.
@@ -6,11 +7,15 @@ Time stands next to MACs, because MACs that are saved or added do not always tur
 Letters: B images.
 """
 import argparse
+import contextlib
 import json
 import statistics
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,23 +28,27 @@ import moe_zoo
 from moe_zoo.cards import card, dense_twin
 from moe_zoo.errors import InputError, atomic_write, exit_on_input_error, nearest
 
-from ..layers import MoEMlp
+from ..layers import MoEMlp, RoutedLayer
 from ..losses import auxiliary_losses
 from ..routing import Routing
 from .cost import count
-from .count_cli import build_model
+from .count_cli import build_model, parse_size
 from .force import rewrite_routing
 from .layer_cases import MODES, Case, Contender, find_cases
-from .timing import CLOCKS, Ratio, alternate, machine, ratio, settle_memory
+from .timing import CLOCKS, Ratio, alternate, machine, peak_memory, ratio, settle_memory
 
 # Ratios of time that models aim at: to the dense twin, and to it at equal MACs.
 MODEL_AIMS = {'moe_resnet18': 1.2}
 EQUAL_MACS_AIMS = {'vmoe_vit_s': 1.15}
+COCO_AIM = 0.25  # time of faster-coco-eval to that of pycocotools
+COMMANDS = ('model', 'layer', 'detector', 'coco-eval')
 EXAMPLES = """examples:
   tools/benchmark.py model condconv_resnet50 --mode forward
   tools/benchmark.py model vmoe_vit_s --equal-macs --batch-size 32
   tools/benchmark.py layer --list
   tools/benchmark.py layer 'condconv-1x1-*' --threads 2 --json times.json
+  tools/benchmark.py detector configs/coco/retinanet_{moe_res5,condconv}_r50_fpn_1x.yaml --img-size 640
+  tools/benchmark.py coco-eval
   OMP_WAIT_POLICY=passive tools/benchmark.py layer --clock cpu      on a machine that others use"""
 
 
@@ -95,8 +104,9 @@ def _forward(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Callable[[]
     return forward
 
 
-def _finish(x: torch.Tensor) -> None:
-    if x.is_cuda:
+def _finish(x: torch.Tensor | list) -> None:
+    """Wait for a GPU. A detector takes a list, of which it is not known where it went."""
+    if torch.cuda.is_available() and not (isinstance(x, torch.Tensor) and x.device.type == 'cpu'):
         torch.cuda.synchronize()
 
 
@@ -181,6 +191,54 @@ def benchmark_layer(name: str, mode: str, case: Case, args: argparse.Namespace) 
     ]
 
 
+def benchmark_detectors(args: argparse.Namespace) -> list[dict]:
+    """Time one image through detectors, each beside the first; their MACs and memory.
+
+    Returns:
+        One row for each config.
+
+    Raises:
+        InputError: A config cannot be used.
+    """
+    from moe_zoo.detection import benchmark  # an extra: imported where it is asked for
+
+    warnings.filterwarnings('ignore', category=FutureWarning)  # detectron2's own affair, as the next
+    warnings.filterwarnings('ignore', message='torch.meshgrid')
+    built = [benchmark.build_detector(name, args.opts, args.device, parse_size(args.img_size)) for name in args.configs]
+    costs = [count(model, inputs) for model, inputs in built]
+    runs = [_forward(model, (inputs,)) for model, inputs in built]
+    with contextlib.ExitStack() as spread:
+        for model, _ in built:
+            if any(isinstance(module, RoutedLayer) for module in model.modules()):
+                spread.enter_context(rewrite_routing(model, spread_evenly))
+        timings = alternate(runs, args.rounds, clock=CLOCKS[args.clock])
+        memory = [peak_memory(run, args.device) for run in runs]
+    return [
+        {'config': config, 'opts': args.opts, 'input_size': list(inputs[0]['image'].shape),
+         'parameters': cost.parameters, 'macs': cost.macs_max, 'macs_ratio': cost.macs_max / costs[0].macs_max,
+         'memory': held}
+        | _compare(args.configs[0], 'forward', (seconds, timings.seconds[0]), timings.loads, None)
+        for config, (_, inputs), cost, held, seconds in zip(args.configs, built, costs, memory, timings.seconds)]
+
+
+def benchmark_coco(args: argparse.Namespace) -> list[dict]:
+    """Time COCO's metrics on generated objects, through detectron2's evaluator.
+
+    Raises:
+        InputError: The metrics differ, or there is no image.
+    """
+    from moe_zoo.detection import benchmark
+
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = runs = benchmark.coco_runs(args.images, Path(folder))
+        difference = benchmark.largest_difference(ours(), theirs())
+        if difference > 1e-9:
+            raise InputError(f'faster-coco-eval and pycocotools differ by {difference:g} %: their times say nothing.')
+        timings = alternate(runs, args.rounds, min_seconds=0, clock=CLOCKS[args.clock])
+    row = {'case': 'coco-eval', 'about': f'{args.images} images', 'layer': 'faster-coco-eval', 'difference': difference}
+    return [row | _compare('pycocotools', 'evaluate', timings.seconds, timings.loads, COCO_AIM)]
+
+
 def _compare(
         twin: str, mode: str, seconds: tuple[list[float], ...], loads: list[float], at_most: float | None) -> dict:
     found = ratio(*seconds)
@@ -195,11 +253,11 @@ def _compare(
 def main(argv: list[str] | None = None) -> int:
     """Benchmark what the command line names; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and not argv[0].startswith('-') and argv[0] not in ('model', 'layer'):
-        hint = nearest(argv[0], ('model', 'layer')) or f' Models are timed by: benchmark.py model {argv[0]}.'
-        raise InputError(f'benchmark.py has the commands model and layer, not {argv[0]!r}.{hint}')
+    if argv and not argv[0].startswith('-') and argv[0] not in COMMANDS:
+        hint = nearest(argv[0], COMMANDS) or f' Models are timed by: benchmark.py model {argv[0]}.'
+        raise InputError(f'benchmark.py has the commands {", ".join(COMMANDS)}, not {argv[0]!r}.{hint}')
     args = _parser().parse_args(argv)
-    work = _model_work(args) if args.command == 'model' else _layer_work(args)
+    work = WORK[args.command](args)
     if args.command == 'layer' and args.list:
         print('\n'.join(f'{name:<26}{case.about}' for name, case in find_cases(args.cases).items()))
         return 0
@@ -214,8 +272,8 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for name, mode, run in work:
         rows += (found := run())
-        for row in found:
-            print(f'{name}, {mode}, to {row["twin"]}: {Ratio(**row["time_ratio"])}', file=sys.stderr)
+        for row in found[1:] if args.command == 'detector' else found:
+            print(f'{row.get("config", name)}, {mode}, to {row["twin"]}: {Ratio(**row["time_ratio"])}', file=sys.stderr)
     _report(rows, before, args)
     return 0
 
@@ -240,9 +298,25 @@ def _layer_work(args: argparse.Namespace) -> Work:
         for name, case in find_cases(args.cases).items() for mode in case.modes if args.mode in (None, mode)]
 
 
+def _detector_work(args: argparse.Namespace) -> Work:
+    if args.rounds < 3:
+        raise InputError(f'--rounds {args.rounds}: use at least 3 rounds.')
+    return [('detectors', 'forward', lambda: benchmark_detectors(args))]
+
+
+def _coco_work(args: argparse.Namespace) -> Work:
+    if args.rounds < 3:
+        raise InputError(f'--rounds {args.rounds}: use at least 3 rounds.')
+    return [('coco-eval', 'evaluate', lambda: benchmark_coco(args))]
+
+
+WORK = {'model': _model_work, 'layer': _layer_work, 'detector': _detector_work, 'coco-eval': _coco_work}
+
+
 def _report(rows: list[dict], before: dict, args: argparse.Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print((_model_table if args.command == 'model' else _layer_table)(rows))
+    tables = {'model': _model_table, 'detector': _detector_table}
+    console.print(tables.get(args.command, _layer_table)(rows))
     loads = [load for row in rows for load in row['loads']]
     during = f'{min(loads):.1f} to {max(loads):.1f} while timing' if loads else ''
     console.print(
@@ -263,6 +337,17 @@ def _model_table(rows: list[dict]) -> Table:
         table.add_row(
             f'{row["model"]} / {twin}', row['mode'], str(row['batch_size']), f'{row["macs_ratio"]:.3f}',
             str(Ratio(**row['time_ratio'])), *_aim(row), *_times(row))
+    return table
+
+
+def _detector_table(rows: list[dict]) -> Table:
+    table = _table('detector, one image', 'input', 'parameters', 'GMACs at most', 'time', 'memory', 'MACs', 'ratio')
+    for row in rows:
+        first = row is rows[0]
+        table.add_row(
+            Path(row['config']).stem, 'x'.join(map(str, row['input_size'][1:])), f'{row["parameters"]:,}',
+            f'{row["macs"] / 1e9:,.3f}', _times(row)[0], f'{row["memory"] / 1e6:,.1f} MB',
+            '1' if first else f'{row["macs_ratio"]:.3f}', '1' if first else str(Ratio(**row['time_ratio'])))
     return table
 
 
@@ -290,19 +375,21 @@ def _times(row: dict) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    shared = argparse.ArgumentParser(add_help=False)
-    add = shared.add_argument
-    add('--mode', choices=MODES, help='forward: evaluation mode, no gradients; train: with backward (default: both)')
+    timing = argparse.ArgumentParser(add_help=False)
+    add = timing.add_argument
     add('--rounds', type=int, default=9, metavar='R', help='timings of each, in turns (default: 9, at least 3)')
     add('--device', default='cpu', help='cpu or cuda (default: cpu)')
     add('--threads', type=int, metavar='T', help="torch threads (default: torch's choice)")
     add('--clock', choices=CLOCKS, default='wall', help='wall time, or CPU time of the process (default: wall)')
     add('--json', metavar='OUT', help='write every timing to this file')
+    shared = argparse.ArgumentParser(add_help=False, parents=[timing])
+    shared.add_argument(
+        '--mode', choices=MODES, help='forward: evaluation mode, no gradients; train: with backward (default: both)')
 
     parser = argparse.ArgumentParser(
-        description='Time of routed models and layers as a ratio to others, in alternating rounds.', epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest='command', required=True, metavar='model|layer')
+        description='Time of routed models, layers and detectors as a ratio to others, in alternating rounds.',
+        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest='command', required=True, metavar='|'.join(COMMANDS))
     model = commands.add_parser(
         'model', parents=[shared], help='models beside their dense twins',
         description='Time of routed models as a ratio to their dense twins, which their cards name. A training step '
@@ -318,6 +405,17 @@ def _parser() -> argparse.ArgumentParser:
         'backward; an aim is reached where three rounds of four are.')
     layer.add_argument('cases', nargs='*', metavar='CASE', help="names or patterns, '*-b8' (default: every case)")
     layer.add_argument('--list', action='store_true', help='show the cases and stop')
+    detector = commands.add_parser(
+        'detector', parents=[timing], help='detectors of configs, beside the first',
+        description='Time and memory of one image of noise through detectors, random weights, beside their MACs; the '
+        'ratios are to the first. Memory is what a forward holds at most beyond weights and input.')
+    detector.add_argument('configs', nargs='+', metavar='FILE', help='detectron2 yaml files')
+    detector.add_argument('--opts', nargs='*', default=[], metavar='KEY VALUE', help='config keys to change in all')
+    detector.add_argument('--img-size', metavar='HxW', help="size of the image (default: the config's test size)")
+    coco = commands.add_parser(
+        'coco-eval', parents=[timing], help="COCO's metrics by faster-coco-eval, beside pycocotools",
+        description="Time of COCO's metrics on generated objects through detectron2's evaluator, loading included.")
+    coco.add_argument('--images', type=int, default=500, metavar='N', help='images (default: 500)')
     return parser
 
 

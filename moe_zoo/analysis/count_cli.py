@@ -142,7 +142,7 @@ def build_model(name: str, device: str, img_size: tuple[int, int] | None = None,
 
 
 def _count_named(name: str, args: argparse.Namespace) -> Result:
-    kwargs, img_size = _keywords(args.model_kwargs), _img_size(args.img_size)
+    kwargs, img_size = _keywords(args.model_kwargs), parse_size(args.img_size)
     model = build_model(name, 'meta', img_size, **kwargs)
     size = _input_size(model, img_size)
     cost = _count_once(name, model, torch.empty(1, *size, device='meta'))
@@ -169,7 +169,7 @@ def _count_detector(args: argparse.Namespace) -> Result:
     from moe_zoo.detection import count_inputs as detection  # an extra: imported where it is asked for
 
     cfg, model = detection.load(args.config_file, args.names, args.weights)
-    inputs = detection.noise(cfg, _img_size(args.img_size))
+    inputs = detection.noise(cfg, parse_size(args.img_size))
     name = Path(args.config_file).stem
     cost = _count_once(name, model, inputs)
     result = Result(name, tuple(inputs[0]['image'].shape), depends_on_input(model, cost), cost)
@@ -222,7 +222,7 @@ def _input_size(model: nn.Module, img_size: tuple[int, int] | None) -> tuple[int
     return (channels, *(img_size or own))
 
 
-def _img_size(text: str | None) -> tuple[int, int] | None:
+def parse_size(text: str | None) -> tuple[int, int] | None:
     """'640' or '800x1216' -> (height, width)."""
     if text is None:
         return None

@@ -5,6 +5,7 @@ reported is the median ratio with its quartiles. A ratio that lies closer to 1 t
 quoted.
 """
 import contextlib
+import itertools
 import os
 import platform
 import re
@@ -106,6 +107,21 @@ def alternate(
             timings.seconds[k].append(timed(runs[k], calls[k]))
         timings.loads.append(os.getloadavg()[0])
     return timings
+
+
+def peak_memory(run: Callable[[], None], device: str) -> int:
+    """Bytes that a call holds at most at one time beyond what was there before, as the allocator of torch counts."""
+    if device.startswith('cuda'):
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler prints when it starts and stops
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == '[memory]']
+    held = itertools.accumulate(e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns()))
+    return max(held, default=0)
 
 
 def settle_memory() -> None:

@@ -1,0 +1,115 @@
+"""What `tools/benchmark.py` times of detectors: one image through each, and COCO's metrics by two libraries."""
+import contextlib
+import io
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
+from torch import nn
+
+from ..errors import InputError
+from .coco import register_coco
+from .config import load_config
+from .count_inputs import noise
+from .evaluation import Evaluator
+
+CATEGORIES, OBJECTS, DETECTIONS = 80, 7, 100  # COCO's: categories, and of each image
+
+
+def build_detector(
+        config: str,
+        opts: list[str],
+        device: str,
+        size: tuple[int, int] | None,
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """The detector of a config with random weights, which cost what trained ones do, and one image of noise for it.
+
+    Raises:
+        InputError: The config cannot be used.
+    """
+    cfg = load_config(config, opts)
+    cfg.MODEL.DEVICE = device
+    cfg.MODEL.WEIGHTS = ''
+    cfg.MOE.TIMM.PRETRAINED = False
+    logging.getLogger('moe_zoo.detection').setLevel(logging.ERROR)  # of frozen BatchNorm under random weights
+    return build_model(cfg).eval(), noise(cfg, size)
+
+
+def coco_runs(images: int, folder: Path, seed: int = 0) -> tuple[Callable[[], dict], Callable[[], dict]]:
+    """detectron2's evaluator on generated objects and detections: by faster-coco-eval, and by pycocotools.
+
+    Args:
+        images: Number of images, each with 7 objects on average and 100 detections of 80 categories.
+        folder: Receives the objects as COCO JSON.
+        seed: Of both.
+
+    Returns:
+        Functions without arguments that measure everything and return the metrics of boxes.
+
+    Raises:
+        InputError: Fewer than one image.
+    """
+    if images < 1:
+        raise InputError(f'--images {images}: at least one image is needed.')
+    truth, found = _generate(np.random.default_rng(seed), images)
+    file = folder / 'generated.json'
+    file.write_text(json.dumps(truth))
+    name = f'generated in {folder}'
+    register_coco(name, str(file), str(folder))
+    logging.getLogger('detectron2').setLevel(logging.ERROR)
+    logging.getLogger('moe_zoo').setLevel(logging.ERROR)
+    DatasetCatalog.get(name)
+
+    def measure(fast: bool) -> dict:
+        evaluator = Evaluator(name, tasks=('bbox',), distributed=False, use_fast_impl=fast)
+        evaluator.reset()
+        evaluator._predictions = [{'image_id': image, 'instances': rows} for image, rows in found.items()]
+        with contextlib.redirect_stdout(io.StringIO()):
+            return evaluator.evaluate()['bbox']
+
+    return lambda: measure(True), lambda: measure(False)
+
+
+def _generate(rng: np.random.Generator, images: int) -> tuple[dict, dict[int, list[dict]]]:
+    """COCO JSON, and detections by image: two of three near an object of their class, scores tied in hundredths.
+
+    Category ids start from 0, so that detectron2's change of ids to those of the JSON, made in place, changes nothing.
+    """
+    annotations, found = [], {}
+    for image in range(1, images + 1):
+        count = 1 + rng.poisson(OBJECTS - 1)
+        sides = np.exp(rng.uniform(np.log(8), np.log(300), (count, 2)))
+        boxes = np.concatenate([rng.uniform(0, 1, (count, 2)) * (640 - sides), sides], axis=1)
+        classes = rng.integers(CATEGORIES, size=count)
+        for box, category in zip(boxes, classes):
+            annotations.append({
+                'id': len(annotations) + 1, 'image_id': image, 'category_id': int(category), 'bbox': box.tolist(),
+                'area': float(box[2] * box[3]), 'iscrowd': int(rng.uniform() < 0.01)})
+        which = rng.integers(count, size=DETECTIONS)
+        near = boxes[which] * np.exp(rng.normal(scale=0.1, size=(DETECTIONS, 4)))
+        right = rng.uniform(size=DETECTIONS) < 0.67
+        labels = np.where(right, classes[which], rng.integers(CATEGORIES, size=DETECTIONS))
+        scores = rng.uniform(size=DETECTIONS).round(2)
+        found[image] = [{'image_id': image, 'category_id': int(label), 'bbox': box.tolist(), 'score': float(score)}
+                        for label, box, score in zip(labels, near, scores)]
+    return {
+        'images': [{'id': i, 'file_name': f'{i}.png', 'height': 640, 'width': 640} for i in found],
+        'categories': [{'id': i, 'name': f'category {i}'} for i in range(CATEGORIES)],
+        'annotations': annotations}, found
+
+
+def largest_difference(ours: dict[str, float], theirs: dict[str, float]) -> float:
+    """Of two sets of metrics; NaN in both is no difference.
+
+    Raises:
+        InputError: Only one of them could measure something.
+    """
+    pairs = [(ours[key], theirs[key]) for key in theirs]
+    if any(np.isnan(a) != np.isnan(b) for a, b in pairs):
+        raise InputError('The two libraries do not measure the same metrics.')
+    return max(abs(a - b) for a, b in pairs if not np.isnan(a))
