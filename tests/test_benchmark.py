@@ -252,9 +252,11 @@ def test_models_from_the_command_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(('arguments', 'sentence'), [
-    (['condconv_resnet18'], "error: benchmark.py has the commands model, layer, detector, coco-eval, not 'condconv_resnet18'. Models are "
+    (['condconv_resnet18'],
+        "error: benchmark.py has the commands model, layer, detector, coco-eval, not 'condconv_resnet18'. Models are "
         'timed by: benchmark.py model condconv_resnet18.'),
-    (['layers'], "error: benchmark.py has the commands model, layer, detector, coco-eval, not 'layers'. Did you mean 'layer'?"),
+    (['layers'],
+        "error: benchmark.py has the commands model, layer, detector, coco-eval, not 'layers'. Did you mean 'layer'?"),
     (['model', 'condconv_resnet19'], "error: There is no model 'condconv_resnet19' in moe_zoo. Did you mean '"),
     (['model', 'condconv_resnet18', '--rounds', '2'],
         'error: --rounds 2 --batch-size 8: use at least 3 rounds and 1 image.'),
