@@ -178,7 +178,7 @@ class SizeCollector:
         cells: Rows and columns of the grid on which gate maps are compared.
     """
 
-    def __init__(self, model: nn.Module, shuffles: int = 999, seed: int = 0, cells: int = 16):
+    def __init__(self, model: nn.Module, shuffles: int = 499, seed: int = 0, cells: int = 16):
         self.layers = routed_layers(model)  # refuses a model without any
         self.model, self.shuffles, self.seed, self.cells = model, shuffles, seed, cells
         self.names = {id(module): name for name, module in model.named_modules()}

@@ -20,7 +20,7 @@ from .object_gates import SIZES, Layout, Objects, gate_shares
 
 PLACES = 4  # of an object that are looked at; neighbours tell much the same
 BUFFER_ITEMS = 4096  # router calls are gathered up to so many items, then all versions run on them at once
-COMPETING_ITEMS = 16384  # where experts choose all items of a group are needed: no further batch after so many
+COMPETING_ITEMS = 8192  # where experts choose all items of a group are needed: no further batch after so many
 
 
 @dataclass
@@ -186,9 +186,9 @@ def choose_again(
     likings = routing.logits.softmax(dim=-1)
     likings = likings if inside is None else likings.masked_fill(~inside[:, None], -1.)
     likings, rows = _in_groups(likings, group_size, -1.)
-    best = likings.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(best).scatter(1, best, torch.arange(group_size).view(1, -1, 1).expand_as(best))
-    kept = (rank < taken[:, None]).flatten(0, 1)[:rows]  # by the number of the expert
+    ranked = likings.sort(dim=1, descending=True).values
+    least = ranked.gather(1, taken[:, None].long().sub(1).clamp_min(0))  # (G, 1, E) liking of the last one taken
+    kept = ((likings >= least) & (taken[:, None] > 0)).flatten(0, 1)[:rows]  # by the number of the expert
     return routing._replace(kept=kept.gather(1, routing.indices))
 
 

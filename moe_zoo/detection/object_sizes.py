@@ -241,7 +241,7 @@ def analyze_detector(
     rows = plan_trials(model, trials, layer, experts)
     scenes = Scenes(cfg, model)
     scenes.expected = 1 + len(controls) + len(rows)
-    shuffles = shuffles or max(999, math.ceil(len(layers) / alpha))
+    shuffles = shuffles or max(499, math.ceil(len(layers) / alpha))
     if scenes.expected > 1:
         print(f'{scenes.expected} passes over {counted(len(scenes.loader), "image")}: 1 with the router left free, '
               f'{counted(len(controls), "control")}, {counted(len(rows), "trial")}', file=sys.stderr)
@@ -402,7 +402,7 @@ def _parser() -> argparse.ArgumentParser:
         help='one more pass with routers that must not (untrained) or must (planted) separate sizes')
     add('--permutations', type=int, default=999, metavar='N', help='of images (default: 999)')
     add('--shuffles', type=int, default=None, metavar='N',
-        help='of router weights (default: 999, or more where many layers ask for it)')
+        help='of router weights (default: 499, or more where many layers ask for it)')
     add('--alpha', type=float, default=0.01, help='level of both tests (default: 0.01)')
     add('--seed', type=int, default=0, help='of permutations, shuffles and controls (default: 0)')
     add('opts', nargs='*', metavar='KEY VALUE', help='config keys to change')
