@@ -6,13 +6,13 @@ from torch import nn
 pytest.importorskip('detectron2', reason='detectron2 is not installed: tools/setup.sh --detection')
 
 from detectron2.config import LazyConfig  # noqa: E402
+from test_detection_training import left_behind, scenes, tiny  # noqa: E402, F401
 
 from moe_zoo.detection import load_config  # noqa: E402
 from moe_zoo.detection.optimizer import build_optimizer  # noqa: E402
 from moe_zoo.detection.train import main  # noqa: E402
 from moe_zoo.errors import InputError  # noqa: E402
 from moe_zoo.resources import folder  # noqa: E402
-from test_detection_training import left_behind, scenes, tiny  # noqa: E402, F401
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # of detectron2's older code
 ADAMW = ['MOE.OPTIMIZER.NAME', 'adamw', 'SOLVER.BASE_LR', '0.001', 'SOLVER.WEIGHT_DECAY', '0.05']
@@ -60,8 +60,9 @@ def test_momentum_is_solvers_where_there_is_one():
 def test_gradients_are_clipped():
     model = Small()
     optimizer = build_optimizer(config(
-        'MOE.OPTIMIZER.NAME', 'momentum', 'SOLVER.CLIP_GRADIENTS.ENABLED', 'True', 'SOLVER.CLIP_GRADIENTS.CLIP_VALUE', '2.',
-        'SOLVER.BASE_LR', '1.', 'SOLVER.MOMENTUM', '0.', 'SOLVER.WEIGHT_DECAY', '0.'), model)
+        'MOE.OPTIMIZER.NAME', 'momentum', 'SOLVER.CLIP_GRADIENTS.ENABLED', 'True',
+        'SOLVER.CLIP_GRADIENTS.CLIP_VALUE', '2.', 'SOLVER.BASE_LR', '1.', 'SOLVER.MOMENTUM', '0.',
+        'SOLVER.WEIGHT_DECAY', '0.'), model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     model.pos_embed.grad = torch.tensor([5., 1., -5.])

@@ -28,8 +28,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     # Second derivatives are what no trainer here computes.
     known = [name for name in list_optimizers() if not get_optimizer_info(name).second_order]
     if options.NAME not in known:
-        raise InputError(f'MOE.OPTIMIZER.NAME {options.NAME!r} is none of the optimisers of timm.optim.list_optimizers()'
-                         f' that take plain gradients.{nearest(options.NAME, known)}')
+        raise InputError(f'MOE.OPTIMIZER.NAME {options.NAME!r} is none of the optimisers of '
+                         f'timm.optim.list_optimizers() that take plain gradients.{nearest(options.NAME, known)}')
     groups = get_default_optimizer_params(
         model, base_lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         bias_lr_factor=solver.BIAS_LR_FACTOR, weight_decay_bias=solver.WEIGHT_DECAY_BIAS,

@@ -29,6 +29,7 @@ FILES = {
     'situational-fusion': 'situational_fusion',
     'vowels': 'vowels',
     'object-sizes': 'object_sizes',
+    'bccd': 'bccd',
     'finetune-cnn': 'finetune',
     'finetune-vit': 'finetune',
     'upcycle': 'dense_weights',
