@@ -265,6 +265,12 @@ def test_channels_that_are_never_live_are_zero():
 @pytest.mark.parametrize('call, message', [
     (lambda m, t: prune(m, t, keep=5), 'keep=5: choose between 1 and 4, as there are 4 experts.'),
     (lambda m, t: merge(m, t, keep=0), 'keep=0: choose between 1 and 4'),
+    (lambda m, t: merge(m, t, keep=2.), 'keep=2.0: choose between 1 and 4'),
+    (lambda m, t: prune(m, t, keep='2'), "keep='2': choose between 1 and 4"),
+    (lambda m, t: prune(m, t, share=1.5), "share=1.5: use a share of a layer's mass, from 0 to less than 1."),
+    (lambda m, t: prune(m, t, share=float('nan')), 'share=nan: use a share'),
+    (lambda m, t: prune(routed('vmoe_vit_b', num_experts=3), t, keep=2),
+     "trace is of another model: 'blocks.1.mlp' has 3 experts, and its records have 4."),
     (lambda m, t: prune(m, t), 'keep=None, share=None: give exactly one of the two.'),
     (lambda m, t: prune(m, t, keep=1, share=0.5), 'give exactly one of the two'),
     (lambda m, t: prune(m, {}, keep=1), "trace has no records of 'blocks.1.mlp': run images through the model under"),

@@ -59,6 +59,8 @@ def prune(model: nn.Module, trace: Trace, keep: Optional[int] = None, share: Opt
     _check_separable(model, masses)
     if (keep is None) == (share is None):
         raise InputError(f'keep={keep}, share={share}: give exactly one of the two.')
+    if share is not None and not (isinstance(share, (int, float)) and 0 <= share < 1):
+        raise InputError(f"share={share!r}: use a share of a layer's mass, from 0 to less than 1.")
     if keep is None:
         keep = max(1, max(int((mass >= share * mass.sum()).sum()) for mass in masses.values()))
     _check_count(keep, masses)
@@ -177,6 +179,10 @@ def _masses(model: nn.Module, trace: Trace, mean: bool = False) -> Dict[str, tor
                 f'trace has no records of {name!r}: run images through the model under '
                 'moe_zoo.routing.trace_routing(model).')
         matrix = torch.cat([routing.combine_matrix() for routing in records]).float().cpu()  # (T, E)
+        if matrix.shape[1] != layer.num_experts:
+            raise InputError(
+                f'trace is of another model: {name!r} has {counted(layer.num_experts, "expert")}, and its records have '
+                f'{matrix.shape[1]}.')
         masses[name] = last = matrix.mean(dim=0) if mean else matrix.sum(dim=0)
     if not masses:
         raise InputError(f'{type(model).__name__} has no routed layers.')
@@ -198,8 +204,8 @@ def _check_separable(model: nn.Module, masses: Mapping[str, torch.Tensor]) -> No
 
 def _check_count(keep: int, masses: Mapping[str, torch.Tensor]) -> None:
     fewest = min(len(mass) for mass in masses.values())
-    if not 1 <= keep <= fewest:
-        raise InputError(f'keep={keep}: choose between 1 and {fewest}, as there are {counted(fewest, "expert")}.')
+    if type(keep) is not int or not 1 <= keep <= fewest:
+        raise InputError(f'keep={keep!r}: choose between 1 and {fewest}, as there are {counted(fewest, "expert")}.')
 
 
 def _weights_of(layer: RoutedLayer) -> torch.Tensor:
