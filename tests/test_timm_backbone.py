@@ -389,6 +389,7 @@ def test_gates_and_features_of_an_image_are_those_it_has_alone(name, args):
 def test_detections_move_by_padding_as_the_dense_twins_do(name, args, source, source_args, tmp_path):
     """A real network, into whose borders padding leaks, and experts that keep the function of the dense one: whatever
     its gates do, detections of an image in a batch differ from those alone as much as the twin's, and no more."""
+    torch.manual_seed(0)
     path = saved(tmp_path, without_positions(timm.create_model(source, num_classes=5, **source_args)))
     twin = detector(source, source_args, 'MOE.TIMM.CHECKPOINT', path).eval()
     model = detector(name, args, 'MOE.TIMM.CHECKPOINT', path).eval()
@@ -405,8 +406,9 @@ def test_detections_move_by_padding_as_the_dense_twins_do(name, args, source, so
         with torch.no_grad():
             alone, padded = (each(batch)[0]['instances'].scores[:10] for batch in (inputs[:1], inputs))
         moved.append(padded - alone)
-    assert moved[0].abs().max() > 1e-3
-    torch.testing.assert_close(moved[1], moved[0], rtol=0, atol=1e-4)
+    most = moved[0].abs().max().item()
+    assert most > 1e-4
+    torch.testing.assert_close(moved[1], moved[0], rtol=0, atol=0.02 * most)
 
 
 # --- under detectron2's detectors
