@@ -232,9 +232,9 @@ def test_an_exported_detector_gives_the_same_detections(backbone, config, tmp_pa
     weights, model = trained_like(config, tmp_path)
     main(['--config-file', str(config), 'OUTPUT_DIR', str(tmp_path / 'run'), '--export', str(tmp_path / 'model.ts'),
           'MODEL.WEIGHTS', str(weights)])
-    assert re.search(r"'.*model.ts' is TorchScript: it takes one image of any size, \(3, height, width\) float32 in "
-                     r"0..255, BGR, and returns boxes, classes, scores; equal to the detector's on [1-9]\d+ detections",
-                     capsys.readouterr().out)
+    assert re.search(r"'.*model.ts' is TorchScript for torch and torchvision: it takes one image of any size, "
+                     r"\(3, height, width\) float32 in 0..255, BGR, and returns boxes, classes, scores; equal to the "
+                     r"detector's on [1-9]\d+ detections", capsys.readouterr().out)
     assert not (tmp_path / 'run').exists()
     exported, about = load_exported(str(tmp_path / 'model.ts'))
     assert about['classes'] == ['null', 'eins', 'zwei', 'drei', 'vier'] and about['outputs'][0] == 'boxes'

@@ -1,5 +1,6 @@
 """A detector from a config, with or without weights, and images as it takes them, for the tools that look at one."""
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def load_weights(cfg: CfgNode) -> tuple[nn.Module, dict[str, Any]]:
     if cfg.MODEL.DEVICE == 'cuda' and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = 'cpu'
     logging.getLogger('fvcore.common.checkpoint').setLevel(logging.WARNING)
+    warnings.filterwarnings('ignore', message='torch.meshgrid')  # detectron2's, once a process
     model = build_model(cfg)
     rest = SafeCheckpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)
     trained_on = rest.get('trainer', {}).get('classes')

@@ -1,4 +1,8 @@
-"""A trained detector as one TorchScript file, which runs without this package and without detectron2."""
+"""A trained detector as one TorchScript file, which runs on torch and torchvision alone.
+
+    import torch, torchvision  # the latter has the operators nms and roi_align
+    boxes, classes, scores = torch.jit.load('model.ts')(image)
+"""
 import json
 import warnings
 from typing import Any, Dict, List, Tuple
@@ -52,8 +56,8 @@ def export(cfg: CfgNode, file: str) -> str:
     about.update(input=f'one image {size}, (3, height, width) float32 in 0..255, {cfg.INPUT.FORMAT}', outputs=outputs)
     with atomic_write(file) as part:
         torch.jit.save(traced, str(part), _extra_files={'moe_zoo.json': json.dumps(about)})
-    return (f"'{file}' is TorchScript: it takes {about['input']}, and returns {', '.join(outputs)}; equal to the "
-            f"detector's on {counted(boxes, 'detection')} in images of noise.")
+    return (f"'{file}' is TorchScript for torch and torchvision: it takes {about['input']}, and returns "
+            f"{', '.join(outputs)}; equal to the detector's on {counted(boxes, 'detection')} in images of noise.")
 
 
 def load_exported(file: str) -> Tuple[nn.Module, Dict[str, Any]]:
