@@ -147,7 +147,7 @@ def untrained_levels(seeds):
     return np.mean(reported), np.mean(by_chance)
 
 
-@pytest.mark.parametrize('seeds', [8, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('seeds', [8, pytest.param(40, marks=pytest.mark.slow)])
 def test_untrained_gates_of_levels_are_reported_at_the_nominal_rate_at_most(seeds):
     reported, by_chance = untrained_levels(seeds)
     assert reported <= .1 + 3 * (.09 / seeds) ** .5
@@ -157,15 +157,15 @@ def test_untrained_gates_of_levels_are_reported_at_the_nominal_rate_at_most(seed
 @pytest.mark.slow
 def test_gates_that_do_not_know_level_or_image_are_chance():
     p = []
-    for seed in range(60):
+    for seed in range(40):
         rng = np.random.default_rng(seed)
         sizes = scene_sizes(rng, 30)
         x = torch.tensor(rng.normal(size=(30, LEVELS, 24)), dtype=torch.float32)
         torch.manual_seed(seed)
         found = analyse_levels(PerLevel(SoftmaxTopKRouter(24, 4, 2)), x, sizes, seed=seed, shuffles=9)
         p.append(found.layers[0].chance_p)
-    # Nominal 10 % of 60, standard deviation 3.9 points.
-    assert np.mean(np.array(p) <= .1) < .1 + 3 * .039 and .35 < np.mean(p) < .65
+    # Nominal 10 % of 40, standard deviation 4.7 points.
+    assert np.mean(np.array(p) <= .1) < .1 + 3 * .047 and .35 < np.mean(p) < .65
 
 
 def test_a_router_that_learned_levels_is_reported():
@@ -257,7 +257,7 @@ def test_layers_whose_experts_choose_have_a_verdict():
     assert found.separates and found.expert_of(0) == 0 and found.expert_of(2) == 1
 
 
-@pytest.mark.parametrize('seeds', [6, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('seeds', [6, pytest.param(25, marks=pytest.mark.slow)])
 def test_shuffled_routers_of_experts_that_choose_are_untrained_ones(seeds):
     rates = [run_tokens(expert_choice(seed), *scenes_of_tokens(np.random.default_rng(seed), 16), seed).separates
              for seed in range(seeds)]

@@ -392,7 +392,7 @@ def _against_shuffled(shuffled: ShuffledRouters, layers: int) -> Tuple[float, fl
     observed = float(np.linalg.norm(separation(shuffled.observed / number, counts)))
     null = np.linalg.norm(separation(shuffled.versions / number, counts), axis=1)
     reached = 1 + (null >= observed - 1e-6 * max(1., observed)).sum()  # routers are float32
-    return observed, float(null.mean()), float(np.quantile(null, .95)), min(1., layers * reached / (len(null) + 1))
+    return observed, float(null.mean()), float(np.quantile(null, .95)), min(1., layers * int(reached) / (len(null) + 1))
 
 
 def _layer(
