@@ -74,7 +74,7 @@ def draw(image: Image.Image, objects: List[Dict[str, Any]], classes: List[str]) 
             veil = Image.fromarray(100 * mask_util.decode(entry['segmentation']).astype(np.uint8))
             image.paste(colour, mask=veil)
         x, y, width, height = entry['box']
-        pen.rectangle([x, y, x + max(width, 1), y + max(height, 1)], outline=colour, width=max(1, size // 8))
+        pen.rectangle([x, y, x + max(width, 1), y + max(height, 1)], outline=colour, width=max(2, size // 6))
         text, font = f'{entry["class"]} {entry["score"]:.2f}', ImageFont.load_default(size)
         above = y - size - 4 if y >= size + 4 else y
         pen.rectangle(pen.textbbox((x + 2, above), text, font=font), fill=colour)
