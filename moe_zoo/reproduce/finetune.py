@@ -74,12 +74,12 @@ def write_images(split: Split, folder: Path) -> None:
 def accuracy_curves(results: dict[str, Any]) -> list[Figure]:
     """Accuracy over epochs, a line an arm."""
     lines = []
-    for arm in results['arms']:
+    for side, arm in zip((-0.03, 0.03), results['arms']):  # so that bars do not hide each other
         after = [arm['metrics'][f'accuracy_{epoch}'] for epoch in range(1, EPOCHS + 1)]
-        lines.append((arm['name'], [(epoch, each['mean'], each['std']) for epoch, each in enumerate(after, 1)]))
+        lines.append((arm['name'], [(epoch + side, each['mean'], each['std']) for epoch, each in enumerate(after, 1)]))
     alt = '; '.join(f'{name}: {", ".join(f"{mean:.1f} %" for _, mean, _ in line)}' for name, line in lines)
     return [Figure(
-        curves(lines, 'epochs of fine-tuning', 'test accuracy, %', '{:.0f}', log=False),
+        curves(lines, 'epochs of fine-tuning', 'test accuracy, %', '{:.0f}', '{:.0f}', log=False),
         f'Test accuracy after every epoch of fine-tuning. {alt}',
         f'Mean and standard deviation over {len(results["plan"]["seeds"])} seeds.')]
 
