@@ -92,8 +92,8 @@ def test_it_is_one_model_with_its_copies():
         assert not torch.allclose(twin(x), model(x))
 
 
-@pytest.mark.parametrize('case', ['resnet', 'resnet-chosen', 'efficientnet', 'convnext'])
-@pytest.mark.parametrize('to', [torch.bfloat16, torch.float64, torch.channels_last], ids=str)
+@pytest.mark.parametrize('case', ['resnet-chosen', 'efficientnet', 'convnext'])
+@pytest.mark.parametrize('to', [torch.bfloat16, torch.channels_last], ids=str)
 def test_a_type_and_a_memory_format_stay(case, to):
     base, kwargs, size, targets, layer, args, _, _ = CASES[case]
     to = dict(memory_format=to) if to is torch.channels_last else dict(dtype=to)
@@ -184,13 +184,12 @@ BASES = {
     'convnext': (dict(base='convnext_atto'), 64, 'stages.2.*.mlp', 'moe_mlp'),
     'swinv2': (dict(base='swinv2_tiny_window8_256', img_size=64, **SMALL_SWIN), 64, 'layers.*.mlp', 'moe_mlp'),
     'vit': (dict(base='vit_tiny_patch16_224', **{**SMALL, 'depth': 3}), 32, 'blocks.*.mlp', 'moe_mlp'),
-    'resnet': (dict(base='resnet18'), 64, 'layer4.*.conv2', 'condconv'),
+    'resnet': (dict(base='resnet18', layers=(1, 1, 1, 2), channels=(8, 8, 16, 16)), 64, 'layer4.*.conv2', 'condconv'),
     'efficientnet': (dict(base='efficientnet_b0'), 64, 'blocks.5.*.conv_pw', 'dyconv'),
 }
 
 
-@pytest.mark.parametrize('case', BASES)
-@pytest.mark.parametrize('chosen', [{}, dict(out_indices=(-2, -1))], ids=['all', 'two'])
+@pytest.mark.parametrize('case, chosen', [*((case, {}) for case in BASES), ('convnext', dict(out_indices=(-2, -1)))])
 def test_features_are_those_of_the_base(case, chosen):
     kwargs, size, targets, layer = BASES[case]
     base_args = {key: value for key, value in kwargs.items() if key != 'base'}

@@ -35,7 +35,9 @@ def detector(name: str, args: dict, checkpoint: str = ''):
     return build_model(cfg)
 
 
-@pytest.mark.parametrize('base', BASES)
+@pytest.mark.parametrize('base', [
+    'swinv2_tiny_window8_256', 'resnet18',
+    *(pytest.param(base, marks=pytest.mark.slow) for base in ('convnext_atto', 'tf_efficientnet_lite0'))])
 def test_it_stands_where_its_base_stands(base, tmp_path):
     kwargs, targets, layer, losses = BASES[base]
     path = tmp_path / 'dense.pth'

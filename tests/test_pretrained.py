@@ -191,12 +191,11 @@ def test_vision_transformers():
     ('vmoe_vit_b', 'vit_small_patch32_224', dict(embed_dim=384, num_heads=6, patch_size=32)),
     ('vmoe_vit_b', 'vit_small_patch14_dinov2', dict(embed_dim=384, num_heads=6, patch_size=14)),  # LayerScale
     ('vmoe_vit_b', 'vit_base_patch16_224', {}),
-    ('vmoe_vit_b', 'vit_base_patch32_224', dict(patch_size=32)),
     ('vmoe_vit_b', 'vit_base_patch16_gap_224', dict(class_token=False, global_pool='avg', num_heads=16)),
     ('vmoe_vit_b', 'vit_base_patch16_siglip_224', dict(class_token=False, global_pool='map')),
     ('vmoe_vit_l', 'vit_large_patch16_224', {}),
-    ('vmoe_vit_l', 'vit_large_patch14_224', dict(patch_size=14)),
-    ('vmoe_vit_h', 'vit_huge_patch14_224', {}),
+    pytest.param('vmoe_vit_l', 'vit_large_patch14_224', dict(patch_size=14), marks=pytest.mark.slow),
+    pytest.param('vmoe_vit_h', 'vit_huge_patch14_224', {}, marks=pytest.mark.slow),
 ])
 def test_every_size_patch_and_pooling_of_timms_vision_transformers(name, twin, kwargs):
     """Two blocks of each, on four patches."""

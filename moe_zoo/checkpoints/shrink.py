@@ -11,7 +11,16 @@ import torch
 from torch import nn
 
 from ..errors import InputError, counted
-from ..layers import ChannelGate, ChannelGated, RoutedLayer, ShallowEmbedding, SituationalFusion
+from ..layers import (
+    ChannelGate,
+    ChannelGated,
+    MoEConv2d,
+    MoEMlp,
+    MoEStage,
+    RoutedLayer,
+    ShallowEmbedding,
+    SituationalFusion,
+)
 from ..layers.cond_conv import MixingLayer
 from ..routing import AnnealedSoftmaxRouter, HierarchicalRouter, Routing, SoftmaxRouter
 from .upcycle_layers import mixed_parts
@@ -120,7 +129,8 @@ def to_dense(model: nn.Module, trace: Trace) -> StateDict:
         model, trace: As in `prune`.
 
     Returns:
-        Weights by timm's names, of the network that the model was made from; the widened maps of a DeepMoE stay.
+        Weights by timm's names, of the network that the model was made from. The widened maps of a DeepMoE stay: timm has
+        such a network of bottlenecks (`wide_resnet50_2`), and none of basic blocks.
 
     Raises:
         InputError: A layer chooses its experts, which no dense layer is the mean of, or has no records.
@@ -235,7 +245,8 @@ def _rebuilt(model: nn.Module, plans: Mapping[str, Plan], keep: int) -> nn.Modul
     if keep % ratio:
         raise InputError(f'keep={keep} with expert_ratio={ratio}: use a multiple of it.')
     args = dict(args, num_experts=keep // ratio)
-    chosen = [m.num_selected for n, m in model.named_modules() if n in plans and m.num_selected < m.num_experts]
+    # Layers that choose may choose all of their experts; those that mix have no such argument.
+    chosen = [m.num_selected for m in map(model.get_submodule, plans) if isinstance(m, (MoEConv2d, MoEMlp, MoEStage))]
     if chosen:
         args['num_selected'] = min(min(chosen), keep) // ratio
     if hasattr(model, 'num_classes'):
