@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 from timm.layers import GluMlp, SwiGLU, resample_abs_pos_embed
 from torch import nn
+from torch.nn import functional as F
 
 from moe_zoo import cli
 from moe_zoo.checkpoints import is_routed, token_features, upcycle
@@ -280,6 +281,30 @@ def test_a_router_of_clusters_sends_each_to_an_expert():
     chosen = (tokens @ weights.t()).argmax(dim=1).view(3, 20)
     assert (chosen == chosen[:, :1]).all() and len(set(chosen[:, 0].tolist())) == 3
     assert (tokens @ weights.t()).std().item() == pytest.approx(1., abs=1e-5)
+
+
+def test_clusters_are_those_of_directions_from_the_mean():
+    tokens = torch.randn(60, 6) * torch.linspace(0.1, 10, 60).unsqueeze(1)  # long ones count as much as short ones
+    tokens = torch.cat([tokens, -tokens])
+    # What all tokens have in common is orthogonal to the rest here, and how much of it there is changes nothing.
+    little, much = (F.pad(tokens, (0, 1), value=common) for common in (0.1, 10.))
+    torch.testing.assert_close(router_of_clusters(little, 4), router_of_clusters(much, 4))
+
+
+def test_routers_of_clusters_say_nothing_of_the_mean():
+    # A router has no bias that would subtract what its rows said of it.
+    tokens = torch.tensor([3., -1., 2.]) + torch.randn(50, 3) * torch.tensor([3., 1., 1.])
+    weights = router_of_clusters(tokens, 3)
+    torch.testing.assert_close(weights @ tokens.mean(dim=0), torch.zeros(3), atol=1e-5, rtol=0)
+    assert weights.norm(dim=1).min() > 0.1
+
+
+def test_no_cluster_stays_empty():
+    tokens = torch.eye(8).repeat_interleave(10, dim=0) + 0.01 * torch.randn(80, 8)
+    chosen = (tokens @ router_of_clusters(tokens, 8).t()).argmax(dim=1)
+    assert len(set(chosen[::10].tolist())) == 8
+    # Two directions and three clusters: the third begins anew where there are tokens.
+    assert router_of_clusters(torch.tensor([[1., 0.], [-1., 0.]]).repeat(10, 1), 3).norm(dim=1).min() > 0.1
 
 
 def test_token_features_start_the_routers_of_a_model():
