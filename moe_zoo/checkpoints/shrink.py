@@ -129,8 +129,8 @@ def to_dense(model: nn.Module, trace: Trace) -> StateDict:
         model, trace: As in `prune`.
 
     Returns:
-        Weights by timm's names, of the network that the model was made from. The widened maps of a DeepMoE stay: timm has
-        such a network of bottlenecks (`wide_resnet50_2`), and none of basic blocks.
+        Weights by timm's names, of the network that the model was made from. The widened maps of a DeepMoE stay: timm
+        has such a network of bottlenecks (`wide_resnet50_2`), and none of basic blocks.
 
     Raises:
         InputError: A layer chooses its experts, which no dense layer is the mean of, or has no records.
