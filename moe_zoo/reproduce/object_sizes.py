@@ -5,9 +5,9 @@ Pavlitska, Hubschneider, Struppek, Zöllner, "Balancing Expert Utilization in Mi
 
 detectron2 is imported when the experiment runs. Letters: O objects, E experts, S = 3 size classes.
 """
-import contextlib
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -119,10 +119,8 @@ def _some(part: Part, numbers, path: Path) -> Part:
 
 
 def _need_detectron2() -> None:
-    try:
-        import detectron2  # noqa: F401
-    except ImportError:
-        raise MissingPackage('detectron2 is not installed: tools/setup.sh installs it.') from None
+    if find_spec('detectron2') is None:
+        raise MissingPackage('object-sizes needs detectron2, which is not installed: tools/setup.sh installs it.')
 
 
 # ---- one run
@@ -139,8 +137,10 @@ def run(options: list[dict[str, Any]], seed: int, data: Scenes) -> list[dict[str
         For a size of objects: how much of their AP they lose where the expert of small ones does all the work
             (`lost_to_small`) or that of large ones (`lost_to_large`), in percent of it.
     """
+    from moe_zoo.detection.in_memory import train_in_memory
     from moe_zoo.detection.object_sizes import Scenes as TestSet
-    model = train(data, seed)
+
+    model = train_in_memory(config(data, data.validation, seed))
     small, large = extremes(data)
     validation = TestSet(config(data, data.validation, seed), model, quiet=True)
     named = _sizes(validation, model, shuffles=0)[0]
@@ -204,26 +204,6 @@ def config(data: Scenes, part: Part, seed: int):
         'MOE.DATA.TEST_JSON': str(part.annotations), 'MOE.DATA.TEST_IMAGES': str(part.images)}
     words = [str(word) for pair in options.items() for word in pair]
     return load_config(packaged('configs') / 'demo' / 'retinanet_digits.yaml', words)
-
-
-def train(data: Scenes, seed: int) -> nn.Module:
-    """A detector in evaluation mode, trained from random weights."""
-    from detectron2.utils.events import EventStorage
-
-    from moe_zoo.detection.train import Trainer
-    cfg = config(data, data.validation, seed)
-    model = Trainer.build_model(cfg)
-    optimizer = Trainer.build_optimizer(cfg, model)
-    schedule = Trainer.build_lr_scheduler(cfg, optimizer)
-    model.train()
-    with EventStorage() as storage, contextlib.closing(iter(Trainer.build_train_loader(cfg))) as batches:
-        for _ in range(STEPS):
-            optimizer.zero_grad()
-            sum(model(next(batches)).values()).backward()
-            optimizer.step()
-            schedule.step()
-            storage.step()
-    return model.eval()
 
 
 # ---- what is told
