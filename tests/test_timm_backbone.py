@@ -212,9 +212,17 @@ def test_batch_norm_is_fixed_or_synchronised():
     assert len(found) == len(norms) - 3  # those of the stem and the block before stride 4 are fixed maps
 
 
+def test_norms_of_ranks_without_cuda_are_not_synchronised(monkeypatch):
+    monkeypatch.setattr('moe_zoo.detection.timm_backbone.get_world_size', lambda: 2)
+    with pytest.raises(InputError, match="MOE.TIMM.NORM 'SyncBN' with MODEL.DEVICE 'cpu': .* use '' or 'FrozenBN'"):
+        detector(*MODELS['condconv'], 'MOE.TIMM.NORM', 'SyncBN')
+
+
 def test_random_weights_under_frozen_batch_norm_are_warned_of(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger('moe_zoo'), 'propagate', True)  # a run before may have switched it off
     with caplog.at_level(logging.WARNING):
+        detector('vit_tiny_patch16_224', VIT, 'MODEL.BACKBONE.FREEZE_AT', '2')  # which has none
+        assert not caplog.text
         detector('condconv_mobilenetv1_025', {}, 'MOE.TIMM.NORM', 'FrozenBN')
     assert 'diverge within a few iterations' in caplog.text and "MOE.TIMM.NORM ''" in caplog.text
 

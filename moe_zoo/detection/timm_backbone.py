@@ -61,7 +61,7 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Union[FPN, 
                          "'' or 'FrozenBN'.")
     if options.CHECK_INPUT:
         _check_input(cfg, bottom_up)
-    frozen = cfg.MODEL.BACKBONE.FREEZE_AT > 0 or options.NORM == 'FrozenBN'
+    frozen = any('FrozenBatchNorm' in type(module).__name__ for module in bottom_up.modules())
     if frozen and not (options.PRETRAINED or options.CHECKPOINT or cfg.MODEL.WEIGHTS):
         warn_frozen("MOE.TIMM.NORM '' MODEL.BACKBONE.FREEZE_AT 0")
     return simple_pyramid(cfg, bottom_up) if bottom_up.plain else pyramid(cfg, bottom_up)
