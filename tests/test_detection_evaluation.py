@@ -17,6 +17,7 @@ pytest.importorskip('faster_coco_eval', reason='faster-coco-eval is not installe
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.evaluation import coco_evaluation  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
+from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock, ResNet  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
 from faster_coco_eval import COCOeval_faster  # noqa: E402
 from pycocotools import mask as mask_util  # noqa: E402
@@ -24,11 +25,13 @@ from pycocotools.coco import COCO  # noqa: E402
 from pycocotools.cocoeval import COCOeval  # noqa: E402
 from torch import nn  # noqa: E402
 
+from moe_zoo.analysis import count  # noqa: E402
 from moe_zoo.analysis.benchmark_cli import main as benchmark  # noqa: E402
 from moe_zoo.analysis.timing import peak_memory  # noqa: E402
 from moe_zoo.cli import main as moe_zoo  # noqa: E402
 from moe_zoo.data.scenes import write_scenes  # noqa: E402
 from moe_zoo.detection import load_config, register_coco  # noqa: E402
+from moe_zoo.detection.benchmark import _set_width, widen  # noqa: E402
 from moe_zoo.detection.count_inputs import load_weights, noise  # noqa: E402
 from moe_zoo.detection.evaluation import Evaluator  # noqa: E402
 from moe_zoo.detection.export import _compare, _detect, load_exported  # noqa: E402
@@ -345,3 +348,45 @@ def test_detectors_are_timed_beside_their_macs_and_memory(config, tmp_path, caps
     assert first['input_size'] == [3, 64, 96] and first['memory'] > 64 * 96 * 3 * 4  # more than the normalised image
     assert second['parameters'] != first['parameters'] and len(second['seconds']) == 3
     assert re.search(r'dense +64x96 +[0-9,]+ +0\.\d+ ', capsys.readouterr().out)
+
+
+NARROW = ['--img-size', '64x64', '--rounds', '3', '--opts', 'MODEL.RESNETS.STEM_OUT_CHANNELS', '8',
+          'MODEL.RESNETS.RES2_OUT_CHANNELS', '8', 'MODEL.FPN.OUT_CHANNELS', '8']
+
+
+def test_a_detector_is_timed_beside_its_dense_twin_of_equal_macs(tmp_path):
+    times = tmp_path / 'times.json'
+    assert benchmark(['detector', 'configs/demo/retinanet_digits.yaml', '--equal-macs', '--json', str(times), *NARROW]
+                     ) == 0
+    twin, routed = json.loads(times.read_text())['rows']
+    assert twin['config'] == 'configs/demo/retinanet_digits.yaml, dense and wider'
+    assert routed['macs_ratio'] == pytest.approx(1, abs=0.02)  # the gate, and the twin's last channel
+    assert (twin['at_most'], routed['at_most']) == (None, 1.1) and routed['verdict']
+
+
+@pytest.mark.parametrize('block, inside', [(BasicBlock, {}), (BottleneckBlock, {'bottleneck_channels': 8})])
+def test_a_widened_stage_has_the_macs_asked_for(block, inside):
+    stage = nn.Sequential(*ResNet.make_stage(
+        block, 2, stride_per_block=[2, 1], in_channels=16, out_channels=32, norm='BN', **inside))
+    x = torch.rand(1, 16, 16, 16)
+    before, shape = count(stage, x).macs_max, stage(x).shape
+    widen(stage, 2)
+    width = stage[0].conv1.out_channels
+    assert stage[0].conv1.norm.num_features == stage[1].conv1.out_channels == width
+    assert stage(x).shape == shape
+    after = count(stage, x).macs_max
+    assert 2 * before <= after < 2.2 * before
+    _set_width(stage, width - 1)
+    assert count(stage, x).macs_max < 2 * before  # it is no wider than it must be
+
+
+@pytest.mark.parametrize('config, more, sentence', [
+    (['configs/demo/retinanet_digits.yaml'] * 2, [], '--equal-macs compares one config with its dense twin, and there '
+     'are 2.'),
+    (['configs/demo/retinanet_digits.yaml'], ['MOE.RESNET.LAYER', 'condconv'], "--equal-macs widens stages of "
+     "detectron2's ResNet that stand for experts, and 'configs/demo/retinanet_digits.yaml' has none"),
+])
+def test_what_has_no_twin_of_equal_macs_is_refused(config, more, sentence, capsys):
+    with pytest.raises(SystemExit):
+        benchmark(['detector', *config, '--equal-macs', *NARROW, *more])
+    assert sentence in capsys.readouterr().err

@@ -100,6 +100,7 @@ def test_yaml_and_lazyconfig_of_vmoe_train_alike():
         'lr': lazy.lr, 'betas': tuple(lazy.betas), 'weight_decay': lazy.weight_decay}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(tiny, tmp_path):  # noqa: F811
     """Both moments of AdamW and the cosine schedule go on where they were."""
     argv = [*tiny, *ADAMW, 'SOLVER.LR_SCHEDULER_NAME', 'WarmupCosineLR', 'SOLVER.MAX_ITER', '4']

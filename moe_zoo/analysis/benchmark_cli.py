@@ -40,6 +40,7 @@ from .timing import CLOCKS, Ratio, alternate, machine, peak_memory, ratio, settl
 # Ratios of time that models aim at: to the dense twin, and to it at equal MACs.
 MODEL_AIMS = {'moe_resnet18': 1.2}
 EQUAL_MACS_AIMS = {'vmoe_vit_s': 1.15}
+DETECTOR_AIM = 1.1  # to the dense twin of equal MACs
 COCO_AIM = 0.25  # time of faster-coco-eval to that of pycocotools
 COMMANDS = ('model', 'layer', 'detector', 'coco-eval')
 EXAMPLES = """examples:
@@ -48,6 +49,7 @@ EXAMPLES = """examples:
   tools/benchmark.py layer --list
   tools/benchmark.py layer 'condconv-1x1-*' --threads 2 --json times.json
   tools/benchmark.py detector configs/coco/retinanet_{moe_res5,condconv}_r50_fpn_1x.yaml --img-size 640
+  tools/benchmark.py detector configs/coco/retinanet_moe_res5_r50_fpn_1x.yaml --equal-macs
   tools/benchmark.py coco-eval
   OMP_WAIT_POLICY=passive tools/benchmark.py layer --clock cpu      on a machine that others use"""
 
@@ -195,16 +197,22 @@ def benchmark_detectors(args: argparse.Namespace) -> list[dict]:
     """Time one image through detectors, each beside the first; their MACs and memory.
 
     Returns:
-        One row for each config.
+        One row for each config; with `equal_macs` the first is that of the dense twin.
 
     Raises:
-        InputError: A config cannot be used.
+        InputError: A config cannot be used, or with `equal_macs` there are several, or it has no twin.
     """
     from moe_zoo.detection import benchmark  # an extra: imported where it is asked for
 
     warnings.filterwarnings('ignore', category=FutureWarning)  # detectron2's own affair, as the next
     warnings.filterwarnings('ignore', message='torch.meshgrid')
-    built = [benchmark.build_detector(name, args.opts, args.device, parse_size(args.img_size)) for name in args.configs]
+    names, size = args.configs, parse_size(args.img_size)
+    built = [benchmark.build_detector(name, args.opts, args.device, size) for name in names]
+    if args.equal_macs:
+        if len(names) > 1:
+            raise InputError(f'--equal-macs compares one config with its dense twin, and there are {len(names)}.')
+        names = [f'{names[0]}, dense and wider', *names]
+        built.insert(0, (benchmark.build_twin(args.configs[0], args.opts, args.device, size), built[0][1]))
     costs = [count(model, inputs) for model, inputs in built]
     runs = [_forward(model, (inputs,)) for model, inputs in built]
     with contextlib.ExitStack() as spread:
@@ -214,11 +222,13 @@ def benchmark_detectors(args: argparse.Namespace) -> list[dict]:
         timings = alternate(runs, args.rounds, clock=CLOCKS[args.clock])
         memory = [peak_memory(run, args.device) for run in runs]
     return [
-        {'config': config, 'opts': args.opts, 'input_size': list(inputs[0]['image'].shape),
-         'parameters': cost.parameters, 'macs': cost.macs_max, 'macs_ratio': cost.macs_max / costs[0].macs_max,
-         'memory': held}
-        | _compare(args.configs[0], 'forward', (seconds, timings.seconds[0]), timings.loads, None)
-        for config, (_, inputs), cost, held, seconds in zip(args.configs, built, costs, memory, timings.seconds)]
+        {'config': config, 'opts': args.opts, 'equal_macs': args.equal_macs,
+         'input_size': list(inputs[0]['image'].shape), 'parameters': cost.parameters, 'macs': cost.macs_max,
+         'macs_ratio': cost.macs_max / costs[0].macs_max, 'memory': held}
+        | _compare(names[0], 'forward', (seconds, timings.seconds[0]), timings.loads,
+                   DETECTOR_AIM if args.equal_macs and number else None)
+        for number, (config, (_, inputs), cost, held, seconds) in enumerate(
+            zip(names, built, costs, memory, timings.seconds))]
 
 
 def benchmark_coco(args: argparse.Namespace) -> list[dict]:
@@ -341,13 +351,15 @@ def _model_table(rows: list[dict]) -> Table:
 
 
 def _detector_table(rows: list[dict]) -> Table:
-    table = _table('detector, one image', 'input', 'parameters', 'GMACs at most', 'time', 'memory', 'MACs', 'ratio')
+    table = _table('detector, one image', 'input', 'parameters', 'GMACs at most', 'time', 'memory', 'MACs', 'ratio',
+                   'at most', '')
     for row in rows:
         first = row is rows[0]
         table.add_row(
-            Path(row['config']).stem, 'x'.join(map(str, row['input_size'][1:])), f'{row["parameters"]:,}',
+            row['config'].rpartition('/')[2].replace('.yaml', ''), 'x'.join(map(str, row['input_size'][1:])),
+            f'{row["parameters"]:,}',
             f'{row["macs"] / 1e9:,.3f}', _times(row)[0], f'{row["memory"] / 1e6:,.1f} MB',
-            '1' if first else f'{row["macs_ratio"]:.3f}', '1' if first else str(Ratio(**row['time_ratio'])))
+            '1' if first else f'{row["macs_ratio"]:.3f}', '1' if first else str(Ratio(**row['time_ratio'])), *_aim(row))
     return table
 
 
@@ -410,6 +422,9 @@ def _parser() -> argparse.ArgumentParser:
         description='Time and memory of one image of noise through detectors, random weights, beside their MACs; the '
         'ratios are to the first. Memory is what a forward holds at most beyond weights and input.')
     detector.add_argument('configs', nargs='+', metavar='FILE', help='detectron2 yaml files')
+    detector.add_argument(
+        '--equal-macs', action='store_true', help='beside the config, first, its dense twin: stages of '
+        "detectron2's ResNet plain instead of routed, and as wide as the K experts of an image")
     detector.add_argument('--opts', nargs='*', default=[], metavar='KEY VALUE', help='config keys to change in all')
     detector.add_argument('--img-size', metavar='HxW', help="size of the image (default: the config's test size)")
     coco = commands.add_parser(

@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.data import DatasetCatalog
+from detectron2.layers import Conv2d
 from detectron2.modeling import build_model
 from torch import nn
 
+from ..analysis import count
 from ..errors import InputError
+from ..layers import MoEStage
 from .coco import register_coco
 from .config import load_config
 from .count_inputs import noise
 from .evaluation import Evaluator
+from .resnet_backbone import convs
 
 CATEGORIES, OBJECTS, DETECTIONS = 80, 7, 100  # COCO's: categories, and of each image
 
@@ -38,6 +43,60 @@ def build_detector(
     cfg.MOE.TIMM.PRETRAINED = False
     logging.getLogger('moe_zoo.detection').setLevel(logging.ERROR)  # of frozen BatchNorm under random weights
     return build_model(cfg).eval(), noise(cfg, size)
+
+
+def build_twin(
+        config: str,
+        opts: list[str],
+        device: str,
+        size: tuple[int, int] | None,
+) -> nn.Module:
+    """The dense twin of a detector whose ResNet has stages of experts: those stages plain, and as wide as K experts.
+
+    Raises:
+        InputError: There is no such stage.
+    """
+    model, _ = build_detector(config, opts, device, size)
+    routed = {name: stage for name, stage in model.backbone.named_modules() if isinstance(stage, MoEStage)}
+    if not routed or load_config(config, opts).MODEL.BACKBONE.NAME != 'build_moe_resnet_fpn_backbone':
+        raise InputError(f"--equal-macs widens stages of detectron2's ResNet that stand for experts, and '{config}' "
+                         'has none: leave it out.')
+    twin, _ = build_detector(config, [*opts, 'MOE.RESNET.STAGES', '[]'], device, size)
+    for name, stage in routed.items():
+        widen(twin.backbone.get_submodule(name), stage.num_selected)
+    return twin.to(device).eval()
+
+
+def widen(stage: nn.Sequential, times: int) -> None:
+    """Let the blocks of a stage of detectron2's ResNet be as wide inside as makes its MACs at least so many times more.
+
+    What enters and leaves the stage keeps its channels.
+    """
+    x = torch.zeros(1, stage[0].in_channels, 16, 16, device=stage[0].conv1.weight.device)
+    enough = times * count(stage, x).macs_max
+    width = stage[0].conv1.out_channels
+    low, high = width, 2 * times * width  # more than so many times, because the shortcut stays as it is
+    while low < high:
+        width = (low + high) // 2
+        _set_width(stage, width)
+        if count(stage, x).macs_max < enough:
+            low = width + 1
+        else:
+            high = width
+    _set_width(stage, high)
+
+
+def _set_width(stage: nn.Sequential, width: int) -> None:
+    for block in stage:
+        names = convs(block)
+        for name in names:
+            conv = getattr(block, name)
+            setattr(block, name, Conv2d(
+                conv.in_channels if name == names[0] else width,
+                conv.out_channels if name == names[-1] else width,
+                conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.bias is not None,
+                norm=conv.norm if name == names[-1] else type(conv.norm)(width), activation=conv.activation
+            ).to(conv.weight))
 
 
 def coco_runs(images: int, folder: Path, seed: int = 0) -> tuple[Callable[[], dict], Callable[[], dict]]:

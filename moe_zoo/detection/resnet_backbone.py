@@ -244,7 +244,7 @@ class MixedBlock(MixingLayer):
     def __init__(self, block: nn.Module, num_experts: int, route_fn: str = 'sigmoid', expert_drop_rate: float = 0.):
         super().__init__()
         self.shortcut = block.shortcut
-        self.names = _convs(block)
+        self.names = convs(block)
         for name in self.names:
             conv = getattr(block, name)
             setattr(self, name, ConvNorm(_drawn(CondConv2d.from_conv(conv, num_experts)), conv.norm))
@@ -283,7 +283,7 @@ class GatedBlock(ChannelGated):
     def __init__(self, block: nn.Module, dim: int, gate_init: Any = 'ones', gate_l1: float = 1e-3):
         super().__init__()
         self.shortcut = block.shortcut
-        self.names = _convs(block)
+        self.names = convs(block)
         self.act = nn.ReLU()
         for i, name in enumerate(self.names, start=1):
             conv = getattr(block, name)
@@ -355,7 +355,8 @@ class GatedResNet(ResNet):
         return {name: maps[name] for name in self._out_features}
 
 
-def _convs(block: nn.Module) -> Tuple[str, ...]:
+def convs(block: nn.Module) -> Tuple[str, ...]:
+    """Names of the convolutions of a basic or bottleneck block, without the shortcut's."""
     return tuple(name for name in ('conv1', 'conv2', 'conv3') if hasattr(block, name))
 
 
