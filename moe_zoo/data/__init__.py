@@ -1,5 +1,6 @@
 """Data that needs no download (scikit-learn's handwritten digits, scenes and patch images made of them), and two views.
 """
+from .coco_subset import write_subset
 from .correspondence import Grid, match_items, match_patches
 from .digits import DigitsDataset, load_digits_split
 from .scenes import AREA_LIMITS, SIZES, size_class, write_scenes
@@ -40,5 +41,6 @@ __all__ = [
     'shade_border',
     'size_class',
     'write_scenes',
+    'write_subset',
     'write_synthetic_mnist',
 ]

@@ -19,8 +19,8 @@ from moe_zoo.analysis.force import force_expert
 from moe_zoo.analysis.object_gates import SIZES, size_classes
 from moe_zoo.analysis.object_sizes import LayerSizes, SizeCollector
 from moe_zoo.analysis.page import Block, Figure
-from moe_zoo.data.scenes import write_scenes
-from moe_zoo.errors import InputError, MissingPackage, atomic_write
+from moe_zoo.data import write_scenes, write_subset
+from moe_zoo.errors import InputError, MissingPackage
 from moe_zoo.resources import folder as packaged
 
 from .experiment import Arm, Claim, Experiment
@@ -110,12 +110,7 @@ def _described(name: str, train: Part, validation: Part, test: Part, options: di
 
 def _some(part: Part, numbers, path: Path) -> Part:
     """Some images of a part, as annotations of their own."""
-    images = [part.content['images'][i] for i in numbers]
-    kept = {image['id'] for image in images}
-    annotations = [a for a in part.content['annotations'] if a['image_id'] in kept]
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps({**part.content, 'images': images, 'annotations': annotations}))
-    return Part(path, part.images)
+    return Part(write_subset(part.annotations, numbers, path), part.images)
 
 
 def _need_detectron2() -> None:
