@@ -177,9 +177,12 @@ def wait_for(condition, process, seconds=300):
 
 
 @pytest.mark.slow
-def test_two_processes_killed_at_any_moment_and_resumed(tiny, tmp_path, repository):
-    """SIGKILL to both and their loaders, somewhere after the first checkpoint; experts that a rank leaves idle too."""
-    argv = [*tiny, '--num-processes', '2', 'SOLVER.MAX_ITER', '24', 'SOLVER.CHECKPOINT_PERIOD', '3',
+def test_two_processes_killed_at_any_moment_and_resumed(tiny, scenes, tmp_path, repository):
+    """SIGKILL to both and their loaders, somewhere after the first checkpoint.
+
+    Their images choose different experts, and they must not wait for each other; both evaluate, and every image once.
+    """
+    argv = [*tiny, *evaluated(scenes), '--num-processes', '2', 'SOLVER.MAX_ITER', '24', 'SOLVER.CHECKPOINT_PERIOD', '3',
             'DATALOADER.NUM_WORKERS', '1', 'DATALOADER.ASPECT_RATIO_GROUPING', 'False']
     run = dict(cwd=repository, capture_output=True, check=True, timeout=300)
     subprocess.run(command(repository, argv), **run)
@@ -194,6 +197,10 @@ def test_two_processes_killed_at_any_moment_and_resumed(tiny, tmp_path, reposito
     assert not (tmp_path / 'killed' / 'model_final.pth').exists()
     subprocess.run(command(repository, [*argv, '--resume']), **run)
     assert_same_training(tmp_path / 'run' / 'model_final.pth', tmp_path / 'killed' / 'model_final.pth')
+    for folder in ('run', 'killed'):
+        predictions = torch.load(tmp_path / folder / 'inference' / 'instances_predictions.pth', weights_only=True)
+        assert sorted(p['image_id'] for p in predictions) == [1, 2, 3, 4]
+        assert 'AP50' in json.loads((tmp_path / folder / 'results.json').read_text())['metrics']['bbox']
 
 
 # --- odd images
