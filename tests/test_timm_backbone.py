@@ -51,7 +51,7 @@ LARGE = {
 }
 LARGE = [pytest.param(*value, id=key, marks=SLOW) for key, value in LARGE.items()]
 ALL = [*(pytest.param(*value, id=key) for key, value in MODELS.items()), *LARGE]
-FEW = [*(pytest.param(*value, id=key, marks=() if key in ('condconv', 'vmoe', 'moe_mlp') else SLOW)
+FEW = [*(pytest.param(*value, id=key, marks=() if key in ('condconv', 'vmoe') else SLOW)
          for key, value in MODELS.items()), *LARGE]
 
 
