@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from moe_zoo.data.scenes import write_scenes
 from moe_zoo.errors import MissingPackage
@@ -34,6 +35,24 @@ def test_an_arm_is_the_config(name, tmp_path):
     whole = tmp_path / 'whole.yaml'
     whole.write_text(yaml.safe_dump(bccd.merged(DEMO / f'retinanet_{name}_bccd.yaml')))
     assert load_config(whole) == load_config(f'configs/demo/retinanet_{name}_bccd.yaml')
+
+
+def test_training_images_are_turned_over(tmp_path):
+    pytest.importorskip('detectron2', reason='detectron2 is not installed: tools/setup.sh --detection')
+    from moe_zoo.detection import load_config
+    from moe_zoo.detection.coco import ReadableMapper
+    Image.new('RGB', (30, 20), 'white').save(tmp_path / 'a.png')
+    box = {'bbox': [0, 0, 10, 5], 'bbox_mode': 0, 'category_id': 0}  # x0, y0, x1, y1
+    cfg = load_config('configs/demo/retinanet_dense_bccd.yaml', ['INPUT.MIN_SIZE_TRAIN', '(20,)', 'INPUT.MIN_SIZE_TEST',
+                                                                 '20'])
+    found = set()
+    for is_train in (True, False):
+        mapper = ReadableMapper(cfg, is_train)
+        mapper.is_train = True  # boxes are given
+        found.add(frozenset(tuple(mapper({'file_name': str(tmp_path / 'a.png'), 'annotations': [{**box}]})['instances']
+                                  .gt_boxes.tensor[0].tolist()) for _ in range(40 if is_train else 4)))
+    corners = {(x, y, x + 10, y + 5) for x in (0, 20) for y in (0, 15)}
+    assert found == {frozenset(corners), frozenset({(0, 0, 10, 5)})}  # 4 * .75 ** 40 = 4e-5
 
 
 def test_without_images_it_is_left_out(tmp_path):

@@ -36,6 +36,7 @@ def test_the_config_of_twenty_images_is_that_of_cells_without_augmentation():
     pytest.importorskip('detectron2', reason='detectron2 is not installed: tools/setup.sh --detection')
     from moe_zoo.detection import load_config
     cells, twenty = (load_config(f'configs/demo/retinanet_moe_{name}.yaml') for name in ('bccd', 'overfit'))
-    assert twenty.MOE == cells.MOE and twenty.MODEL.RESNETS == cells.MODEL.RESNETS
+    assert cells.MOE.DATA.UPSIDE_DOWN and not twenty.MOE.DATA.UPSIDE_DOWN
+    assert twenty.MOE.RESNET == cells.MOE.RESNET and twenty.MODEL.RESNETS == cells.MODEL.RESNETS
     assert twenty.MODEL.RETINANET.NUM_CLASSES == 80 and twenty.INPUT.RANDOM_FLIP == 'none'
     assert list(twenty.INPUT.MIN_SIZE_TRAIN) == [twenty.INPUT.MIN_SIZE_TEST]

@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
+from detectron2.data.transforms import RandomFlip
 
 from ..errors import InputError, nearest
 
@@ -128,6 +129,13 @@ class ReadableMapper(DatasetMapper):
         self.strict = cfg.MOE.DATA.STRICT
         self.unreadable = unreadable
         self.named = set()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> Dict[str, Any]:
+        options = super().from_config(cfg, is_train)
+        if is_train and cfg.MOE.DATA.UPSIDE_DOWN:
+            options['augmentations'].append(RandomFlip(horizontal=False, vertical=True))
+        return options
 
     def __call__(self, dataset_dict: Dict[str, Any]) -> Optional[Dict[str, Any]]:
         """The mapped image. Where it cannot be read: None in training, for which detectron2 draws another image, and an

@@ -88,6 +88,7 @@ def add_moe_config(cfg: CfgNode) -> None:
     moe.DATA.TEST_JSON = ''
     moe.DATA.TEST_IMAGES = ''
     moe.DATA.STRICT = False  # refuse an unreadable image instead of skipping and counting it
+    moe.DATA.UPSIDE_DOWN = False  # turn every second training image over, besides what INPUT.RANDOM_FLIP does
 
     # For trainers that do not tell of epochs, such as detectron2's own tools: images of the training set by images a
     # batch, which the temperature of Dynamic Convolution follows. tools/train_coco.py counts them itself.
