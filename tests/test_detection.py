@@ -349,7 +349,7 @@ def test_context_carries_true_sizes_and_is_empty_afterwards():
     sizes, padded = seen[0]
     assert sizes.tolist() == [[60, 64], [50, 90]] and padded == (64, 96)  # up to multiples of 32
     assert current_image_sizes() is None
-    with pytest.raises(KeyError):
+    with EventStorage(), pytest.raises(KeyError):
         model.train()([{'image': torch.zeros(3, 64, 64), 'instances': None}, {}])
     assert current_image_sizes() is None  # after a failure too
 
