@@ -1,8 +1,8 @@
 """Random states that make a resumed run the uninterrupted one, and a twin's batches those of the model.
 
 Every epoch (of a detector: every iteration and every image) starts from states that depend on seed, epoch and rank
-alone, so that it can be entered without the ones before it. Data (order, worker seeds, augmentation, mixup) draw from a state of their own, so that what a model
-draws (dropout, router noise) does not move them.
+alone, so that it can be entered without the ones before it. Data (order, worker seeds, augmentation, mixup) draw from a
+state of their own, so that what a model draws (dropout, router noise) does not move them.
 """
 import random
 from typing import Any, Dict, Iterable, Iterator
