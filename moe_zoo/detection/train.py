@@ -303,6 +303,7 @@ def work(args: argparse.Namespace) -> Dict[str, Any]:
     cfg.freeze()
     _forget_loggers()
     warnings.filterwarnings('ignore', message='torch.meshgrid')  # detectron2's, once a process
+    warnings.filterwarnings('ignore', message='The given NumPy array is not writable')  # fvcore's, which copies it
     try:
         default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name='moe_zoo')

@@ -81,6 +81,7 @@ def _keep_weights(place: Path) -> int:
     """Leave of a run's checkpoints the last one, without the optimiser's state; returns the number of parameters."""
     final = place / 'model_final.pth'
     weights = torch.load(final, map_location='cpu', weights_only=True)['model']
+    (place / 'last_checkpoint').unlink()  # nothing goes on from weights alone
     with atomic_write(final) as temporary:
         torch.save({'model': weights}, temporary)
     for checkpoint in set(place.glob('model_*.pth')) - {final}:
