@@ -35,8 +35,12 @@ TWINS = {
 
 
 def lively(model: nn.Module) -> nn.Module:
-    """Norms that do something: at their initial values a lost norm would not show."""
+    """Norms and biases that do something: at their initial values a lost one would not show."""
     for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None:
+            nn.init.normal_(module.bias, std=0.1)
+        if isinstance(module, nn.LayerNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
@@ -83,6 +87,7 @@ KEPT = [
     ('vit_tiny_patch16_224', 'vmoe_vit_b', dict(router='shazeer', num_shared_experts=2), {}),
     ('vit_tiny_patch16_224', 'vmoe_vit_b', dict(router='sigmoid'), {}),
     ('vit_tiny_patch16_224', 'vmoe_vit_b', dict(router='cosine', router_args=dict(renormalise=True)), {}),
+    ('vit_tiny_patch16_224', 'vmoe_vit_b_ec', dict(capacity_factor=3.), {}),  # no more than all tokens
     ('vit_tiny_patch16_224', 'vmoe_vit_b_ec', dict(capacity_factor=2.), {}),  # 2 K slots for E = 4: all tokens
     ('mobilenetv1_100', 'condconv_mobilenetv1_100', {}, {}),
     pytest.param('mobilenetv2_100', 'condconv_mobilenetv2_100', {}, {}, marks=slow),
@@ -328,6 +333,14 @@ def test_a_random_router_is_the_models_own():
 
 # Other classes, other types
 
+def test_routers_stay_random_where_the_function_does_not_ask_for_zero():
+    # All 4 of 4 are chosen, so that V-MoE's gates sum to one whatever they are.
+    dense, model = pair('vit_tiny_patch16_224', 'vmoe_vit_b', dict(num_selected=4))
+    state = upcycle(dense.state_dict(), model)
+    weight = state['blocks.1.mlp.router.weight']
+    assert torch.equal(weight, model.blocks[1].mlp.router.weight) and weight.any()
+
+
 def test_a_part_can_keep_the_models_own_weights():
     dense, _ = pair('resnet18', 'condconv_resnet18')
     model = timm.create_model('condconv_resnet18', num_classes=3, **RESNET)
@@ -453,6 +466,9 @@ def test_a_file_becomes_a_file_of_the_routed_model(dense_file, tmp_path, capsys)
     (['--model', 'dyconv_mobilenetv2_050', '--model-kwargs', 'num_expert=5'], "Did you mean 'num_experts'?"),
     (['--model', 'dyconv_mobilenetv2_050', '--model-kwargs', 'five'], "Cannot read 'five': options are given as key="),
     (['--model', 'mobilenetv2_050', '--model-kwargs', 'num_classes=5'], 'EfficientNet has no routed layers'),
+    (['--model', 'dyconv_mobilenetv2_050', '--ignore', 'clasifier'],
+     "--ignore 'clasifier': the model has no part of that name. Did you mean 'classifier'"),
+    (['--model', 'dyconv_mobilenetv2_050', '--method', 'split'], '--method split: the model has no token experts'),
 ])
 def test_what_cannot_be_upcycled_is_told_and_nothing_written(dense_file, tmp_path, capsys, arguments, message):
     out = tmp_path / 'routed.safetensors'

@@ -212,6 +212,7 @@ def convert_dense(
     except TypeError as error:
         hint = nearest_keyword(error, lambda **more: timm.create_model(name, device='meta', **more))
         raise InputError(f'The model {name!r} cannot be built with these --model-kwargs: {error}{hint}') from error
+    _check_parts(model, options)
     if images is not None:
         # With any router that keeps the function, the routed model's tokens are those of the dense one.
         model.load_state_dict(upcycle(weights, model, **{**options, 'router': None}))
@@ -221,6 +222,16 @@ def convert_dense(
         save_file(state, part, {'format': 'pt', 'source': Path(dense).name, 'note': 'upcycled, not trained'})
     size = sum(p.numel() for p in model.parameters())
     return f"'{out}': {len(state)} tensors, {size:,} parameters, upcycled, not trained. {_usage(name, kwargs, out)}"
+
+
+def _check_parts(model: nn.Module, options: dict[str, Any]) -> None:
+    """Raises: InputError: An option is about parts that the model does not have, and would do nothing."""
+    parts = dict(model.named_modules())
+    for name in options.get('ignore', ()):
+        if name not in parts:
+            raise InputError(f'--ignore {name!r}: the model has no part of that name.{nearest(name, parts)}')
+    if options.get('method') == 'split' and not any(isinstance(part, MoEMlp) for part in parts.values()):
+        raise InputError('--method split: the model has no token experts, which slices of a dense MLP could start.')
 
 
 def _token_features(model: nn.Module, kwargs: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
