@@ -97,6 +97,8 @@ def test_the_heaviest_stay_in_their_order():
     old, new = model.blocks[1].mlp, smaller.blocks[1].mlp
     assert torch.equal(new.fc2.weight, old.fc2.weight[[1, 3]])
     assert torch.equal(new.router.weight, old.router.weight[[1, 3]])
+    by_share = prune(model, with_masses(model, [1., 5., 2., 4.]), share=0.2)  # 0.2 of 12 are 2.4
+    assert torch.equal(by_share.blocks[1].mlp.fc2.weight, new.fc2.weight)
     stage = routed('moe_resnet18')
     fewer = prune(stage, with_masses(stage, [3., 1., 2., 4.]), keep=2)
     for new, old in ((0, 0), (1, 3)):
