@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm.scheduler.scheduler_factory
 import timm.task.classification
+import torch
 
 from moe_zoo import run
 from moe_zoo.routing import context
@@ -221,7 +222,8 @@ def upstream_tool(name: str) -> Path:
 SMALL = {
     'yaml': 'MODEL.RESNETS.STEM_OUT_CHANNELS 8 MODEL.RESNETS.RES2_OUT_CHANNELS 8 MODEL.FPN.OUT_CHANNELS 8 '
             'MODEL.FPN.NORM "" MODEL.RETINANET.NORM "" MODEL.DEVICE cpu INPUT.MIN_SIZE_TRAIN (64,) '
-            'INPUT.MIN_SIZE_TEST 64 SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 2 SOLVER.STEPS () OUTPUT_DIR run',
+            'INPUT.MIN_SIZE_TEST 64 SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 2 SOLVER.STEPS () OUTPUT_DIR run '
+            'MOE.OPTIMIZER.NAME adamw',
     'py': 'model.backbone.bottom_up.name=condconv_resnet18 model.backbone.bottom_up.pretrained=False '
           'model.backbone.bottom_up.freeze_at=0 model.backbone.bottom_up.norm= '
           'model.backbone.top_block.in_channels=512 model.num_classes=5 '
@@ -266,6 +268,9 @@ def test_tools_of_detectron2(tool, config, arguments, scenes, repository, tmp_pa
     assert (tmp_path / 'run' / 'model_final.pth').is_file()
     assert 'loss_cls' in (tmp_path / 'run' / 'metrics.json').read_text()
     assert ('loss_moe' in (tmp_path / 'run' / 'metrics.json').read_text()) == (config == YAML)
+    if config == YAML:
+        state = torch.load(tmp_path / 'run' / 'model_final.pth', weights_only=True)['trainer']['_trainer']['optimizer']
+        assert 'exp_avg' in state['state'][0]  # of AdamW, which MOE.OPTIMIZER named
     assert 'copypaste: AP,AP50' in done.stdout
     assert f'World size: {2 if arguments else 1}' in done.stdout
 
