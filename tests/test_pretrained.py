@@ -105,7 +105,7 @@ def test_the_configuration_is_that_of_the_weights(name):
     twin = timm.get_pretrained_cfg(SOURCES.get(name, 'tf_efficientnet_cc_b0_8e.in1k'))
     assert cfg.tag == f'up_{twin.tag}' if name in SOURCES else twin.tag
     assert cfg.hf_hub_id == twin.hf_hub_id == f'timm/{twin.architecture}.{twin.tag}'
-    for key in ('mean', 'std', 'crop_pct', 'interpolation', 'license', 'input_size'):
+    for key in ('mean', 'std', 'crop_pct', 'interpolation', 'license', 'input_size', 'test_input_size', 'test_crop_pct'):
         assert getattr(cfg, key) == getattr(twin, key), key
     note = card(name)['weights']['note']
     assert f'{twin.architecture}.{twin.tag}' in note

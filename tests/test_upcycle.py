@@ -89,6 +89,7 @@ KEPT = [
     ('vit_tiny_patch16_224', 'vmoe_vit_b', dict(router='cosine', router_args=dict(renormalise=True)), {}),
     ('vit_tiny_patch16_224', 'vmoe_vit_b_ec', dict(capacity_factor=3.), {}),  # no more than all tokens
     ('vit_tiny_patch16_224', 'vmoe_vit_b_ec', dict(capacity_factor=2.), {}),  # 2 K slots for E = 4: all tokens
+    ('vit_tiny_patch16_224', 'vmoe_vit_b_ec', dict(capacity=1000), {}),  # all tokens, whatever the factor
     ('mobilenetv1_100', 'condconv_mobilenetv1_100', {}, {}),
     pytest.param('mobilenetv2_100', 'condconv_mobilenetv2_100', {}, {}, marks=slow),
     pytest.param('semnasnet_100', 'condconv_mnasnet_a1', {}, {}, marks=slow),

@@ -284,7 +284,10 @@ def test_decay_and_layer_groups():
     assert {'pos_embed', 'attn_pool.latent', 'blocks.1.mlp.fc1.bias'} <= {names[id(p)] for p in no_decay['params']}
     groups = group_parameters(model, model.group_matcher(), reverse=True)
     assert groups['blocks.1.mlp.fc1.weight'] == groups['blocks.1.mlp.router.weight'] == groups['blocks.1.norm1.weight']
-    assert param_groups_layer_decay(model, layer_decay=0.5)
+    # The layer-wise groups of timm do not go by the name of a bias, and a stack of them has two axes.
+    layers = param_groups_layer_decay(model, 0.1, model.no_weight_decay(), layer_decay=0.5)
+    decayed = {names[id(p)] for group in layers for p in group['params'] if group['weight_decay']}
+    assert decayed == {names[id(p)] for p in decay['params']}
 
 
 def test_round_trip_through_timms_folder_format(tmp_path):

@@ -85,8 +85,9 @@ def merge(model: nn.Module, trace: Trace, keep: int) -> nn.Module:
     """A copy of a model in whose layers the experts that are most alike have been joined, pair by pair.
 
     Likeness is the cosine of the weights that an expert has. A joined expert is the mean of its two by their mass, its
-    router row the mean of the two rows. Equal experts are joined without a loss: their gates add up, which a softmax
-    learns through its bias, and to which the kernel is scaled under sigmoids. Experts that are chosen keep their size.
+    router row the mean of the two rows. Equal experts whose kernels are mixed are joined without a loss: their gates
+    add up, which a softmax learns through its bias, and to which the kernel is scaled under sigmoids. Experts that are
+    chosen keep their size; what two equal ones did for a token, one and the next in its ranking now do.
 
     Args:
         model, trace, keep: As in `prune`.

@@ -263,7 +263,8 @@ def _sum_of_gates(layer: MoEMlp) -> Tuple[float, bool]:
     E, K = layer.num_experts, layer.num_selected
     if isinstance(layer.router, ExpertChoiceRouter):
         factor = layer.eval_capacity_factor
-        taken = E if factor is None and layer.capacity is None else min(E, K * (factor or 1.))
+        # A capacity in tokens is taken to hold all of them: how many there will be is not known here.
+        taken = E if factor is None or layer.capacity is not None else min(E, K * factor)
         return taken / E, taken < E
     if isinstance(layer.router, SoftmaxTopKRouter) and not layer.router.renormalise:
         return K / E, K == E

@@ -4,7 +4,7 @@ Letters: B images, C channels, E experts.
 """
 import contextlib
 import math
-from typing import Iterator, List, Optional, Tuple
+from typing import Iterator, List, Optional, Set, Tuple
 
 import torch
 from torch import nn
@@ -54,6 +54,14 @@ class RoutedModel:
     def set_aux_loss(self, enable: bool = True) -> None:
         """Return routing records beside the output while training."""
         self.aux_loss = enable
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """What the model exempts, and the biases of experts: stacked, they have two axes, and timm's layer-wise groups,
+        unlike its plain ones, exempt a bias by its one axis alone."""
+        inherited = getattr(super(), 'no_weight_decay', set)()
+        return set(inherited) | {
+            name for name, parameter in self.named_parameters() if parameter.ndim > 1 and name.endswith('.bias')}
 
     def forward(self, x: torch.Tensor):
         if torch.jit.is_scripting():

@@ -15,6 +15,8 @@ from ..checkpoints import is_routed, upcycle
 from ..errors import InputError
 from ..layers import RoutedLayer, ShallowEmbedding
 
+# What an entry takes over from that of its weights: how images were prepared, also for testing.
+AS_TRAINED = ('mean', 'std', 'crop_pct', 'interpolation', 'test_input_size', 'test_crop_pct', 'license')
 # What a name without a file to download takes besides weights of its own.
 TAKES = {
     **dict.fromkeys(
@@ -44,7 +46,7 @@ def trained_cfgs(sources: Mapping[str, str], cfg: Callable[..., Dict[str, Any]])
     entries = {}
     for name, source in sources.items():
         twin = get_pretrained_cfg(source)
-        as_trained = {key: getattr(twin, key) for key in ('mean', 'std', 'crop_pct', 'interpolation', 'license')}
+        as_trained = {key: getattr(twin, key) for key in AS_TRAINED if getattr(twin, key) is not None}
         entries[f'{name}.{twin.tag}'] = cfg(hf_hub_id=twin.hf_hub_id, **as_trained)
     return entries
 

@@ -5,7 +5,7 @@ A model is built by timm as its dense twin; a family then puts its layers in pla
 Letters: O output channels, E experts.
 """
 from functools import partial
-from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, Type
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Type
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -74,11 +74,6 @@ class StagedModel(RoutedModel):
         # timm's own flag stays off: it would run the blocks past their stage.
         for stage in self.stages():
             stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
-        """Nothing beyond timm's rule: expert kernels decay like any kernel, mixed biases are exempt by their name."""
-        return set()
 
     def init_resnet_experts(self) -> None:
         """timm's initialisation of a ResNet's convolutions, for every expert."""
