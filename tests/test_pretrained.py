@@ -19,6 +19,7 @@ from moe_zoo.demo.first import photo_weights
 from moe_zoo.engine.build import build_model
 from moe_zoo.engine.config import OPTIONS
 from moe_zoo.errors import InputError, MissingPackage
+from moe_zoo.models.pretrained import AS_TRAINED
 from moe_zoo.reproduce.trained import trained_weights
 
 # Names whose weights other files than moe_zoo/models/pretrained.py look for.
@@ -105,7 +106,7 @@ def test_the_configuration_is_that_of_the_weights(name):
     twin = timm.get_pretrained_cfg(SOURCES.get(name, 'tf_efficientnet_cc_b0_8e.in1k'))
     assert cfg.tag == f'up_{twin.tag}' if name in SOURCES else twin.tag
     assert cfg.hf_hub_id == twin.hf_hub_id == f'timm/{twin.architecture}.{twin.tag}'
-    for key in ('mean', 'std', 'crop_pct', 'interpolation', 'license', 'input_size', 'test_input_size', 'test_crop_pct'):
+    for key in ('input_size', *AS_TRAINED):
         assert getattr(cfg, key) == getattr(twin, key), key
     note = card(name)['weights']['note']
     assert f'{twin.architecture}.{twin.tag}' in note
