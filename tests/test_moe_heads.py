@@ -30,6 +30,7 @@ from detectron2.modeling.roi_heads import (  # noqa: E402
 )
 from detectron2.structures import BitMasks, Boxes, Instances  # noqa: E402
 from detectron2.utils.events import EventStorage  # noqa: E402
+from timm.layers import FrozenBatchNormAct2d  # noqa: E402
 from torch import nn  # noqa: E402
 
 from moe_zoo.analysis import count  # noqa: E402
@@ -373,6 +374,29 @@ def test_only_the_new_heads_train(tmp_path):
     torch.testing.assert_close(model.head.cls_score.weight, dense.head.cls_score.weight)
     with pytest.raises(InputError, match='MOE.HEAD.TRAIN_ONLY_NEW True: the head has no experts'):
         detector('MOE.HEAD.TRAIN_ONLY_NEW', 'True')
+
+
+def test_frozen_norms_of_timms_models_keep_their_activation():
+    """BatchNorm and activation are one module in a ResNetV2: frozen, it must not become an affine map alone."""
+    options = ['MODEL.BACKBONE.NAME', 'build_timm_fpn_backbone', 'MOE.TIMM.NAME', 'resnetv2_18', 'MOE.TIMM.CHECK_INPUT',
+               'False', 'MOE.HEAD.SUBNETS', 'box', 'MOE.HEAD.EXPERTS', 'last_conv']
+    free, frozen = detector(*options).eval(), detector(*options, 'MOE.HEAD.TRAIN_ONLY_NEW', 'True').eval()
+    frozen.load_state_dict(unlike_random(free).state_dict(), strict=False)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen.backbone(x), free.backbone(x), rtol=1e-3, atol=1e-3)
+    assert any(isinstance(m, FrozenBatchNormAct2d) for m in frozen.modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in frozen.backbone.modules())
+
+
+def test_a_random_gate_over_a_frozen_detector_is_no_cut_loss():
+    """Neither the gate nor what it sees trains there, so that no gradient is missing; the experts have theirs."""
+    model = detector('MOE.HEAD.SUBNETS', 'box', 'MOE.HEAD.GATE', 'random_fc', 'MOE.HEAD.TRAIN_ONLY_NEW', 'True').train()
+    with EventStorage():
+        losses = model(images((64, 64), (64, 96)))
+    assert 'loss_moe_kl' in losses and not losses['loss_moe_kl'].requires_grad
+    sum(losses.values()).backward()
+    assert any(p.grad.any() for p in model.head.bbox_experts.experts.parameters())
 
 
 def test_shares_of_the_head_are_logged():

@@ -14,6 +14,8 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from timm.layers import BatchNormAct2d, SyncBatchNormAct
+from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
 
 from ..errors import InputError, nearest
@@ -245,5 +247,7 @@ def train_experts_only(model: nn.Module) -> None:
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(False)
         for name, child in list(module.named_children()):
-            if isinstance(child, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            if isinstance(child, (BatchNormAct2d, SyncBatchNormAct)):  # of timm's, whose activation must stay
+                setattr(module, name, freeze_batch_norm_2d(child))
+            elif isinstance(child, (nn.BatchNorm2d, nn.SyncBatchNorm)):
                 setattr(module, name, FrozenBatchNorm2d.convert_frozen_batchnorm(child))

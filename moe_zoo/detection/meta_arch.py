@@ -108,7 +108,8 @@ class MoELosses:
         """Re-entrant checkpointing runs forward without a graph, so that a recorded loss would train nothing."""
         for module, routing in context.records:
             cut = routing.losses and not routing.logits.requires_grad
-            if cut and any(p.requires_grad for p in module.parameters()):
+            deciding = getattr(module, 'router', None) or module  # experts train behind a gate that does not, too
+            if cut and any(p.requires_grad for p in deciding.parameters()):
                 raise InputError(
                     f'{self._name(module)} runs under re-entrant gradient checkpointing, which cuts its auxiliary loss '
                     'off: checkpoint through moe_zoo.routing.checkpoint_routed.')
