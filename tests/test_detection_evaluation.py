@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import logging
 import math
 import re
 import shutil
@@ -329,10 +330,12 @@ def test_memory_of_a_call_is_its_peak():
 
 
 def test_metrics_of_two_libraries_are_timed_where_they_are_equal(tmp_path, capsys):
+    level = logging.getLogger('moe_zoo').level
     assert benchmark(['coco-eval', '--images', '6', '--rounds', '3', '--json', str(tmp_path / 'times.json')]) == 0
     row, = json.loads((tmp_path / 'times.json').read_text())['rows']
     assert row['difference'] < 1e-9 and len(row['seconds']) == len(row['twin_seconds']) == 3
     assert row['verdict'] in ('reached', 'missed', 'not resolved') and row['at_most'] == 0.25
+    assert logging.getLogger('moe_zoo').level == level  # later runs in this process tell what they have to
     with pytest.raises(SystemExit):
         benchmark(['coco-eval', '--images', '0'])
     assert '--images 0: at least one image is needed' in capsys.readouterr().err

@@ -3,7 +3,7 @@ import contextlib
 import io
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,22 @@ def build_detector(
     cfg.MODEL.DEVICE = device
     cfg.MODEL.WEIGHTS = ''
     cfg.MOE.TIMM.PRETRAINED = False
-    logging.getLogger('moe_zoo.detection').setLevel(logging.ERROR)  # of frozen BatchNorm under random weights
-    return build_model(cfg).eval(), noise(cfg, size)
+    with _quiet('moe_zoo.detection'):  # of frozen BatchNorm under random weights
+        return build_model(cfg).eval(), noise(cfg, size)
+
+
+@contextlib.contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Loggers that tell of errors only, for a while."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 def build_twin(
@@ -120,15 +134,14 @@ def coco_runs(images: int, folder: Path, seed: int = 0) -> tuple[Callable[[], di
     file.write_text(json.dumps(truth))
     name = f'generated in {folder}'
     register_coco(name, str(file), str(folder))
-    logging.getLogger('detectron2').setLevel(logging.ERROR)
-    logging.getLogger('moe_zoo').setLevel(logging.ERROR)
-    DatasetCatalog.get(name)
+    with _quiet('detectron2'):
+        DatasetCatalog.get(name)
 
     def measure(fast: bool) -> dict:
-        evaluator = Evaluator(name, tasks=('bbox',), distributed=False, use_fast_impl=fast)
-        evaluator.reset()
-        evaluator._predictions = [{'image_id': image, 'instances': rows} for image, rows in found.items()]
-        with contextlib.redirect_stdout(io.StringIO()):
+        with _quiet('detectron2', 'moe_zoo'), contextlib.redirect_stdout(io.StringIO()):
+            evaluator = Evaluator(name, tasks=('bbox',), distributed=False, use_fast_impl=fast)
+            evaluator.reset()
+            evaluator._predictions = [{'image_id': image, 'instances': rows} for image, rows in found.items()]
             return evaluator.evaluate()['bbox']
 
     return lambda: measure(True), lambda: measure(False)
