@@ -163,6 +163,18 @@ def test_max_p_by_hand():
     assert max_p(observed, null).tolist() == [2 / 5, 1]
 
 
+def test_layers_that_say_the_same_cost_no_power():
+    """All layers are permuted alike: of three that are one, the largest is each of them, and p that of one alone."""
+    rng = np.random.default_rng(3)
+    sizes = scene_sizes(rng, 20)
+    gates = rng.dirichlet(np.ones(4), size=20)
+    scenes, chance = [whole(s) for s in sizes], {'permutations': 99, 'alpha': .1}
+    alone = analyze({'a': gates[:, None]}, {'a': 'image'}, scenes, **chance).layers[0].chance_p
+    assert .02 < alone < .9
+    three = analyze(dict.fromkeys('abc', gates[:, None]), dict.fromkeys('abc', 'image'), scenes, **chance)
+    assert [layer.chance_p for layer in three.layers] == [alone] * 3
+
+
 # ---- error rates
 
 def clustered_null(seed):

@@ -346,8 +346,7 @@ def analyze(
     shuffles = min([each.count for each in shuffled.values()], default=0)
     _check(counts, len(objects), alpha, permutations, shuffles, len(shuffled))
 
-    rng = np.random.default_rng(seed)
-    null = {name: _permuted(maps[name], kinds[name], objects, permutations, rng) for name in maps}
+    null = {name: _permuted(maps[name], kinds[name], objects, permutations, seed) for name in maps}
     experts = [separation(mass, counts) for mass in null.values()]  # (1 + R, E) each
     layers = np.stack([np.linalg.norm(e, axis=1) for e in experts], axis=1)  # (1 + R, layers)
     chance_p = max_p(layers[0], layers[1:])
@@ -366,9 +365,11 @@ def _permuted(
         kind: str,
         objects: Sequence[Objects],
         permutations: int,
-        rng: np.random.Generator,
+        seed: int,
 ) -> np.ndarray:
-    """(1 + R, S, E) gate mass: the observed one, and with the gates exchanged."""
+    """(1 + R, S, E) gate mass: the observed one, and with the gates exchanged; images alike in all layers, whose
+    dependence the maximum over them thus keeps."""
+    rng = np.random.default_rng(seed)
     images, positions, experts = maps.shape
     weights = np.stack([_by_class(each.at(kind, positions), each.sizes) for each in objects])  # (N, S, P)
     if kind == 'level':
