@@ -133,7 +133,7 @@ EXPERIMENTS = (
         arms=(_arm('dense', VIT, 1e-4, model=VIT, img_size=70),
               _arm('upcycled', VIT, 3e-4, model='moefied', model_kwargs=EXPERTS, img_size=70)),
         claims=(Claim('Upcycled to a mixture of experts, a trained ViT-S/14 is more accurate after fine-tuning.',
-                      'accuracy', 'upcycled', 'dense', 2., source=NO_PAPER),),
+                      'accuracy', 'upcycled', 'dense', 4., source=NO_PAPER),),
         run=finetune,
         load=partial(load, source=VIT),
         charts=accuracy_curves,
