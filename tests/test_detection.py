@@ -528,6 +528,8 @@ def test_single_files_may_be_named_instead_of_a_folder(tiny, scenes):
      "Unknown data set 'coco_2017_trian'. Did you mean 'coco_2017_train'"),
     (['MODEL.WEIGHTS', '/nowhere.pth'], "Checkpoint '/nowhere.pth' does not exist"),
     (['MODEL.BACKBONE.NAME', 'build_moe'], "The model cannot be built .* 'build_moe' found in 'BACKBONE' registry"),
+    (['MOE.ITERATIONS_PER_EPOCH', '-3'], 'MOE.ITERATIONS_PER_EPOCH -3: use a number above 0'),
+    (['SOLVER.IMS_PER_BATCH', '0'], 'SOLVER.IMS_PER_BATCH 0: at least one image is needed'),
     (['--num-processes', '3'], 'IMS_PER_BATCH 2 does not divide into 3 processes'),
     (['SOLVER.BASE_LR', '1e12', 'SOLVER.MAX_ITER', '9', 'SOLVER.CHECKPOINT_PERIOD', '1'],
      'Training stopped because the (loss|gradient) is .* in iteration [0-9]'),

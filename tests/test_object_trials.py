@@ -276,6 +276,8 @@ def test_what_cannot_be_tried_is_named(repository, tmp_path, capsys):
     for arguments, sentence in (
             (['--trials', 'forcd'], "--trials 'forcd': 'forcd' is not one of forced, dropped, k, none. Did you mean"),
             (['--experts', 'one'], "--experts 'one': give numbers, such as 0,2."),
+            (['--layer', 'head.bbox_experts', 'MOE.HEAD.SUBNETS', 'both', 'MOE.HEAD.SHARED_GATE', 'True'],
+             "--layer 'head.bbox_experts' follows the decisions of another layer"),
             (['--layer', 'res5'], "--layer 'res5' is no routed layer; there are backbone.bottom_up.res5")):
         with pytest.raises(SystemExit) as stopped:
             main([*demo, *arguments])

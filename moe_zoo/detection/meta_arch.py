@@ -54,6 +54,9 @@ class MoELosses:
             if args[0].MOE.HEAD.SUBNETS != 'none':  # which MoERetinaNet has read
                 raise InputError(f'MOE.HEAD.SUBNETS {args[0].MOE.HEAD.SUBNETS!r}: only MODEL.META_ARCHITECTURE '
                                  f"MoERetinaNet has such a head; set 'none' for {type(self).__name__}.")
+        if iterations_per_epoch < 0:
+            raise InputError(f'MOE.ITERATIONS_PER_EPOCH {iterations_per_epoch}: use a number above 0, or 0 where a '
+                             'trainer tells of epochs.')
         self.iterations_per_epoch = iterations_per_epoch
         self.epochs_are_settled = False
         end_step_after_optimizer(self)

@@ -170,11 +170,13 @@ def plan_trials(
         experts: Numbers of the experts to force and drop; None is all that every layer has, up to `MOST_TRIED`.
 
     Raises:
-        InputError: There is no such layer or expert.
+        InputError: There is no such layer or expert, or the layer does not decide.
     """
     layers = routed_layers(model)
     if layer is not None and layer not in layers:
         raise InputError(f'--layer {layer!r} is no routed layer; there are {", ".join(layers)}.')
+    if layer is not None and hasattr(layers[layer], 'router') and layers[layer].router is None:
+        raise InputError(f'--layer {layer!r} follows the decisions of another layer and has none to overrule.')
     chosen = [each for name, each in layers.items() if layer in (None, name)]
     fewest = min(each.num_experts for each in chosen)
     experts = list(range(min(fewest, MOST_TRIED)) if experts is None else dict.fromkeys(experts))

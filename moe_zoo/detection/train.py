@@ -375,6 +375,8 @@ def _check_processes(cfg: CfgNode, args: argparse.Namespace, processes: int) -> 
     if cfg.MODEL.DEVICE.startswith('cuda') and processes > torch.cuda.device_count():
         raise InputError(f'--num-gpus {processes}: this machine has {torch.cuda.device_count()}; for processes on the '
                          'CPU add MODEL.DEVICE cpu.')
+    if cfg.SOLVER.IMS_PER_BATCH < 1:
+        raise InputError(f'SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}: at least one image is needed.')
     if not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % (cfg.SOLVER.REFERENCE_WORLD_SIZE or total):
         raise InputError(f'SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide into {total} processes.')
 
