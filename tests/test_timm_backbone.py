@@ -17,6 +17,7 @@ from detectron2.utils.events import EventStorage  # noqa: E402
 from test_detection import SMALL, images, path_of  # noqa: E402
 from timm.layers import SyncBatchNormAct  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
 
 from moe_zoo.detection import MoEFCOS, TimmBackbone, load_config  # noqa: E402
 from moe_zoo.errors import InputError  # noqa: E402
@@ -157,7 +158,14 @@ def test_positions_follow_the_image():
     with torch.no_grad():
         wanted = model.forward_intermediates(x, indices=1, norm=False, intermediates_only=True)[0]
         torch.testing.assert_close(backbone(x)['res4'], wanted)
-        assert backbone(torch.randn(1, 3, 96, 160))['res4'].shape == (1, 32, 6, 10)
+    wide = timm.create_model('vmoe_vit_s', **dict(VMOE, img_size=(96, 160))).eval()
+    place, grid = state['pos_embed'][:, :1], state['pos_embed'][:, 1:].view(1, 4, 4, 32).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, (6, 10), mode='bilinear', align_corners=True).flatten(2).mT  # as V-MoE's own code
+    wide.load_state_dict({**state, 'pos_embed': torch.cat([place, grid], dim=1)}, strict=False)
+    x = torch.randn(2, 3, 96, 160)
+    with torch.no_grad():
+        wanted = wide.forward_intermediates(x, indices=1, norm=False, intermediates_only=True)[0]
+        torch.testing.assert_close(backbone(x)['res4'], wanted)
     assert state['pos_embed'].shape == (1, 1 + 4 * 4, 32)  # the parameter keeps its size
 
 
