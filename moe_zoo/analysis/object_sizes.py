@@ -63,7 +63,7 @@ class LayerSizes:
         expert_p: (E,) chance test of every expert, over all experts of all layers.
         separation: See the module's docstring.
         explained: The share of the variance of the gates among objects that size explains; None where nothing varies.
-        explained_by_chance: Its mean with images permuted.
+        explained_by_chance: The same with images permuted, on average; of the variance that is there unpermuted.
         chance_p: Chance test of the layer, over all layers.
         untrained_separation: Mean separation of the shuffled routers; None where there were none.
         untrained_high: Its 95 % quantile.
