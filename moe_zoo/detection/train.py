@@ -46,7 +46,7 @@ from .export import export
 from .loader import Batches
 from .meta_arch import LOG_PERIOD, EpochHook
 from .optimizer import build_optimizer
-from .upstream import create_ddp_model
+from .upstream import create_ddp_model, leave_group_at_exit
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -351,6 +351,7 @@ def _rank(args: argparse.Namespace, processes: int, sentences) -> None:
     """One of several processes; a user's mistake travels to the parent, which prints it once."""
     if not torch.cuda.is_available() and 'OMP_NUM_THREADS' not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    leave_group_at_exit()
     try:
         work(args)
     except InputError as error:

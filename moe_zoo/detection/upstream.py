@@ -1,4 +1,5 @@
 """What detectron2's own scripts want besides our parts, which `moe_zoo.run` gives them: see `prepare`."""
+import atexit
 import functools
 import pickle
 from typing import Any, Dict
@@ -7,7 +8,7 @@ import detectron2.engine
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import defaults
-from torch import nn
+from torch import distributed, nn
 
 from ..errors import InputError
 from .checkpoint import read_pickle
@@ -25,11 +26,18 @@ def create_ddp_model(model: nn.Module, **options: Any) -> nn.Module:
     return _create_ddp_model(model, **options)
 
 
+def leave_group_at_exit() -> None:
+    """Let a process leave its group before the interpreter ends: detectron2's never do, and a thread of gloo that still
+    runs then aborts the process now and then, after all its work is done."""
+    atexit.register(lambda: distributed.is_initialized() and distributed.destroy_process_group())
+
+
 def prepare() -> None:
     """Let scripts of detectron2 train several processes on the CPU, use the data that MOE.DATA and the optimiser that
     MOE.OPTIMIZER names, answer a wrong config by one sentence, and read pickles without running what is in them."""
     if defaults.create_ddp_model is create_ddp_model:
         return
+    leave_group_at_exit()
     defaults.create_ddp_model = detectron2.engine.create_ddp_model = create_ddp_model
     defaults.build_optimizer = build_optimizer
     for name, where in (('merge_from_file', "'{}'"), ('merge_from_list', 'the command line')):
