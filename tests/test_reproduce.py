@@ -539,7 +539,8 @@ def test_the_readme_and_the_cards_show_what_was_published(repository):
 @pytest.mark.slow
 def test_an_experiment_is_interrupted_resumed_and_told(repository, tmp_path):
     pytest.importorskip('sklearn')
-    command = [sys.executable, 'tools/reproduce.py', 'condconv', '--seeds=2', '--pilot', '--output', str(tmp_path)]
+    command = [sys.executable, 'tools/reproduce.py', 'condconv', '--seeds=2', '--jobs=1', '--pilot', '--output',
+               str(tmp_path)]  # one worker: when the first run is there, others are not
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
     start = partial(subprocess.Popen, command, cwd=repository, text=True, **pipes)
     process, runs = start(), tmp_path / 'pilot' / 'condconv' / 'runs'
