@@ -527,7 +527,9 @@ def test_single_files_may_be_named_instead_of_a_folder(tiny, scenes):
     (['MOE.DATA.ROOT', '', 'DATASETS.TRAIN', "('coco_2017_trian',)"],
      "Unknown data set 'coco_2017_trian'. Did you mean 'coco_2017_train'"),
     (['MODEL.WEIGHTS', '/nowhere.pth'], "Checkpoint '/nowhere.pth' does not exist"),
-    (['MODEL.BACKBONE.NAME', 'build_moe'], "The model cannot be built .* 'build_moe' found in 'BACKBONE' registry"),
+    (['MODEL.BACKBONE.NAME', 'build_timm_fpn'], "The model cannot be built .* 'build_timm_fpn' found in 'BACKBONE' "
+     "registry. Did you mean 'build_timm_fpn_backbone'"),
+    (['MODEL.META_ARCHITECTURE', 'MoeRetinaNet'], "registry. Did you mean 'MoERetinaNet'"),
     (['MOE.ITERATIONS_PER_EPOCH', '-3'], 'MOE.ITERATIONS_PER_EPOCH -3: use a number above 0'),
     (['SOLVER.IMS_PER_BATCH', '0'], 'SOLVER.IMS_PER_BATCH 0: at least one image is needed'),
     (['--num-processes', '3'], 'IMS_PER_BATCH 2 does not divide into 3 processes'),

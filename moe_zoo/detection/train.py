@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
 
 import torch
+from detectron2 import modeling
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, default_setup, launch
 from detectron2.engine.train_loop import TrainerBase
@@ -30,7 +32,7 @@ from torch import distributed, multiprocessing, nn
 from torch.utils.checkpoint import CheckpointError
 
 from ..data.random_state import seed_stream
-from ..errors import InputError, atomic_write, exit_on_input_error
+from ..errors import InputError, atomic_write, exit_on_input_error, nearest
 from .checkpoint import SafeCheckpointer
 from .coco import (
     ReadableMapper,
@@ -111,8 +113,7 @@ class Trainer(DefaultTrainer):
         try:
             return super().build_model(cfg)
         except (AssertionError, KeyError) as error:  # detectron2's way of refusing a config
-            reason = ' '.join(str(error).strip('"\'').split())
-            raise InputError(f'The model cannot be built from this config: {reason}.') from error
+            raise InputError(f'The model cannot be built from this config: {_refusal(error)}') from error
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -426,6 +427,14 @@ def _no_traceback(record: logging.LogRecord) -> bool:
     if isinstance(error, ValueError):
         error = _in_a_sentence(error)
     return not isinstance(error, (InputError, FloatingPointError, CheckpointError))
+
+
+def _refusal(error: Exception) -> str:
+    """What detectron2 says, as a sentence, and the nearest name where it knows none."""
+    reason = ' '.join(str(error).strip('"\'').split()).rstrip('.!')
+    unknown = re.search(r"No object named '(.*)' found in '(.*)' registry", reason)
+    registry = getattr(modeling, f'{unknown[2]}_REGISTRY', ()) if unknown else ()
+    return f'{reason}.{nearest(unknown[1], [name for name, _ in registry]) if unknown else ""}'
 
 
 def _forget_loggers() -> None:
