@@ -11,6 +11,8 @@ from detectron2.model_zoo import get_config
 
 from moe_zoo.detection import MoERetinaNet, SimplePyramid, TimmBackbone
 
+from .retinanet_condconv_r50_fpn_1x import dataloader, lr_multiplier, train  # noqa: F401
+
 model = get_config('common/models/retinanet.py').model
 model._target_ = MoERetinaNet
 model.backbone = L(SimplePyramid)(
@@ -18,10 +20,5 @@ model.backbone = L(SimplePyramid)(
 model.pixel_mean = model.pixel_std = [127.5, 127.5, 127.5]
 model.input_format = 'RGB'
 
-dataloader = get_config('common/data/coco.py').dataloader
-dataloader.train.mapper.use_instance_mask = False
-dataloader.train.mapper.image_format = 'RGB'
 optimizer = get_config('common/optim.py').AdamW
-lr_multiplier = get_config('common/coco_schedule.py').lr_multiplier_1x
-train = get_config('common/train.py').train
 train.output_dir = 'runs/retinanet_vmoe_s_fpn_1x_lazy'
