@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from detectors import refusal
 from PIL import Image
 
 pytest.importorskip('detectron2', reason='detectron2 is not installed')
@@ -66,18 +67,6 @@ def tiny(scenes, tmp_path):
     """Arguments of a run of a few seconds."""
     return ['--config-file', path_of('demo/retinanet_digits'), *TINY, 'MOE.DATA.ROOT', str(scenes),
             'OUTPUT_DIR', str(tmp_path / 'run')]
-
-
-def refusal(capsys, argv):
-    """What the command line prints for bad input: one line, exit code 2."""
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 2
-    out, err = capsys.readouterr()
-    assert 'Traceback' not in err + out
-    lines = [line for line in err.splitlines() if line.startswith('error: ')]
-    assert len(lines) == 1
-    return lines[0]
 
 
 def tiny_model(name='demo/retinanet_digits', *opts):

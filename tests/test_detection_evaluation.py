@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from detectors import TINY_RETINANET
 from PIL import Image
 
 pytest.importorskip('detectron2', reason='detectron2 is not installed')
@@ -41,20 +42,9 @@ from moe_zoo.errors import InputError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # of detectron2's older code
 
-RETINANET = """
-_BASE_: {base}
-MODEL:
-  DEVICE: cpu
-  WEIGHTS: ""
-  BACKBONE: {{NAME: build_timm_fpn_backbone, FREEZE_AT: 0}}
-  FPN: {{OUT_CHANNELS: 8}}
-  RETINANET: {{NUM_CLASSES: 5, NUM_CONVS: 1}}
-MOE:
-  TIMM: {{NAME: moe_resnet18, ARGS: {{channels: [8, 8, 8, 8]}}, CHECK_INPUT: false}}
+RETINANET = TINY_RETINANET + """
 INPUT: {{MIN_SIZE_TRAIN: [64], MIN_SIZE_TEST: 64}}
-DATALOADER: {{NUM_WORKERS: 0}}
 SOLVER: {{IMS_PER_BATCH: 2, MAX_ITER: 2, STEPS: []}}
-SEED: 1
 """
 MASK_RCNN = """
 VERSION: 2

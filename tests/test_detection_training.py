@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from detectors import TINY_RETINANET, refusal
 from PIL import Image
 
 pytest.importorskip('detectron2', reason='detectron2 is not installed')
@@ -29,21 +30,10 @@ from moe_zoo.errors import InputError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # of detectron2's older code
 
-TINY = """
-_BASE_: {base}
-MODEL:
-  DEVICE: cpu
-  WEIGHTS: ""
-  BACKBONE: {{NAME: build_timm_fpn_backbone, FREEZE_AT: 0}}
-  FPN: {{OUT_CHANNELS: 8}}
-  RETINANET: {{NUM_CLASSES: 5, NUM_CONVS: 1}}
-MOE:
-  TIMM: {{NAME: moe_resnet18, ARGS: {{channels: [8, 8, 8, 8]}}, CHECK_INPUT: false}}
+TINY = TINY_RETINANET + """
 INPUT: {{MIN_SIZE_TRAIN: [64, 80], MIN_SIZE_TEST: 64}}
-DATALOADER: {{NUM_WORKERS: 0}}
 DATASETS: {{TEST: []}}
 SOLVER: {{IMS_PER_BATCH: 2, BASE_LR: 0.001, MAX_ITER: 6, WARMUP_ITERS: 2, STEPS: [4], CHECKPOINT_PERIOD: 2}}
-SEED: 1
 """
 
 
@@ -69,17 +59,6 @@ def evaluated(scenes):
 
 def config_of(argv, *opts):
     return load_config(argv[1], [*argv[2:], *opts])
-
-
-def refusal(capsys, argv):
-    """What the command line prints for bad input: one line, exit code 2."""
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 2
-    out, err = capsys.readouterr()
-    assert 'Traceback' not in err + out
-    sentence, = [line for line in err.splitlines() if line.startswith('error: ')]
-    return sentence
 
 
 def assert_same_training(one, other):
