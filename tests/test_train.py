@@ -375,7 +375,7 @@ def test_compiled_training(images, tmp_path, options):
 
 
 RECIPES = sorted(
-    path for kind in ('imagenet', 'cifar', 'demo') for path in (folder('configs') / kind).glob('*.yaml')
+    path for kind in ('imagenet', 'cifar', 'digits', 'demo') for path in (folder('configs') / kind).glob('*.yaml')
     if 'retinanet' not in path.name)
 
 
