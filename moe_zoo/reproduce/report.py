@@ -5,14 +5,14 @@ All of it is made from results.json; nothing is typed by hand.
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional, Union
 
-import moe_zoo
 from moe_zoo.analysis.charts import intervals
 from moe_zoo.analysis.page import Figure, Page, Section, Table, chart_file
-from moe_zoo.errors import InputError, atomic_write
+from moe_zoo.card_writer import checkout, measured_rows, renew, with_block, with_measured
+from moe_zoo.errors import InputError, atomic_write, counted
 
 from . import FILES, find_experiment
 
@@ -125,22 +125,10 @@ def _capital(text: str) -> str:
 
 # --- What the repository keeps ----------------------------------------------------------------------------------------
 
-def checkout() -> Path:
-    """Root of the checkout that runs.
-
-    Raises:
-        InputError: moe_zoo runs from an installed wheel.
-    """
-    root = Path(moe_zoo.__file__).resolve().parents[1]
-    if not (root / 'pyproject.toml').is_file():
-        raise InputError('--publish writes docs/ and README.md of a checkout, and moe_zoo runs from elsewhere.')
-    return root
-
-
 def publish(results: Results, root: Optional[Path] = None) -> Path:
     """Keep finished results, without the single runs, in docs/experiments; renew what is made of all that are there.
 
-    That is the README's table and its figures in docs/figures, and the cards.
+    That is the README's table and its figures in docs/figures, the tables in docs/families, and the cards.
 
     Raises:
         InputError: They are not finished, or too large to keep.
@@ -157,10 +145,11 @@ def publish(results: Results, root: Optional[Path] = None) -> Path:
         temporary.write_text(text, encoding='utf-8')
     draw_figures(root)
     table, rows = readme_table(path.parent), card_rows(path.parent)
-    readme = root / 'README.md'
-    _renew(readme, lambda text: BLOCK.sub(lambda found: f'{found[1]}{table}{found[2]}', text))
+    renew(root / 'README.md', lambda text: with_block(text, 'experiments', table))
+    for page in (root / 'docs' / 'families').glob('*.md'):
+        renew(page, lambda text: renewed_page(text, path.parent))
     for card in (root / 'registry').glob('*/*.toml'):
-        _renew(card, lambda text, name=card.stem: renewed_card(text, rows.get(name, [])))
+        renew(card, lambda text, path=card: renewed_card(text, rows.get(path.stem, []), path))
     return path
 
 
@@ -184,17 +173,6 @@ def readme_figures(folder: Path) -> dict[str, str]:
             figure = experiment.charts(results)[0]
             figures[results['name']] = chart_file(figure.image, results['title'], figure.alt)
     return figures
-
-
-def _renew(path: Path, change: Callable[[str], str]) -> None:
-    before = path.read_text(encoding='utf-8')
-    after = change(before)
-    if after != before:
-        with atomic_write(path) as temporary:
-            temporary.write_text(after, encoding='utf-8')
-
-
-BLOCK = re.compile(r'(<!-- experiments -->\n).*?(<!-- /experiments -->)', re.S)
 
 
 def readme_table(folder: Path) -> str:
@@ -223,29 +201,53 @@ def readme_table(folder: Path) -> str:
     return '\n'.join(lines) + '\n' if len(lines) > 2 else ''
 
 
-def card_rows(folder: Path) -> dict[str, list[str]]:
-    """Model name to the rows of its card, as TOML: the claim that decides of every experiment that names it."""
-    rows: dict[str, list[str]] = {}
+CLAIMS = re.compile(r'(<!-- claims: ([\w -]+?) -->\n).*?(<!-- /claims -->)', re.S)
+
+
+def renewed_page(text: str, folder: Path) -> str:
+    """The text of a page of docs/families with its tables of claims, `<!-- claims: EXPERIMENT ... -->`, made anew."""
+    return CLAIMS.sub(lambda found: f'{found[1]}{claims_table(folder, found[2].split())}{found[3]}', text)
+
+
+def claims_table(folder: Path, names: Iterable[str]) -> str:
+    """Every claim of some experiments and its verdict; a row that says so for one that is not published."""
+    lines = ['| experiment | claim | measured (95 % interval) | published | verdict |', '| --- | --- | --- | ---: | --- |']
+    for name in names:
+        path = folder / f'{name}.json'
+        if not path.is_file():
+            lines.append(f'| `{name}` | {find_experiment(name).claims[0].text.rstrip(".")} | not published here | | |')
+            continue
+        results = json.loads(path.read_text(encoding='utf-8'))
+        first = f'[`{name}`](../experiments/{path.name}), {counted(len(results["plan"]["seeds"]), "seed")}'
+        for claim, found in zip(results['plan']['claims'], results['claims']):
+            lines.append(
+                f'| {first} | {claim["text"].rstrip(".")} | {found["difference"]:+.2f} {claim["unit"]} '
+                f'({found["low"]:+.2f} to {found["high"]:+.2f}) | {_signed(claim["published"]) or ""} '
+                f'| **{found["verdict"]}** |')
+            first = ''
+    return '\n'.join(lines) + '\n'
+
+
+def card_rows(folder: Path) -> dict[str, list[Results]]:
+    """Model name to the rows of its card: the claim that decides of every experiment that names it."""
+    rows: dict[str, list[Results]] = {}
     for results in _published(folder):
         claim, found, made_by = results['plan']['claims'][0], results['claims'][0], results['made_by']
-        values = {
+        row = {
             'experiment': results['name'], 'dataset': results['plan']['data'],
             'metric': f'small version, {claim["better"]} minus {claim["worse"]}, {claim["metric"]} in {claim["unit"]}',
             'mean': round(found['difference'], 2), 'std': round(found['deviation'], 2),
             'seeds': len(results['plan']['seeds']), 'verdict': found['verdict'], 'commit': made_by['commit'],
             'versions': f'torch {made_by["torch"]}, timm {made_by["timm"]}'}
-        text = ''.join(f'{key} = {json.dumps(value, ensure_ascii=False)}\n' for key, value in values.items())
         for card in find_experiment(results['name']).cards:
-            rows.setdefault(card, []).append(f'\n[[measured]]\n{text}')
+            rows.setdefault(card, []).append(row)
     return rows
 
 
-MEASURED = '\n# Everything below is written by `tools/reproduce.py --publish`.\n'
-
-
-def renewed_card(text: str, rows: list[str]) -> str:
-    """The text of a card with these rows at its end."""
-    return text.partition(MEASURED)[0] + (MEASURED + ''.join(rows) if rows else '')
+def renewed_card(text: str, rows: list[Results], path: Optional[Path] = None) -> str:
+    """The text of a card with these rows of experiments; those of runs stay."""
+    runs = [row for row in measured_rows(text, path) if 'experiment' not in row]
+    return with_measured(text, [*rows, *runs])
 
 
 def _published(folder: Path) -> Iterable[Results]:
