@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from moe_zoo.analysis import count, count_images
+from moe_zoo.analysis import CountError, count, count_images
 from moe_zoo.analysis.count_cli import count_model
 from moe_zoo.layers import RoutedLayer
 
@@ -197,7 +197,7 @@ def test_the_model_is_left_as_it_was_even_when_it_fails():
         if x.shape[1] == 3:
             count(model, x)
         else:
-            with pytest.raises(RuntimeError, match='cannot be multiplied'):
+            with pytest.raises(CountError, match='cannot be multiplied'):
                 count(model, x)
         assert [m.training for m in model.modules()] == [True, True, False, True, True]
         assert [p.requires_grad for p in model.parameters()] == [False, True, True]
@@ -302,6 +302,117 @@ def test_images_are_counted_one_at_a_time():
     assert costs.by_module == costs.by_module_max == {'': 5}
     assert costs.std == pytest.approx(math.sqrt((9 + 1 + 16) / 2))
     assert count_images(nn.Conv2d(1, 1, 1), [torch.rand(1, 1, 1, 3)]).std == 0
+
+
+# Activations, memory, and models of other houses.
+
+def test_activations_are_what_products_and_convolutions_put_out():
+    # 3x3 map of 8 channels: 72; 8 -> 5 on the pooled vector: 5. Norm, activation and pool put out nothing that counts.
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    cost = count(model, torch.rand(2, 3, 5, 5))
+    assert cost.activations == 2 * (72 + 5)
+    assert cost.activations_by_module == {'': 154, '0': 144, '5': 10}
+    assert cost.activations_by_operator == {'aten.convolution': 144, 'aten.addmm': 10}
+    assert cost.parameters_by_module == {'': 224 + 16 + 45, '0': 224, '1': 16, '5': 45}
+    # attention, 3 heads: a 5x5 map of scores and 5x4 values out of each
+    q = torch.rand(1, 3, 5, 4)
+    assert count(Call(F.scaled_dot_product_attention), (q, q, q)).activations == 3 * (25 + 20)
+
+
+@pytest.mark.parametrize('device', ['cpu', 'meta'])
+def test_peak_memory_by_hand(device):
+    # float32. Parameters 3*4 + 4 + 4*2 + 2 = 26, input 5*3; at the activation the 5x4 it reads and the 5x4 it makes.
+    x = torch.rand(5, 3, device=device)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).to(device)
+    assert count(model, x).peak_memory == 4 * (26 + 15 + 20 + 20)
+    # in place it makes none; the fullest moment is the last product, 5x4 in and 5x2 out
+    model[1] = nn.ReLU(inplace=True)
+    assert count(model, x).peak_memory == 4 * (26 + 15 + 20 + 10)
+    # a view is not new; a buffer of 7 is there from the start
+    model.register_buffer('numbers', torch.zeros(7, device=device))
+    assert count(Call(lambda x: x.view(3, 5).t()[1:]), x).peak_memory == 4 * 15
+    assert count(model, x).peak_memory == 4 * (26 + 15 + 20 + 10 + 7)
+
+
+def test_peak_memory_is_that_of_fused_attention_where_the_model_has_it():
+    q = torch.rand(1, 1, 256, 4)  # 1024 numbers; a map of scores would be 65,536
+    cost = count(Call(F.scaled_dot_product_attention), (q, q, q))
+    assert cost.by_operator == {'aten.bmm': 2 * 256 * 256 * 4}
+    assert 4 * 2 * 1024 <= cost.peak_memory < 4 * 8 * 1024
+    plain = count(Call(lambda q: (q @ q.mT).softmax(-1) @ q), q)
+    assert plain.macs_executed == cost.macs_executed
+    assert plain.peak_memory >= 4 * 2 * 65_536
+
+
+class Encoder(nn.Module):
+    """Keywords in, a dictionary out, as models of other libraries have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 4, 2, 2)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, pixel_values=None, output_hidden_states=False, return_dict=True):
+        hidden = self.embed(pixel_values).flatten(2).transpose(1, 2)
+        out = {'logits': self.head(hidden.mean(dim=1))}
+        return {**out, 'hidden_states': (hidden,)} if output_hidden_states else out
+
+
+def test_keywords_go_in_and_dictionaries_come_out():
+    cost = count(Encoder(), {'pixel_values': torch.rand(2, 3, 6, 6), 'output_hidden_states': True})
+    assert cost.images == 2
+    assert cost.by_module == {'': 2 * (9 * 4 * 12 + 8), 'embed': 2 * 432, 'head': 2 * 8}
+
+
+def test_models_of_torchvision():
+    model = torchvision.models.vit_b_32(image_size=64).to('meta')
+    # 4 patches of 3*32*32 and a class token, D 768, 12 blocks: 12 D^2 a token and 2 N^2 D; the head
+    blocks = 12 * (5 * 12 * 768 * 768 + 2 * 25 * 768)
+    cost = count(model, torch.empty(1, 3, 64, 64, device='meta'))
+    assert cost.macs_executed == 4 * 3072 * 768 + blocks + 768 * 1000
+    assert cost.uncounted == {} and cost.parameters_by_expert == {}
+    assert cost.parameters == cost.active_parameters == cost.used_parameters
+    assert cost.macs_expected == cost.macs_max == cost.macs_executed
+
+
+@pytest.mark.slow
+def test_a_detector_of_torchvision():
+    model = torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
+    scenes = [torch.rand(3, 50, 60), torch.rand(3, 40, 30)]
+    cost = count(model, (scenes,))
+    assert cost.images == 2 and cost.uncounted == {}
+    assert cost.macs_executed == 2 * count(model, [scenes[0]]).macs_executed  # all are resized to 320
+
+
+def test_a_model_that_cannot_be_run_says_so_with_what_was_counted():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(3, 5)
+            self.second = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    with pytest.raises(CountError) as failure:
+        count(Broken(), torch.rand(2, 3))
+    assert re.fullmatch(
+        r"Broken cannot be run on \(2, 3\) and counted no further than 30 MACs, in module 'second': mat1 and mat2 .*",
+        str(failure.value))
+    assert failure.value.cost.by_module == {'': 30, 'first': 30}
+    with pytest.raises(CountError, match=r'Call cannot be run on \(4,\), meta tensors, .* in the model itself'):
+        count(Call(lambda x: x.nonzero()), torch.rand(4, device='meta'))
+
+
+def test_figures_of_images_are_summed_up():
+    costs = count_images(nn.Conv2d(1, 2, 1), (torch.rand(1, 1, 1, n) for n in (2, 4, 9)))
+    assert costs.activations == (4, 8, 18) and costs.expected == costs.executed == (4, 8, 18)
+    assert costs.peak_memory == tuple(4 * (4 + n + 2 * n) for n in (2, 4, 9))  # 2 weights and biases, input, output
+    assert costs.used_parameters == (4, 4, 4)
+    assert costs.by_operator == {'aten.convolution': 10}
+    assert costs.spread() == pytest.approx((10, math.sqrt((36 + 4 + 64) / 2), 4, 18))
+    assert costs.spread('activations').most == 18
 
 
 # Known models.

@@ -32,6 +32,8 @@ class LayerUsage:
         dropped: Share of the choices that found no slot (of the items that no expert took, where experts choose).
         class_mass: (Y, E) mean share of combine weight an expert has in the images of a class, rows sum to one; None
             without targets; a row of a class that was not seen is zero.
+        used: (E,) items that an expert computed: its kept choices, or the items where its weight is not zero; None, in
+            records without it, stands for `choices`.
     """
     name: str
     items: int
@@ -39,6 +41,7 @@ class LayerUsage:
     mass: torch.Tensor
     dropped: float
     class_mass: Optional[torch.Tensor] = None
+    used: Optional[torch.Tensor] = None
 
     @property
     def num_experts(self) -> int:
@@ -48,6 +51,12 @@ class LayerUsage:
     def share(self) -> torch.Tensor:
         """(E,) share of the choices (of the weight, where every expert is mixed)."""
         return self.choices / self.choices.sum().clamp_min(1e-12)
+
+    @property
+    def load(self) -> List[float]:
+        """(E,) times an item used each expert, on average: what `moe_zoo.analysis.count` expects MACs of."""
+        used = self.choices if self.used is None else self.used
+        return (used / max(self.items, 1)).tolist()
 
     @property
     def importance(self) -> torch.Tensor:
@@ -81,8 +90,8 @@ class LayerUsage:
         """Plain numbers for JSON."""
         return {
             'layer': self.name, 'items': self.items, 'share': self.share.tolist(),
-            'importance': self.importance.tolist(), 'cv': self.cv, 'entropy': self.entropy, 'living': self.living,
-            'dead': self.dead, 'dropped': self.dropped,
+            'load': self.load, 'importance': self.importance.tolist(), 'cv': self.cv, 'entropy': self.entropy,
+            'living': self.living, 'dead': self.dead, 'dropped': self.dropped,
             'class_mass': None if self.class_mass is None else self.class_mass.tolist(),
         }
 
@@ -94,6 +103,7 @@ class UsageSums:
     dropped: float = 0.  # share times items
     choices: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     mass: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    used: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     by_class: Dict[int, torch.Tensor] = field(default_factory=dict)
     images: Dict[int, int] = field(default_factory=dict)
 
@@ -102,6 +112,7 @@ class UsageSums:
         weights = routing.combine_matrix().double().cpu()  # (T, E)
         self.items += len(weights)
         self.mass = self.mass + weights.sum(dim=0)
+        self.used = self.used + uses(routing).double().sum(dim=0).cpu()
         if routing.indices is None:
             self.choices = self.choices + weights.sum(dim=0)
         else:
@@ -121,7 +132,16 @@ class UsageSums:
             table = torch.zeros(num_classes, len(self.mass), dtype=torch.float64)
             for target, total in self.by_class.items():
                 table[target] = total / self.images[target]
-        return LayerUsage(name, self.items, self.choices, self.mass, self.dropped / max(self.items, 1), table)
+        return LayerUsage(
+            name, self.items, self.choices, self.mass, self.dropped / max(self.items, 1), table, self.used)
+
+
+def uses(routing: Routing) -> torch.Tensor:
+    """(T, E) bool: which experts compute for an item: its kept choices, or the weights that are not zero."""
+    if routing.indices is None:
+        return routing.weights != 0
+    kept = torch.ones_like(routing.indices, dtype=torch.bool) if routing.kept is None else routing.kept
+    return torch.zeros_like(routing.logits, dtype=torch.bool).scatter(1, routing.indices, kept)
 
 
 def image_shares(routing: Routing, weights: Optional[torch.Tensor] = None) -> torch.Tensor:

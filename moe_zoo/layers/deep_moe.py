@@ -264,6 +264,32 @@ class ChannelGated(RoutedLayer):
             macs += B * size[0] * size[1] * conv.weight.numel()
         return macs + sum(gate.max_macs((B,)) for gate in self.gates())
 
+    def spared_macs(self, input_shape: Tuple[int, ...], load: Sequence[float]) -> float:
+        """MACs between channels of which one is dead, as far as `load`, how often each is live, tells.
+
+        Exact for one image; over many, the convolutions of a block are taken to be independent of each other. All input
+        channels of the block are taken to be live.
+        """
+        macs, size, inputs, shares = 0., tuple(input_shape[2:]), 1., list(load)
+        for conv, _, gate, _ in self.chain():
+            size = _output_size(conv, size)
+            outputs = 1.
+            if gate is not None:
+                outputs = sum(shares[:gate.num_experts]) / gate.num_experts
+                shares = shares[gate.num_experts:]
+            macs += size[0] * size[1] * conv.weight.numel() * (1 - inputs * outputs)
+            inputs = outputs
+        return input_shape[0] * macs
+
+    def expert_sizes(self) -> List[int]:
+        """Parameters of every gated channel: its filter, norm and row of the gate."""
+        sizes: List[int] = []
+        for conv, norm, gate, _ in self.chain():
+            if gate is not None:
+                makers = sum(p.numel() for module in (conv, norm, gate) for p in module.parameters())
+                sizes += [makers // gate.num_experts] * gate.num_experts
+        return sizes
+
 
 @contextlib.contextmanager
 def sparse_inference(model: nn.Module, keep: Optional[Mapping[str, torch.Tensor]] = None) -> Iterator[nn.Module]:

@@ -152,8 +152,16 @@ class MoEConv2d(ImageMoE):
 
     def max_macs(self, input_shape: Tuple[int, ...]) -> int:
         """MACs of the gate and of K convolutions for every image of (B, C, H, W)."""
+        return self.gate_macs(input_shape[0]) + self.num_selected * self._expert_macs(input_shape)
+
+    def spared_macs(self, input_shape: Tuple[int, ...], load: Sequence[float]) -> float:
+        """Convolutions of the images for which fewer than K experts ran."""
+        return (self.num_selected - sum(load)) * self._expert_macs(input_shape)
+
+    def _expert_macs(self, input_shape: Tuple[int, ...]) -> int:
+        """MACs of one expert on every image."""
         B, _, H, W = self.output_shape(input_shape)
-        return self.gate_macs(B) + B * self.num_selected * H * W * math.prod(self.weight.shape[1:])
+        return B * H * W * math.prod(self.weight.shape[1:])
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args, **kwargs) -> 'MoEConv2d':
         """The kernels of all experts as one of 4 axes: `to(memory_format=torch.channels_last)` refuses 5."""

@@ -305,12 +305,21 @@ class MoEMlp(ExpertMlps):
     def max_macs(self, input_shape: Sequence[int]) -> int:
         """Router, K experts and the shared ones for every token; all slots where experts choose. Biases are free."""
         num_tokens = math.prod(input_shape) // self.in_features
-        pairs = num_tokens * self.num_selected
-        if self.by_expert:
-            group_size = self.group_size or self.group_images * (num_tokens // input_shape[0])
-            pairs = self.num_experts * self._slots(num_tokens, group_size)
-        experts = (pairs + num_tokens * self.num_shared_experts) * self._expert_macs()
+        experts = (self._max_pairs(input_shape) + num_tokens * self.num_shared_experts) * self._expert_macs()
         return self.router.macs(num_tokens) + experts
+
+    def spared_macs(self, input_shape: Sequence[int], load: Sequence[float]) -> float:
+        """The pairs of token and expert that capacity dropped."""
+        num_tokens = math.prod(input_shape) // self.in_features
+        return (self._max_pairs(input_shape) - num_tokens * sum(load)) * self._expert_macs()
+
+    def _max_pairs(self, input_shape: Sequence[int]) -> int:
+        """Pairs of token and expert without drops."""
+        num_tokens = math.prod(input_shape) // self.in_features
+        if not self.by_expert:
+            return num_tokens * self.num_selected
+        group_size = self.group_size or self.group_images * (num_tokens // input_shape[0])
+        return self.num_experts * self._slots(num_tokens, group_size)
 
     def extra_repr(self) -> str:
         return (

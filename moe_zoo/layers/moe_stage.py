@@ -142,10 +142,22 @@ class MoEStage(ImageMoE):
 
     def max_macs(self, input_shape: Tuple[int, ...]) -> int:
         """MACs of the gate, the shortcut and the K most expensive experts for every image of (B, C, H, W)."""
-        images = input_shape[0]
-        costs = sorted((_macs(expert, (1, *input_shape[1:])) for expert in self.experts), reverse=True)
         shortcut = 0 if self.shortcut is None else _macs(self.shortcut, tuple(input_shape))
-        return self.gate_macs(images) + shortcut + images * sum(costs[:self.num_selected])
+        costs = sorted(self._expert_macs(input_shape), reverse=True)
+        return self.gate_macs(input_shape[0]) + shortcut + sum(costs[:self.num_selected])
+
+    def spared_macs(self, input_shape: Tuple[int, ...], load: Sequence[float]) -> float:
+        """The K most expensive experts for every image, less those that ran."""
+        costs = self._expert_macs(input_shape)
+        ran = sum(times * cost for times, cost in zip(load, costs))
+        return sum(sorted(costs, reverse=True)[:self.num_selected]) - ran
+
+    def expert_sizes(self) -> List[int]:
+        return [sum(p.numel() for p in expert.parameters()) for expert in self.experts]
+
+    def _expert_macs(self, input_shape: Tuple[int, ...]) -> List[int]:
+        """MACs of every expert on all images."""
+        return [input_shape[0] * _macs(expert, (1, *input_shape[1:])) for expert in self.experts]
 
     def _load_from_state_dict(self, state_dict: Dict[str, torch.Tensor], prefix: str, *args) -> None:
         """Weights of the dense stage, found under this layer's own name, become those of every expert."""

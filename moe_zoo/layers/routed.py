@@ -4,7 +4,7 @@ Letters: B images, C channels, E experts.
 """
 import contextlib
 import math
-from typing import Iterator, List, Optional, Set, Tuple
+from typing import Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
 from torch import nn
@@ -31,6 +31,27 @@ class RoutedLayer(nn.Module):
     def max_macs(self, input_shape: Tuple[int, ...]) -> int:
         """MACs of the router and `num_selected` experts for every item of an input of this shape, without padding."""
         raise NotImplementedError(f'{type(self).__name__} does not state its cost')
+
+    def spared_macs(self, input_shape: Tuple[int, ...], load: Sequence[float]) -> float:
+        """What of `max_macs` an input of this shape need not execute under a measured load.
+
+        Args:
+            input_shape: As in `max_macs`.
+            load: (E,) how many times an item used expert e, on average; choices that found no slot are none.
+
+        Returns:
+            0 for a layer that computes the same whatever its router decides.
+        """
+        return 0.
+
+    def expert_sizes(self) -> List[int]:
+        """Parameters of every expert; what experts share, and the router, are in none of them."""
+        sizes = [0] * self.num_experts
+        for group in self.expert_parameters():
+            stacked = len(group) == 1
+            for e in range(self.num_experts):
+                sizes[e] += group[0].numel() // self.num_experts if stacked else group[e].numel()
+        return sizes
 
     def active_parameters(self) -> int:
         """Parameters one item uses: everything but the experts it did not choose."""

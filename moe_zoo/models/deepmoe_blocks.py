@@ -253,8 +253,14 @@ class GatedPlainBlock(GatedBlock, PlainBlock):
         return y.new_zeros(len(y), self.conv1.out_channels, *y.shape[2:]).index_copy(1, live, y)
 
     def max_macs(self, input_shape: Tuple[int, ...]) -> int:
+        return super().max_macs(self._pooled(input_shape))
+
+    def spared_macs(self, input_shape: Tuple[int, ...], load: Sequence[float]) -> float:
+        return super().spared_macs(self._pooled(input_shape), load)
+
+    def _pooled(self, input_shape: Tuple[int, ...]) -> Tuple[int, ...]:
         halves = 2 if isinstance(self.pool, nn.MaxPool2d) else 1
-        return super().max_macs((*input_shape[:2], input_shape[2] // halves, input_shape[3] // halves))
+        return (*input_shape[:2], input_shape[2] // halves, input_shape[3] // halves)
 
 
 GATED: Dict[Type[nn.Module], Type[GatedBlock]] = {
