@@ -68,7 +68,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built, repository):
     names = set(zipfile.ZipFile(built).namelist())
     assert {name.partition('/')[0] for name in names} == {'moe_zoo', 'moe_zoo-0.1.0.dist-info'}
     data = [p for folder in ('registry', 'configs') for p in (repository / folder).rglob('*')]
-    code = [p for p in (repository / 'moe_zoo').rglob('*') if p.suffix in {'.py', '.css'}]
+    code = [p for p in (repository / 'moe_zoo').rglob('*') if p.suffix in {'.py', '.css', '.js'}]
     wanted = {f'moe_zoo/{p.relative_to(repository)}' for p in data if p.is_file() and '__pycache__' not in p.parts}
     wanted |= {str(p.relative_to(repository)) for p in code}
     assert wanted <= names

@@ -121,7 +121,7 @@ def test_a_row_of_the_wrong_length_is_refused():
 def test_unknown_status_and_block_are_refused():
     with pytest.raises(InputError, match=r"status='finished' is not known: use one of done, running, pending"):
         Section('A', 'finished')
-    with pytest.raises(InputError, match='a dict is not a block: use a str, Table, Figure or Stats'):
+    with pytest.raises(InputError, match='a dict is not a block: use a str, Table, Figure, Stats or Data'):
         page_of({}).html()
 
 

@@ -7,17 +7,19 @@ import base64
 import html
 import itertools
 import math
+from dataclasses import dataclass
 from typing import Callable, Sequence
 
 from moe_zoo.errors import InputError
 
 __all__ = [
-    'curves', 'estimates', 'expert_colour', 'grid_map', 'heat_map', 'histogram', 'intervals', 'pictures', 'scatter',
-    'share_bars', 'strips', 'ticks']
+    'Mark', 'curves', 'estimates', 'expert_colour', 'grid_map', 'heat_map', 'histogram', 'intervals', 'pictures',
+    'scatter', 'share_bars', 'strips', 'ticks', 'trade_offs']
 
 WIDTH = 440
 LEFT, BOTTOM = 58, 280  # of the plane of scatter and curves
 COLOURS = 8  # --expert-0 .. --expert-7 of page.css
+DOTTED = 40  # points of a line that are drawn as dots too
 
 
 def expert_colour(expert: int) -> str:
@@ -52,6 +54,84 @@ def scatter(
     return _svg(BOTTOM + 52, parts)
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A point of `trade_offs`.
+
+    Attributes:
+        name: What it is; shown beside the pointer.
+        x: Above 0.
+        y: Its height.
+        series: Decides colour and shape: a number, which names in the legend belong to.
+        hollow: An outline, for dense networks.
+        x_range: (from, to) of a bar across; None draws none.
+        y_half: Half the length of an upright bar; None draws none.
+    """
+    name: str
+    x: float
+    y: float
+    series: int
+    hollow: bool = False
+    x_range: tuple[float, float] | None = None
+    y_half: float | None = None
+
+
+def trade_offs(
+        marks: Sequence[Mark],
+        joined: Sequence[tuple[int, int]],
+        series: Sequence[str],
+        x_label: str,
+        y_label: str,
+        x_format: str = '{:g}',
+        y_format: str = '{:.1f}',
+) -> str:
+    """What is reached over what it costs: points that differ in shape as well as colour, some joined by lines.
+
+    Args:
+        marks: The points. x is on a logarithmic scale where the largest is more than three times the smallest.
+        joined: Pairs of positions in `marks`.
+        series: Names for the legend, by number.
+        x_label, y_label: Written along the axes, units included.
+        x_format, y_format: Of the numbers at the axes and beside the pointer.
+    """
+    if not marks or any(mark.x <= 0 for mark in marks):
+        raise InputError('marks: a chart of costs needs at least one point, and costs above 0.')
+    xs = [x for mark in marks for x in (mark.x, *(mark.x_range or ()))]
+    ys = [mark.y + sign * max(mark.y_half or 0, .5) for mark in marks for sign in (-1, 1)]  # a point of room
+    across, up, parts = _axes(xs, ys, x_label, y_label, x_format, y_format, max(xs) > 3 * min(xs))
+    places = [(across(mark.x), up(mark.y)) for mark in marks]
+    for a, b in joined:
+        (x0, y0), (x1, y1) = places[a], places[b]
+        parts.append(
+            f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" '
+            f'stroke="{expert_colour(marks[b].series)}" stroke-width="1.5" stroke-dasharray="5 3"/>')
+    for mark, (x, y) in zip(marks, places):
+        colour = expert_colour(mark.series)
+        bars = [(across(mark.x_range[0]), y, across(mark.x_range[1]), y)] if mark.x_range else []
+        bars += [(x, up(mark.y - mark.y_half), x, up(mark.y + mark.y_half))] if mark.y_half else []
+        parts += [f'<line x1="{a:.1f}" y1="{b:.1f}" x2="{c:.1f}" y2="{d:.1f}" stroke="{colour}"/>'
+                  for a, b, c, d in bars]
+        text = f'{mark.name}: {x_format.format(mark.x)}, {y_format.format(mark.y)}'
+        parts.append(_shape(mark.series, x, y, mark.hollow, text))
+    y = BOTTOM + 62
+    for number, name in enumerate(series):  # one a line: names of runs are long
+        parts.append(_shape(number, LEFT + 6, y + 20 * number, False, name))
+        parts.append(_text(LEFT + 20, y + 20 * number + 4, name, 'start', soft=True))
+    return _svg(y + 20 * len(series), parts)
+
+
+SHAPES = (  # outlines around (0, 0) of about one area; with eight colours, forty series differ
+    'M-6 0A6 6 0 1 0 6 0A6 6 0 1 0 -6 0Z', 'M-5.3 -5.3H5.3V5.3H-5.3Z', 'M0 -7.5L7.5 0L0 7.5L-7.5 0Z',
+    'M0 -7L7 5.5H-7Z', 'M0 7L7 -5.5H-7Z')
+
+
+def _shape(series: int, x: float, y: float, hollow: bool, title: str) -> str:
+    colour = expert_colour(series)
+    return (
+        f'<path transform="translate({x:.1f} {y:.1f})" d="{SHAPES[series % len(SHAPES)]}" stroke="{colour}" '
+        f'stroke-width="2" fill="{"var(--card)" if hollow else colour}"><title>{html.escape(title)}</title></path>')
+
+
 def curves(
         lines: Sequence[tuple[str, Sequence[tuple[float, ...]]]],
         x_label: str,
@@ -60,6 +140,9 @@ def curves(
         x_format: str = '{:g}',
         log: bool = True,
         least: float = -math.inf,
+        series: Sequence[int] = (),
+        dashed: Sequence[int] = (),
+        span: tuple[float, ...] = (),
 ) -> str:
     """Points joined by lines, one colour a line, which are named below.
 
@@ -69,18 +152,25 @@ def curves(
         y_format, x_format: Of the numbers at the axes.
         log: Whether x, which is then above 0, is on a logarithmic scale.
         least: Bars are cut there: the smallest value that y can have.
+        series: Number of the colour of each line; none counts on from 0.
+        dashed: Positions of the lines that are dashed.
+        span: Values that the upright axis has to reach.
     """
     points = [point for _, line in lines for point in line]
     if not points or (log and any(x <= 0 for x, *_ in points)):
         raise InputError(f'lines={lines!r}: a chart needs at least one point, and on a logarithmic scale x above 0.')
     ends = [(x, end) for x, y, *deviation in points for d in deviation or [0] for end in (max(y - d, least), y + d)]
-    across, up, parts = _axes(*zip(*ends), x_label, y_label, x_format, y_format, log)
+    across, up, parts = _axes(
+        [x for x, _ in ends], [*(y for _, y in ends), *span], x_label, y_label, x_format, y_format, log)
     x, y = LEFT, BOTTOM + 66
     for number, (name, line) in enumerate(lines):
-        colour = expert_colour(number)
+        colour = expert_colour(series[number] if series else number)
         path = ' '.join(f'{across(a):.1f},{up(b):.1f}' for a, b, *_ in line)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for a, b, *deviation in line:
+        dash = ' stroke-dasharray="5 3"' if number in dashed else ''
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}>'
+            f'<title>{html.escape(name)}</title></polyline>')
+        for a, b, *deviation in line if len(line) <= DOTTED else ():
             parts += [
                 f'<line x1="{across(a):.1f}" y1="{up(max(b - d, least)):.1f}" x2="{across(a):.1f}" '
                 f'y2="{up(b + d):.1f}" stroke="{colour}" stroke-opacity=".6"/>' for d in deviation]
@@ -90,7 +180,8 @@ def curves(
         width = 31 + 7.5 * len(name)
         if x + width > WIDTH and x > LEFT:
             x, y = LEFT, y + 20
-        parts.append(f'<rect x="{x}" y="{y}" width="12" height="12" rx="2" fill="{colour}"/>')
+        fill = f'fill="none" stroke="{colour}" stroke-width="2"' if number in dashed else f'fill="{colour}"'
+        parts.append(f'<rect x="{x}" y="{y}" width="12" height="12" rx="2" {fill}/>')
         parts.append(_text(x + 17, y + 11, name, 'start', soft=True))
         x += width
     return _svg(y + 18, parts)
@@ -207,27 +298,35 @@ def share_bars(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
 def heat_map(
         row_names: Sequence[str],
         column_names: Sequence[str],
-        values: Sequence[Sequence[float]],
+        values: Sequence[Sequence[float | None]],
         row_label: str = '',
         column_label: str = '',
         value_format: str = '{:.0f}',
 ) -> str:
-    """A table of shades: the larger the value, the darker its cell. Values are at least 0 and are written in."""
-    most = max((value for row in values for value in row), default=0) or 1
+    """A table of shades: the larger the value, the darker its cell. Values are at least 0 and are written in where the
+    columns are wide enough; None is left blank."""
+    most = max((value for row in values for value in row if value is not None), default=0) or 1
     left = 30 + 7.5 * max(map(len, row_names))
     width, height = (WIDTH - left) / len(column_names), 24
     parts = [_text(left + (WIDTH - left) / 2, 13, column_label)] if column_label else []
+    every = math.ceil(22 / width)  # of many columns some are named, and their values shown beside the pointer
     for column, name in enumerate(column_names):
-        parts.append(_text(left + (column + .5) * width, 33, name, soft=True))
+        if column % every == 0:
+            parts.append(_text(left + (column + .5) * width, 33, name, soft=True))
     for row, (name, cells) in enumerate(zip(row_names, values)):
         y = 42 + row * height
         parts.append(_text(left - 8, y + 16, name, 'end', soft=True))
         for column, value in enumerate(cells):
+            if value is None:
+                continue
             x, shade = left + column * width, .5 * max(0., value) / most  # half at most: the number stays legible
-            parts.append(
-                f'<rect x="{x + 1:.1f}" y="{y + 1}" width="{width - 2:.1f}" height="{height - 2}" rx="2" '
-                f'fill="var(--accent)" fill-opacity="{shade:.2f}"/>')
-            parts.append(_text(x + width / 2, y + 16, value_format.format(value)))
+            text = value_format.format(value)
+            box = (f'<rect x="{x + 1:.1f}" y="{y + 1}" width="{max(width - 2, 1):.1f}" height="{height - 2}" rx="2" '
+                   f'fill="var(--accent)" fill-opacity="{shade:.2f}"')
+            if every == 1:
+                parts += [f'{box}/>', _text(x + width / 2, y + 16, text)]
+            else:
+                parts.append(f'{box}><title>{html.escape(f"{name}, {column_names[column]}: {text}")}</title></rect>')
     bottom = 42 + len(row_names) * height
     if row_label:
         parts.append(f'<g transform="rotate(-90 12 {(42 + bottom) / 2})">{_text(12, (42 + bottom) / 2, row_label)}</g>')

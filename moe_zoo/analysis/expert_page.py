@@ -50,8 +50,8 @@ def expert_page(
         f'What the experts of {result["model"]} do', LEAD, [*sections[:last], *further, *sections[last:]], facts)
 
 
-def expert_sections(result: Mapping[str, Any], pixels: torch.Tensor) -> List[Section]:
-    """The sections, in order; those without anything to show are left out."""
+def expert_sections(result: Mapping[str, Any], pixels: Optional[torch.Tensor] = None) -> List[Section]:
+    """The sections, in order; those without anything to show are left out, and without pixels the images."""
     said = findings(result)
     parts = [
         ('What was found', said['overview'], _overview(result, said)),
@@ -110,7 +110,7 @@ def _use(result: Mapping[str, Any], said: Mapping[str, str]) -> List[Block]:
     return blocks
 
 
-def _classes(result: Mapping[str, Any], pixels: torch.Tensor) -> List[Block]:
+def _classes(result: Mapping[str, Any], pixels: Optional[torch.Tensor]) -> List[Block]:
     names, blocks = result['classes'], []
     for layer in _drawn(result, 3):
         columns = _experts_of(layer, COLUMNS)
@@ -124,6 +124,12 @@ def _classes(result: Mapping[str, Any], pixels: torch.Tensor) -> List[Block]:
             f'Share of every expert of {layer["layer"]} by class in percent; the numbers are drawn in.',
             f'`{layer["layer"]}`: percent of the weight that an expert has in the images of a class. Were the class of '
             'no matter to the router, all rows would be equal.'))
+    return blocks if pixels is None else [*blocks, *_sheets(result, pixels)]
+
+
+def _sheets(result: Mapping[str, Any], pixels: torch.Tensor) -> List[Block]:
+    """The images that weigh most for each expert of some layers."""
+    blocks: List[Block] = []
     blocks.append('**The images that weigh most.** For each expert the images in which it has its largest share of the '
                   'weight, and below it the classes for which it works most.')
     alike = []
@@ -216,9 +222,9 @@ def _where(result: Mapping[str, Any]) -> str:
     return f'{text}, and {percent(lost / len(shares))} of the patches are taken by none.' if lost else f'{text}.'
 
 
-def _places(result: Mapping[str, Any], pixels: torch.Tensor) -> List[Block]:
+def _places(result: Mapping[str, Any], pixels: Optional[torch.Tensor]) -> List[Block]:
     places = spread(result['places'], 3)
-    if not places:
+    if not places or pixels is None:
         return []
     blocks: List[Block] = [
         'Every patch in the colour of the expert that weighs most there. Where patches of one colour follow things in '

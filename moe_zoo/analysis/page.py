@@ -8,18 +8,27 @@ needs no network: its style is inline, its images are data URIs, and it follows 
 import base64
 import html
 import itertools
+import json
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Sequence, Union
+from typing import Any, NamedTuple, Sequence, Union
 
-from moe_zoo.errors import InputError, atomic_write
+from moe_zoo.errors import InputError, atomic_write, counted
 
-__all__ = ['Figure', 'Page', 'Section', 'Stats', 'Table']
+__all__ = ['Data', 'Figure', 'Page', 'Section', 'Sorted', 'Stats', 'Table']
 
-Cell = Union[str, int, float, None]
+
+class Sorted(NamedTuple):
+    """A cell: what it shows, and the number that its column is sorted by. A second line of `text` is shown small."""
+    text: str
+    key: float
+
+
+Cell = Union[str, int, float, Sorted, None]
 STYLE = Path(__file__).with_name('page.css')
+SCRIPT = Path(__file__).with_name('page.js')
 STATUS = {  # what a section's badge says, and to whom the page still owes something
     'done': 'done',
     'running': 'running now',
@@ -34,15 +43,24 @@ class Table:
     """Rows under named columns; the first column names the row. Numbers align right, None shows as a dash.
 
     An int is grouped (1,234), a float shows four significant digits; give a str where something else is wanted.
+
+    Attributes:
+        groups: Makes the table sort at a click on a heading, and filter by words and by these: for each row, the names
+            that it is chosen by. Without script it is a table like any other.
+        group_label: What the groups are.
     """
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     caption: str = ''
+    groups: Sequence[Sequence[str]] = ()
+    group_label: str = ''
 
     def __post_init__(self):
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise InputError(f'rows: {row!r} has {len(row)} cells, but the table has {len(self.columns)} columns.')
+        if self.groups and len(self.groups) != len(self.rows):
+            raise InputError(f'groups: there are {len(self.groups)} of them for {counted(len(self.rows), "row")}.')
 
     def texts(self) -> list[list[str]]:
         """The rows as they are shown."""
@@ -54,16 +72,27 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Data:
+    """Numbers to take away: a link that saves `content` as the file `name` (JSON), with no server behind it."""
+    name: str
+    content: Any
+
+
+@dataclass(frozen=True)
 class Figure:
     """An image: SVG text, or the bytes of a PNG or JPEG file. `alt` says in words what it shows.
 
     An SVG that draws in `currentColor` or in the page's colours (`var(--ink)`, `var(--expert-0)`, ...) is put in line
     and follows light and dark. Any other image is shown as it is, on white paper. Figures that follow each other in a
     section stand side by side where the screen is wide enough.
+
+    Attributes:
+        data: The numbers behind it.
     """
     image: Union[str, bytes]
     alt: str
     caption: str = ''
+    data: Union[Data, None] = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +101,7 @@ class Stats:
     items: Sequence[tuple[str, str]]
 
 
-Block = Union[str, Table, Figure, Stats]
+Block = Union[str, Table, Figure, Stats, Data]
 
 
 @dataclass(frozen=True)
@@ -114,6 +143,8 @@ class Page:
     def html(self) -> str:
         """The whole document."""
         running = any(s.status == 'running' for s in self.sections)
+        sortable = any(isinstance(block, Table) and block.groups for s in self.sections for block in s.blocks)
+        wide = ' class="wide"' if sortable else ''  # such tables have many columns
         return '\n'.join([
             '<!doctype html>',
             '<html lang="en">',
@@ -125,7 +156,7 @@ class Page:
             f'<link rel="icon" href="{_data_uri(_MARK.encode(), "image/svg+xml")}">',
             f'<style>{STYLE.read_text(encoding="utf-8")}</style>',
             '</head>',
-            '<body>',
+            f'<body{wide}>',
             '<header class="wrap">',
             f'<p class="brand">{_MARK}<span>moe_zoo</span></p>',
             f'<h1>{html.escape(self.title)}</h1>',
@@ -137,6 +168,7 @@ class Page:
             *(_section(number, section) for number, section in enumerate(self.sections, 1)),
             '</main>',
             _facts(self.facts),
+            f'<script>{SCRIPT.read_text(encoding="utf-8")}</script>' if sortable else '',
             '</body>',
             '</html>',
             '',
@@ -149,24 +181,32 @@ def _contents(sections: Sequence[Section]) -> str:
         return ''
     items = []
     for number, section in enumerate(sections, 1):
-        items.append(
-            f'<li class="{section.status}"><a href="#s{number}">{html.escape(section.title)}</a>'
-            f'<span class="state">{_state(section)}</span></li>'
-        )
+        state = f'<span class="state">{_state(section)}</span>' if _state(section) else ''
+        items.append(f'<li class="{section.status}"><a href="#s{number}">{html.escape(section.title)}</a>{state}</li>')
+    plain = ' class="plain"' if _is_report(sections) else ''
+    return f'<nav aria-label="Parts of this page"{plain}>{_progress(sections)}<ol>{"".join(items)}</ol></nav>'
+
+
+def _is_report(sections: Sequence[Section]) -> bool:
+    """Whether there is nothing to say about progress: all is done, and nobody took the time."""
+    return all(section.status == 'done' and section.seconds is None for section in sections)
+
+
+def _progress(sections: Sequence[Section]) -> str:
+    if _is_report(sections):
+        return ''
     closed = sum(s.status not in ('pending', 'running') for s in sections)
     share = 100 * closed / len(sections)
     return (
-        f'<nav aria-label="Parts of this page"><p class="count">{closed} of {len(sections)} parts finished</p>'
-        f'<div class="bar" aria-hidden="true"><i style="width:{share:.0f}%"></i></div>'
-        f'<ol>{"".join(items)}</ol></nav>'
-    )
+        f'<p class="count">{closed} of {len(sections)} parts finished</p>'
+        f'<div class="bar" aria-hidden="true"><i style="width:{share:.0f}%"></i></div>')
 
 
 def _state(section: Section) -> str:
-    """`done · 1 min 5 s`, or `still to come · about 40 s`."""
+    """`done · 1 min 5 s`, or `still to come · about 40 s`; nothing of what is done and was not timed."""
     text = STATUS[section.status]
     if section.seconds is None:
-        return text
+        return '' if section.status == 'done' else text
     about = '' if section.status in ('done', 'failed') else 'about '
     return f'{text} · {about}{duration(section.seconds)}'
 
@@ -183,10 +223,11 @@ def duration(seconds: float) -> str:
 
 def _section(number: int, section: Section) -> str:
     headline = f'<p class="headline">{_inline(section.headline)}</p>' if section.headline else ''
+    badge = f'<span class="badge">{_state(section)}</span>' if _state(section) else ''
     return (
         f'<section id="s{number}" class="{section.status}" aria-labelledby="h{number}">'
         f'<div class="head"><h2 id="h{number}">{html.escape(section.title)}</h2>'
-        f'<span class="badge">{_state(section)}</span></div>'
+        f'{badge}</div>'
         f'{headline}{_blocks(section.blocks)}</section>'
     )
 
@@ -209,7 +250,9 @@ def _block(block: Block) -> str:
     if isinstance(block, Stats):
         items = ''.join(f'<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>' for v, k in block.items)
         return f'<dl class="stats">{items}</dl>'
-    raise InputError(f'blocks: a {type(block).__name__} is not a block: use a str, Table, Figure or Stats.')
+    if isinstance(block, Data):
+        return f'<p class="data">{_download(block)}</p>'
+    raise InputError(f'blocks: a {type(block).__name__} is not a block: use a str, Table, Figure, Stats or Data.')
 
 
 def _prose(text: str) -> str:
@@ -243,24 +286,43 @@ def _table(table: Table) -> str:
         f'<th scope="col"{_CLASS_RIGHT if r else ""}>{_inline(c)}</th>' for c, r in zip(table.columns, right)
     )
     body = []
-    for row in table.texts():
-        cells = [f'<th scope="row">{_inline(row[0])}</th>'] if row else []
-        cells += [f'<td{_CLASS_RIGHT if r else ""}>{_inline(c)}</td>' for c, r in zip(row[1:], right[1:])]
-        body.append(f'<tr>{"".join(cells)}</tr>')
+    for number, (row, texts) in enumerate(zip(table.rows, table.texts())):
+        cells = []
+        for column, (value, text) in enumerate(zip(row, texts)):
+            tag, marks = ('td', _CLASS_RIGHT if right[column] else '') if column else ('th', ' scope="row"')
+            cells.append(f'<{tag}{marks}{_key(value) if table.groups else ""}>{_lines(text)}</{tag}>')
+        groups = f' data-groups="{html.escape("|".join(table.groups[number]))}"' if table.groups else ''
+        body.append(f'<tr{groups}>{"".join(cells)}</tr>')
     label = html.escape(table.caption or 'Table')
     caption = f'<caption>{_inline(table.caption)}</caption>' if table.caption else ''
-    return (
+    scroll = (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{label}"><table>{caption}'
         f'<thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
     )
+    return f'<div class="sortable" data-label="{html.escape(table.group_label)}">{scroll}</div>' if table.groups \
+        else scroll
 
 
 _CLASS_RIGHT = ' class="n"'
 
 
+def _lines(text: str) -> str:
+    """The first line as it is, the others small."""
+    first, *others = map(_inline, text.split('\n'))
+    return first + ''.join(f'<small>{line}</small>' for line in others)
+
+
+def _key(value: Cell) -> str:
+    """What the script sorts a cell by, where that is a number."""
+    number = value.key if isinstance(value, Sorted) else value
+    return f' data-key="{number!r}"' if isinstance(number, (int, float)) and not isinstance(number, bool) else ''
+
+
 def _cell(value: Cell) -> str:
     if value is None:
         return '–'
+    if isinstance(value, Sorted):
+        return value.text
     if isinstance(value, bool) or isinstance(value, str):
         return str(value)
     return f'{value:,}' if isinstance(value, int) else f'{value:,.4g}'
@@ -284,8 +346,16 @@ def _figure(figure: Figure) -> str:
         kind = 'jpeg' if photograph else 'png' if isinstance(image, bytes) else 'svg+xml'
         style = '' if photograph else ' class="paper"'
         drawing = f'<img{style} alt="{alt}" src="{_data_uri(data, f"image/{kind}")}">'
-    caption = f'<figcaption>{_inline(figure.caption)}</figcaption>' if figure.caption else ''
+    words = ' '.join(filter(None, [_inline(figure.caption), _download(figure.data) if figure.data else '']))
+    caption = f'<figcaption>{words}</figcaption>' if words else ''
     return f'<figure>{drawing}{caption}</figure>'
+
+
+def _download(data: Data) -> str:
+    """A link that saves the numbers as a file."""
+    content = json.dumps(data.content, indent=1, default=str).encode()
+    uri, name = _data_uri(content, 'application/json'), html.escape(data.name)
+    return f'<a class="data" download="{name}" href="{uri}">{name}</a>'
 
 
 def chart_file(chart: str, title: str, alt: str) -> str:

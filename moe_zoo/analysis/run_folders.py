@@ -30,7 +30,7 @@ class Training:
     Attributes:
         folder: Where it lies.
         kind: 'classification' or 'detection'.
-        model: Name of the classifier; meta-architecture of the detector, with the name of timm's backbone if it has one.
+        model: Name of the classifier; meta-architecture of the detector, and timm's backbone if it has one.
         card: Name of the card of the model or backbone, where there is one.
         layer: Kind of routed layer of a detector, where it has no card.
         twin: Name of the dense network that stands beside the model, where the card or the recipe names one.
@@ -40,6 +40,7 @@ class Training:
         metrics: At the end, in percent; a loss as it is. None: could not be measured.
         rows: Of `step` (epochs or iterations done), `loss`, `score`; what a row lacks was not measured then.
         balance: Layer to (step, evenness of the experts).
+        live: Layer of channel gates to (step, share of the channels that are on).
         options: The recipe.
         cost: parameters, active_parameters and macs_max, as far as results.json tells.
         versions: Of what trained it.
@@ -55,6 +56,7 @@ class Training:
     rows: tuple[Mapping[str, float], ...]
     balance: Mapping[str, tuple[tuple[float, float], ...]]
     options: Mapping[str, Any]
+    live: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
     card: str = ''
     layer: str = ''
     twin: str = ''
@@ -100,7 +102,7 @@ def _classifier(folder: Path) -> Training:
         seed=options.get('seed'),
         metrics={key: final.get(f'eval_{averaged}{key}') for key in ('top1', 'top5', 'loss')},
         rows=tuple(_epoch(row, f'eval_{averaged}top1') for row in rows),
-        balance=_balance_of_epochs(rows),
+        balance=_by_layer(rows, 'balance_'), live=_by_layer(rows, 'live_'),
         options=options, twin=kwargs.get('base') or _twin_of(name),
         cost={'macs_max' if key == 'macs' else key: results[key]
               for key in ('parameters', 'active_parameters', 'macs') if key in results},
@@ -124,10 +126,10 @@ def _epoch(row: Mapping[str, float], score: str) -> dict[str, float]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _balance_of_epochs(rows: list[dict[str, float]]) -> dict[str, tuple[tuple[float, float], ...]]:
-    layers = dict.fromkeys(key for row in rows for key in row if key.startswith('balance_'))
-    return {key.removeprefix('balance_'): tuple((row['epoch'] + 1, row[key]) for row in rows if key in row)
-            for key in layers}
+def _by_layer(rows: list[dict[str, float]], prefix: str) -> dict[str, tuple[tuple[float, float], ...]]:
+    names = dict.fromkeys(key for row in rows for key in row if key.startswith(prefix))
+    return {name.removeprefix(prefix): tuple((row['epoch'] + 1, row[name]) for row in rows if name in row)
+            for name in names}
 
 
 def _results(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -29,10 +29,13 @@ SEEDLESS = frozenset(  # options that say where, how fast and how often a run wa
     'torchcompile torchcompile_mode data data_dir'.split())
 NETWORK = frozenset({'model', 'model_kwargs', 'freeze_gates', 'num_classes', 'initial_checkpoint'})
 # The same of a detector's config, by dotted prefix.
-SEEDLESS_KEYS = ('SEED', 'OUTPUT_DIR', 'VERSION', 'VIS_PERIOD', 'MOE.DATA', 'DATALOADER.NUM_WORKERS',
-                 'SOLVER.CHECKPOINT_PERIOD', 'TEST.EVAL_PERIOD', 'MODEL.DEVICE')
-NETWORK_KEYS = ('MOE.RESNET', 'MOE.HEAD', 'MOE.TIMM', 'MOE.FIND_UNUSED', 'MODEL.BACKBONE', 'MODEL.META_ARCHITECTURE',
-                'MODEL.WEIGHTS')
+SEEDLESS_KEYS = (
+    'SEED', 'OUTPUT_DIR', 'VERSION', 'VIS_PERIOD', 'MOE.DATA.ROOT', 'MOE.DATA.TRAIN_', 'MOE.DATA.TEST_',
+    'MOE.DATA.STRICT', 'DATALOADER.NUM_WORKERS', 'SOLVER.CHECKPOINT_PERIOD', 'TEST.EVAL_PERIOD', 'MODEL.DEVICE',
+    'CUDNN')
+NETWORK_KEYS = (
+    'MOE.RESNET', 'MOE.HEAD', 'MOE.TIMM', 'MOE.FIND_UNUSED', 'MODEL.BACKBONE', 'MODEL.META_ARCHITECTURE',
+    'MODEL.WEIGHTS')
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class LayerUse:
         evenness: Entropy of `share` over ln E; 1 where all experts are used alike.
         dropped: Share of what found no room at its expert.
         dead: Numbers of the experts that carry next to nothing.
+        channels: Whether its experts are channels that a gate switches off, which is then the aim.
     """
     layer: str
     share: tuple[float, ...]
@@ -53,6 +57,7 @@ class LayerUse:
     evenness: float
     dropped: float
     dead: tuple[int, ...]
+    channels: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,13 +185,12 @@ class Run:
     @property
     def balance(self) -> dict[str, list[tuple[float, float]]]:
         """Layer to (step, evenness of its experts while training), the mean over the seeds; in network order."""
-        found: dict[str, dict[float, list[float]]] = {}
-        for training in self.trainings:
-            for layer, points in training.balance.items():
-                for step, value in points:
-                    found.setdefault(layer, {}).setdefault(step, []).append(value)
-        return {layer: [(step, statistics.fmean(values)) for step, values in sorted(points.items())]
-                for layer, points in found.items()}
+        return _mean_by_layer(training.balance for training in self.trainings)
+
+    @property
+    def live(self) -> dict[str, list[tuple[float, float]]]:
+        """Layer of channel gates to (step, share of the channels that were on while training), likewise."""
+        return _mean_by_layer(training.live for training in self.trainings)
 
     @property
     def use(self) -> tuple[LayerUse, ...]:
@@ -195,8 +199,17 @@ class Run:
 
     @property
     def dead(self) -> dict[str, tuple[int, ...]]:
-        """Layer to its dead experts; layers without any are left out."""
-        return {layer.layer: layer.dead for layer in self.use if layer.dead}
+        """Layer to its dead experts; layers without any, and gates of channels, are left out."""
+        return {layer.layer: layer.dead for layer in self.use if layer.dead and not layer.channels}
+
+    @property
+    def gain(self) -> tuple[float, ...]:
+        """Points of the metric over the twin, seed by seed; nothing without a twin or a common seed."""
+        if self.twin is None:
+            return ()
+        theirs = {t.seed: t.metrics.get(self.metric) for t in self.twin.trainings}
+        pairs = [(t.metrics.get(self.metric), theirs.get(t.seed)) for t in self.trainings]
+        return tuple(a - b for a, b in pairs if a is not None and b is not None)
 
     @property
     def macs_ratio(self) -> Optional[float]:
@@ -223,7 +236,7 @@ class Run:
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON; the twin by name."""
         kept = ('name', 'kind', 'model', 'family', 'routed', 'dataset', 'seeds', 'parameters', 'active_parameters',
-                'macs_max', 'curve', 'balance', 'problems')
+                'macs_max', 'curve', 'balance', 'live', 'problems')
         return {
             **{key: getattr(self, key) for key in kept},
             'metrics': [training.metrics for training in self.trainings],
@@ -286,6 +299,19 @@ def _folders(paths: Iterable[Union[str, os.PathLike]], left_out: list[str]) -> l
 
 
 # ---- from trainings to runs
+
+def _mean_by_layer(
+        trainings: Iterable[Mapping[str, Sequence[tuple[float, float]]]],
+) -> dict[str, list[tuple[float, float]]]:
+    """Layer to (step, value), the mean over the trainings that have it."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for layers in trainings:
+        for layer, points in layers.items():
+            for step, value in points:
+                found.setdefault(layer, {}).setdefault(step, []).append(value)
+    return {layer: [(step, statistics.fmean(values)) for step, values in sorted(points.items())]
+            for layer, points in found.items()}
+
 
 def _group(trainings: Sequence[Training]) -> list[Run]:
     """Trainings with one recipe become one run; a seed that comes twice begins another."""

@@ -170,8 +170,9 @@ def measure_usage(
 
     Args:
         model: Any module that holds routed layers; its training mode is restored.
-        loader: Yields (images, targets), or images alone, in which case there is no table by class.
-        device: Where to send the images; None leaves them where they are.
+        loader: Yields (images, targets); or images alone, or the list of dictionaries that a detector takes, in which
+            cases there is no table by class.
+        device: Where to send the images; None leaves them where they are. A detector sends its own.
         num_classes: Rows of the table by class; None takes the largest target seen plus one.
         max_batches: Stop after so many.
 
@@ -185,9 +186,10 @@ def measure_usage(
     batches, largest = 0, -1
     with evaluation_mode(model):
         for batch in loader:
-            images, targets = batch[:2] if isinstance(batch, (tuple, list)) else (batch, None)
+            scenes = isinstance(batch, list) and isinstance(batch[0], dict)
+            images, targets = batch[:2] if isinstance(batch, (tuple, list)) and not scenes else (batch, None)
             with trace_routing(model) as trace:
-                model(images if device is None else images.to(device))
+                model(images if device is None or scenes else images.to(device))
             targets = _class_indices(targets)
             for name, records in trace.items():
                 for routing in records:
