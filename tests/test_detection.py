@@ -631,3 +631,10 @@ def test_a_mistake_in_one_of_two_processes_is_one_sentence(tiny, repository):
     done = subprocess.run(command, capture_output=True, text=True, cwd=repository, timeout=300)
     assert done.returncode == 2
     assert done.stderr.count('error: ') == 1 and 'has 5 categories' in done.stderr and 'Traceback' not in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='speaks of machines without CUDA')
+def test_a_config_for_a_gpu_is_one_for_the_cpu_where_there_is_none():
+    path = 'configs/coco/retinanet_moe_res5_r50_fpn_1x.yaml'
+    assert load_config(path).MODEL.DEVICE == 'cpu'
+    assert load_config(path, ['MODEL.DEVICE', 'meta']).MODEL.DEVICE == 'meta'

@@ -8,6 +8,7 @@ import functools
 from pathlib import Path
 from typing import Iterator, Sequence, Union
 
+import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
@@ -100,7 +101,8 @@ def add_moe_config(cfg: CfgNode) -> None:
 def load_config(config_file: Union[str, Path], opts: Sequence[str] = ()) -> CfgNode:
     """Read a config with our keys, `_BASE_` and KEY VALUE overrides included, and register the data it names.
 
-    Unlike detectron2's own loading, python tags are refused: only plain yaml is read.
+    Unlike detectron2's own loading, python tags are refused: only plain yaml is read. Where there is no CUDA,
+    MODEL.DEVICE 'cuda', the default, becomes 'cpu'.
 
     Args:
         config_file: A yaml file; one below `configs/` is also found in an installed package.
@@ -118,6 +120,8 @@ def load_config(config_file: Union[str, Path], opts: Sequence[str] = ()) -> CfgN
     with sentences(cfg, 'the command line'):
         _open_free_nodes(cfg, opts[::2])
         cfg.merge_from_list(list(opts))
+    if cfg.MODEL.DEVICE == 'cuda' and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = 'cpu'
     register_user_data(cfg)
     return cfg
 

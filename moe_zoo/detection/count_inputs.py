@@ -43,8 +43,6 @@ def load_weights(cfg: CfgNode) -> tuple[nn.Module, dict[str, Any]]:
     """
     if not cfg.MODEL.WEIGHTS:
         raise InputError('MODEL.WEIGHTS is empty: give the checkpoint of a trained detector.')
-    if cfg.MODEL.DEVICE == 'cuda' and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = 'cpu'
     logging.getLogger('fvcore.common.checkpoint').setLevel(logging.WARNING)
     warnings.filterwarnings('ignore', message='torch.meshgrid')  # detectron2's, once a process
     model = build_model(cfg)

@@ -332,8 +332,6 @@ def _page(content: dict[str, Any], pictures: Sequence[tuple[str, bytes, str]]) -
 
 def _load(args: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
     cfg = load_config(args.config_file, args.opts)
-    if cfg.MODEL.DEVICE == 'cuda' and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = 'cpu'
     logging.getLogger('fvcore.common.checkpoint').setLevel(logging.WARNING)
     torch.manual_seed(args.seed)  # of what is drawn where no weights are given
     model = build_model(cfg)

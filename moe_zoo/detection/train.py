@@ -365,8 +365,6 @@ def _config(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     if args.strict_data:
         cfg.MOE.DATA.STRICT = True
-    if cfg.MODEL.DEVICE == 'cuda' and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = 'cpu'
     return cfg
 
 
