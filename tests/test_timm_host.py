@@ -56,6 +56,12 @@ def outcomes(names: tuple[str, ...], meta_only: tuple[str, ...] = ()) -> dict[st
         return timm_host.run(names, MODULES, Path(folder), meta_only, kwargs=smaller)
 
 
+def asked_for(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """The models that a test was selected for: all of them, or those of `-k NAME`."""
+    items = [item for item in request.session.items if item.originalname == request.node.originalname]
+    return tuple(sorted({item.callspec.params['name'] for item in items}))
+
+
 def check(name: str, found: list[timm_host.Outcome], expected: set[str]) -> None:
     failed = [f'{o.test}: {o.reason}' for o in found if o.outcome == 'failed']
     assert not failed, '\n\n'.join(failed)
@@ -71,18 +77,19 @@ def expected_tests(name: str, meta: bool) -> set[str]:
 
 @needs_timm_tests
 @pytest.mark.parametrize('name', NAMES)
-def test_on_the_meta_device_and_the_smallest_everywhere(name):
-    meta_only = tuple(each for each in NAMES if each != SMALLEST)
-    check(name, outcomes(NAMES, meta_only)[name], expected_tests(name, meta=name in meta_only))
+def test_on_the_meta_device_and_the_smallest_everywhere(name, request):
+    names = asked_for(request)
+    meta_only = tuple(each for each in names if each != SMALLEST)
+    check(name, outcomes(names, meta_only)[name], expected_tests(name, meta=name in meta_only))
 
 
 @needs_timm_tests
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [name for name in NAMES if name != SMALLEST])
-def test_every_model(name):
+def test_every_model(name, request):
     if is_large(name):
         pytest.skip(f'more than {LARGEST:.0f} parameters: on the meta device only')
-    rest = tuple(each for each in NAMES if each != SMALLEST and not is_large(each))
+    rest = tuple(each for each in asked_for(request) if not is_large(each))
     check(name, outcomes(rest)[name], expected_tests(name, meta=False))
 
 
