@@ -61,7 +61,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     if args.pretrained_path:
         weights = find_weights(read_checkpoint(args.pretrained_path), args.pretrained_path)
     try:
-        keywords = _model_keywords(args)
+        keywords = model_keywords(args)
         with _told_by_us(weights is not None):
             model = timm.create_model(pretrained=args.pretrained or weights is not None, **keywords)
     except (TypeError, AssertionError) as error:
@@ -93,7 +93,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     return model
 
 
-def _model_keywords(args: argparse.Namespace) -> Dict[str, Any]:
+def model_keywords(args: argparse.Namespace) -> Dict[str, Any]:
     overlay = dict(args.pretrained_cfg_overlay or {})
     if args.pretrained_path:
         overlay.update(file=args.pretrained_path, num_classes=-1)  # -1: the head is always adapted

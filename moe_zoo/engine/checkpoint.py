@@ -171,3 +171,19 @@ def check_fits(model: nn.Module, weights: Dict[str, torch.Tensor], path: PathLik
 def _classifier_prefixes(model: nn.Module) -> Tuple[str, ...]:
     names = getattr(model, 'pretrained_cfg', {}).get('classifier') or ()
     return tuple(f'{name}.' for name in ((names,) if isinstance(names, str) else names))
+
+
+def classes_in(model: nn.Module, weights: Dict[str, torch.Tensor]) -> Optional[int]:
+    """Number of classes that weights of this model are for; None where they hold no classifier of its kind.
+
+    Args:
+        model: With any number of classes, also on the meta device.
+    """
+    own = model.state_dict()
+    for name in (f'{prefix}weight' for prefix in _classifier_prefixes(model)):
+        if name in own and name in weights and own[name].dim() == weights[name].dim():
+            pairs = [(ours, theirs) for ours, theirs in zip(own[name].shape, weights[name].shape) if ours != theirs]
+            if len(pairs) < 2:  # experts may hold several classifiers in one row
+                ours, theirs = pairs[0] if pairs else (1, 1)
+                return model.num_classes * theirs // ours
+    return None

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from ..data import collate_two_views
 from ..errors import InputError, counted, nearest
 from .consistency import check_options, two_view_transform
+from .labels import read_class_map
 
 _logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def open_dataset(args: argparse.Namespace, training: bool, strict: bool = False,
         from ..data import DigitsDataset
         return DigitsDataset(split, input_img_mode=image_mode(args))
     folder = '/' not in args.dataset
-    shared = folder and _holds_out(args)
+    shared = folder and holds_out(args)
     known = ('', 'digits', 'folder', *PREFIXES)
     if args.dataset.partition('/')[0] not in known:
         raise InputError(
@@ -131,7 +132,7 @@ def open_dataset(args: argparse.Namespace, training: bool, strict: bool = False,
             split=split,
             is_training=training,
             search_split=not folder,
-            class_map=class_map or args.class_map,
+            class_map=class_map or (read_class_map(args.class_map, root) if args.class_map else ''),
             download=args.dataset_download,
             batch_size=args.batch_size,
             seed=args.seed,
@@ -143,7 +144,8 @@ def open_dataset(args: argparse.Namespace, training: bool, strict: bool = False,
         )
     except (AssertionError, RuntimeError, FileNotFoundError) as error:
         empty = 'Found 0 images' in str(error)
-        reason = f"The data folder '{root}' has no images in folders of classes." if empty else str(error)
+        folders = f"folders that the class map '{args.class_map}' names" if args.class_map else 'folders of classes'
+        reason = f"The data folder '{root}' has no images in {folders}." if empty else str(error)
         raise InputError(reason if empty else f'The dataset cannot be opened: {reason}') from error
     if isinstance(dataset, ImageDataset) and folder:
         reader = _part_of(dataset.reader, args, training) if shared else dataset.reader
@@ -151,7 +153,7 @@ def open_dataset(args: argparse.Namespace, training: bool, strict: bool = False,
     return dataset
 
 
-def _holds_out(args: argparse.Namespace) -> bool:
+def holds_out(args: argparse.Namespace) -> bool:
     """Whether evaluation images are a share of the training images: where asked for, and no folder of them is there."""
     if not args.val_share or not args.data_dir or not Path(args.data_dir).is_dir() or not args.val_split:
         return False

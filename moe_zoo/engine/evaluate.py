@@ -1,14 +1,22 @@
-"""Evaluate a classification model: `tools/eval_imagenet.py`, `moe-zoo eval-imagenet`."""
+"""Evaluate a classification model: `tools/eval_imagenet.py`, `moe-zoo eval-imagenet`.
+
+Accuracy (overall, by class, on ReaL labels), calibration, cost, throughput and expert use. The figures are those of
+timm's validate.py on the same weights and batches, to its last digit.
+"""
 import argparse
 import contextlib
+import csv
 import json
+import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Union
 
+import timm
 import torch
 from rich.console import Console
 from timm import utils
-from timm.data import resolve_data_config
+from timm.data import resolve_data_config, resolve_input_data_config
+from timm.models import is_model
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch import nn
 from torch.utils.data import Dataset
@@ -16,12 +24,18 @@ from torch.utils.data import Dataset
 from ..data.random_state import iterate_apart
 from ..errors import InputError, atomic_write, counted, exit_on_input_error
 from ..layers import RoutedLayer
-from .build import mixed_precision, open_device
-from .checkpoint import read_checkpoint
+from .build import mixed_precision, model_keywords, open_device
+from .checkpoint import classes_in, find_weights, read_checkpoint
 from .config import load_config, parse_command_line, parse_overrides
-from .data import LEFT_OUT, CheckedImages, create_loaders, settle_num_classes
-from .inference import known_classes, load_model, open_evaluation, recipe_of
+from .data import LEFT_OUT, CheckedImages, class_list, class_names, create_loaders, holds_out, settle_num_classes
+from .inference import known_classes, load_model, open_evaluation, readable, recipe_of
+from .labels import CLASSES, read_real_labels, real_labels_of
 from .log import Reporter
+from .metrics import BINS, accuracy_by_class, calibration, real_accuracy
+from .outcomes import OutcomeLog
+
+SHOWN = 5  # classes of the worst and of the best
+COUNTED = 16  # images whose MACs are counted as executed
 
 
 @torch.no_grad()
@@ -32,12 +46,14 @@ def evaluate_loader(
         args: argparse.Namespace,
         device: torch.device,
         autocast: Callable = contextlib.nullcontext,
+        log: Optional[OutcomeLog] = None,
 ) -> Dict[str, float]:
     """Loss and accuracy over a loader, summed over ranks; images that could not be read are left out.
 
     Args:
         model: Anything that maps images to logits; left in evaluation mode.
         evaluator: timm's accumulator.
+        log: Is told what became of every image.
 
     Returns:
         loss, top1 and top5, the latter two in percent.
@@ -58,7 +74,49 @@ def evaluate_loader(
             real &= torch.arange(seen, seen + len(target), device=target.device) < limit
             seen += len(target)
         evaluator.update(output[real], target[real])
+        if log is not None:
+            log.add(output, target, real)
     return {name: float(value) for name, value in evaluator.compute(distributed=args.distributed).items()}
+
+
+class Stopwatch:
+    """While it is open: how many images a model saw in each forward pass, and the seconds that took.
+
+    Attributes:
+        passes: (images, seconds) of every pass.
+        sample: The first images, at most `COUNTED`.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        self.model, self.device = model, device
+        self.passes: List[tuple] = []
+        self.sample: Optional[torch.Tensor] = None
+
+    def __enter__(self) -> 'Stopwatch':
+        self.hooks = [self.model.register_forward_pre_hook(self._before), self.model.register_forward_hook(self._after)]
+        return self
+
+    def __exit__(self, *error) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _before(self, model: nn.Module, inputs: tuple) -> None:
+        if self.sample is None:
+            self.sample = inputs[0][:COUNTED].clone()
+        self.begun = self._now()
+
+    def _after(self, model: nn.Module, inputs: tuple, output: Any) -> None:
+        self.passes.append((len(inputs[0]), self._now() - self.begun))
+
+    def _now(self) -> float:
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def rate(self) -> float:
+        """Images a second of the model alone; the first pass warms up, where there are more."""
+        images, seconds = zip(*(self.passes[1:] or self.passes))
+        return sum(images) / sum(seconds)
 
 
 def report_corrupt(reporter: Reporter, *datasets: Optional[Dataset]) -> List[str]:
@@ -85,6 +143,9 @@ def evaluate(
         use_ema: bool = False,
         strict_data: bool = False,
         usage: bool = True,
+        real_labels: Optional[Union[str, Path]] = None,
+        bins: int = BINS,
+        as_trained: bool = False,
         quiet: bool = False,
 ) -> Dict[str, Any]:
     """Evaluate one model on the evaluation split of a data set.
@@ -96,84 +157,256 @@ def evaluate(
         use_ema: Take the averaged weights of the checkpoint.
         strict_data: Refuse unreadable images.
         usage: Also measure how the experts were used, in a second pass.
+        real_labels: real.json of google-research/reassessed-imagenet.
+        bins: Of confidence, for the calibration error.
+        as_trained: Crop the images as training evaluated them, where the model's configuration has another size or
+            crop for tests.
 
     Returns:
-        model, images, top1, top5, loss, parameters, active_parameters, macs (at most, of one image), usage (layer name
-        to the figures of `moe_zoo.analysis.measure_usage`) and corrupt (paths of skipped images).
+        model, data (its name), images, top1, top5, loss, parameters, active_parameters, macs (at most, of one image),
+        macs_executed (mean of the first `COUNTED` images), usage (layer name to the figures of
+        `moe_zoo.analysis.measure_usage`), corrupt (paths of skipped images), classes (rows of
+        `metrics.accuracy_by_class`), calibration, real (None without labels), input (what images were made of),
+        throughput and outcomes (`moe_zoo.engine.outcomes.Outcomes`).
 
     Raises:
         InputError: Something that was given cannot be used.
     """
-    from ..analysis.cost import count
-    from ..analysis.usage import measure_usage
+    labels = read_real_labels(real_labels) if real_labels else None
     content = read_checkpoint(checkpoint) if checkpoint else {}
     overrides = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
-    args = load_config(recipe_of(config, content, overrides, checkpoint), overrides)
+    recipe = recipe_of(config, content, overrides, checkpoint)
+    args = load_config(recipe, overrides)
     if not (checkpoint or args.initial_checkpoint or args.pretrained or args.pretrained_path):
-        raise InputError('Nothing to evaluate: give --checkpoint FILE, or pretrained=true for a model with weights.')
+        raise InputError('Nothing to evaluate: give --checkpoint FILE, or --pretrained for a model with weights.')
     reporter, device = Reporter(quiet), open_device(args)
     reporter.primary = utils.is_primary(args)
-    dataset = open_evaluation(args, known_classes(content), strict_data)
-    settle_num_classes(args, None, dataset)
-    model = load_model(args, content, checkpoint, use_ema, device)
-    data_config = resolve_data_config(vars(args), model=model, use_test_size=not (args.img_size or args.input_size))
+    model, dataset = _open(args, content, checkpoint, use_ema, strict_data, device)
+    if labels is not None and model.num_classes != CLASSES:
+        raise InputError(f'--real-labels are of {CLASSES:,} classes, and {args.model!r} has {model.num_classes:,}.')
+    data_config = _input(args, model, recipe, as_trained)
     loader = create_loaders(args, data_config, None, dataset, device).eval
-    autocast, _ = mixed_precision(args, device)
-    found = evaluate_loader(model, loader, ClassificationEvaluator(device=device), args, device, autocast)
-    image = torch.zeros(1, *data_config['input_size'], device=device, dtype=next(model.parameters()).dtype)
-    cost = count(model, image)
+    found, log, watch = _run(args, model, loader, device)
     corrupt = report_corrupt(reporter, dataset)
+    outcomes = log.finish(dataset, {'model': args.model, 'data': data_name(args, dataset), 'split': args.val_split})
     return {
         'model': args.model,
-        'images': len(dataset) - len(corrupt),
+        'data': data_name(args, dataset),
+        'images': len(outcomes),
         **{name: found[name] for name in ('top1', 'top5', 'loss')},
-        'parameters': cost.parameters,
-        'active_parameters': cost.active_parameters,
-        'macs': cost.macs_max,
-        'usage': measure_usage(model, loader) if usage and _routes(model) else {},
+        **_costs(model, watch.sample),
+        'usage': _usage(model, loader) if usage else {},
         'corrupt': corrupt,
+        'classes': accuracy_by_class(outcomes, _names(dataset, model.num_classes)),
+        'calibration': calibration(outcomes, bins),
+        'real': real_accuracy(outcomes, real_labels_of(outcomes.images, labels)) if labels is not None else None,
+        'input': data_config,
+        'throughput': _throughput(args, found['seconds'], len(outcomes), watch),
+        'outcomes': outcomes,
     }
 
 
-def _routes(model: nn.Module) -> bool:
-    return any(isinstance(module, RoutedLayer) for module in model.modules())
+def _open(args: argparse.Namespace, content: Mapping, checkpoint: Any, use_ema: bool, strict: bool, device: Any):
+    """The model with its weights, and the images."""
+    known = known_classes(content)
+    source = checkpoint or args.initial_checkpoint
+    if source and args.num_classes is None:
+        weights = find_weights(content or read_checkpoint(source), source, use_ema)
+        args.num_classes = len(known) or _classes_of_weights(args, weights)
+    if args.num_classes is None and not args.pretrained:  # nothing but the data tells
+        settle_num_classes(args, None, open_evaluation(args, known, strict))
+    model = load_model(args, content, checkpoint, use_ema, device)
+    dataset = open_evaluation(args, known, strict)
+    settle_num_classes(args, None, dataset)
+    return model, dataset
+
+
+def _classes_of_weights(args: argparse.Namespace, weights: Mapping[str, torch.Tensor]) -> Optional[int]:
+    """Number of classes of a bare file of weights; None where it cannot be told."""
+    if ':' not in args.model and not is_model(args.model.partition('.')[0]):
+        return None  # building it will say so
+    try:
+        return classes_in(timm.create_model(device='meta', **model_keywords(args)), weights)
+    except (TypeError, ValueError, RuntimeError, AssertionError):
+        return None
+
+
+def _input(args: argparse.Namespace, model: nn.Module, recipe: Mapping[str, Any], as_trained: bool) -> Dict[str, Any]:
+    """Size, crop, interpolation, mean and deviation of the images: the model's own but for what was given.
+
+    A recipe's size is that of training: images are then cropped as training evaluated them. Otherwise by the
+    configuration for tests, as timm's validate.py does.
+    """
+    sized = not isinstance(recipe, Mapping) or any(recipe.get(name) for name in ('img_size', 'input_size'))
+    if as_trained or sized and (args.img_size or args.input_size):
+        return resolve_data_config(vars(args), model=model)
+    try:
+        return resolve_input_data_config(model, vars(args), use_test_size=True)
+    except ValueError as error:
+        raise InputError(f'The images cannot be made for {args.model!r}: {error}') from error
+
+
+def _run(args: argparse.Namespace, model: nn.Module, loader: Any, device: torch.device) -> tuple:
+    """The figures of all images with the seconds that they took, what became of each, and the times of the model."""
+    autocast, _ = mixed_precision(args, device)
+    log, begun = OutcomeLog(args.rank, args.world_size), time.perf_counter()
+    with Stopwatch(model, device) as watch:
+        found = evaluate_loader(model, loader, ClassificationEvaluator(device=device), args, device, autocast, log)
+    return {**found, 'seconds': time.perf_counter() - begun}, log, watch
+
+
+def _costs(model: nn.Module, sample: torch.Tensor) -> Dict[str, Any]:
+    from ..analysis.cost import count
+    bound, ran = count(model, sample[:1]), count(model, sample)
+    return {
+        'parameters': bound.parameters, 'active_parameters': bound.active_parameters, 'macs': bound.macs_max,
+        'macs_executed': ran.macs_executed / len(sample), 'uncounted': sorted(bound.uncounted)}
+
+
+def _throughput(args: argparse.Namespace, seconds: float, images: int, watch: Stopwatch) -> Dict[str, Any]:
+    from ..analysis.timing import machine
+    return {
+        'images_per_second': images / seconds, 'model_images_per_second': watch.rate(),
+        'batch_size': args.validation_batch_size or args.batch_size, 'workers': args.workers,
+        'processes': args.world_size, 'machine': machine(args.device)}
+
+
+def _usage(model: nn.Module, loader: Any) -> Dict[str, Any]:
+    from ..analysis.usage import measure_usage
+    routes = any(isinstance(module, RoutedLayer) for module in model.modules())
+    return measure_usage(model, loader) if routes else {}
+
+
+def _names(dataset: Dataset, num_classes: int) -> List[str]:
+    return [readable(name) for name in class_list(class_names(dataset), num_classes)]
+
+
+def data_name(args: argparse.Namespace, dataset: Dataset) -> str:
+    """What was evaluated on: the digits, the folder of the images, or timm's name with the split."""
+    if args.dataset == 'digits':
+        return f"scikit-learn's digits, {args.val_split}"
+    reader = getattr(dataset, 'reader', None)
+    if isinstance(dataset, CheckedImages):
+        folder, held = Path(reader.root).resolve(), f', {args.val_share:g} of it held out' if holds_out(args) else ''
+        return f"the folder '{'/'.join(folder.parts[-2:])}'{held}"
+    return f'{args.dataset}, {args.val_split}'
+
+
+# ---- command line
+
+EXAMPLES = """examples:
+  eval-imagenet --checkpoint output/train/RUN/last.pth.tar --data-dir DIR      a run, by its own recipe
+  eval-imagenet --model resnet50 --pretrained --data-dir IMAGENET              any model of timm
+  eval-imagenet --model resnet50 --checkpoint FILE --data-dir DIR --class-map imagenet_class_index.json
+  eval-imagenet --model resnet50 --pretrained --data-dir IMAGENET --real-labels real.json
+  eval-imagenet --record output/train/RUN --data-name CIFAR-10                 a run's result, on the model's card
+Options of the recipe are those of train-imagenet: val_split=test batch_size=64 device=cpu crop_pct=0.95.
+Folders are synsets (any part of the thousand) or, as in ImageNet V2, numbers from 0 to 999."""
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line; everything of a recipe is `key=value`."""
     result = argparse.ArgumentParser(
-        description='Accuracy, cost and expert use of a trained classification model.',
-        epilog='Options are those of train-imagenet, for example val_split=test batch_size=64 device=cpu.')
-    result.add_argument('--config', '-c', metavar='FILE', help='recipe; by default that of the checkpoint')
-    result.add_argument('--checkpoint', metavar='FILE', help='weights of this tool, of timm, or .safetensors')
-    result.add_argument('--data-dir', metavar='DIR', help='folder with a folder for the split, or of class folders')
-    result.add_argument('--use-ema', action='store_true', help='take the averaged weights of the checkpoint')
-    result.add_argument('--strict-data', action='store_true', help='refuse corrupt images instead of skipping them')
-    result.add_argument('--no-usage', action='store_true', help='leave out the second pass that measures expert use')
-    result.add_argument('--json', metavar='OUT', help='also write the figures to this file')
-    result.add_argument('options', nargs='*', metavar='key=value', help='options that win over the recipe')
+        description='Accuracy (overall, by class, on ReaL labels), calibration, cost, throughput and expert use of a '
+                    'classification model.',
+        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = result.add_argument
+    add('--config', '-c', metavar='FILE', help='recipe; by default that of the checkpoint')
+    add('--model', metavar='NAME', help='any model of timm or moe_zoo; by default that of the checkpoint')
+    add('--pretrained', action='store_true', help="take the model's published weights")
+    add('--checkpoint', metavar='FILE', help='weights of this tool, of timm, or .safetensors')
+    add('--use-ema', action='store_true', help='take the averaged weights of the checkpoint')
+    add('--data-dir', metavar='DIR', help='folder with a folder for the split, or of class folders')
+    add('--class-map', metavar='FILE', help="index of every class folder: timm's .txt or a class-index .json")
+    add('--real-labels', metavar='FILE', help='real.json of google-research/reassessed-imagenet')
+    add('--bins', type=int, default=BINS, metavar='N', help=f'bins of the calibration error (default {BINS})')
+    add('--strict-data', action='store_true', help='refuse corrupt images instead of skipping them')
+    add('--no-usage', action='store_true', help='leave out the second pass that measures expert use')
+    add('--json', metavar='OUT', help='also write the figures to this file')
+    add('--csv', metavar='OUT', help='also write accuracy by class to this file')
+    add('--outcomes', metavar='OUT', help='also write what became of every image, for moe-zoo compare')
+    add('--record', metavar='RUN', action='append',
+        help='enter a finished run (the folder of its seeds, or several) into the card of its model')
+    add('--data-name', metavar='NAME', help='with --record: what the data are called on the card')
+    add('options', nargs='*', metavar='key=value', help='options that win over the recipe')
     return result
 
 
 @exit_on_input_error
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; returns the exit code."""
-    from ..analysis.usage import usage_table
     flags, overrides = parse_command_line(argv, parser())
+    if flags.record:
+        from .record import main as record
+        return record(flags, overrides)
+    for name in ('model', 'pretrained', 'class_map'):
+        if getattr(flags, name):
+            overrides[name] = getattr(flags, name)
     result = evaluate(flags.config, overrides, checkpoint=flags.checkpoint, use_ema=flags.use_ema,
-                      strict_data=flags.strict_data, usage=not flags.no_usage)
+                      strict_data=flags.strict_data, usage=not flags.no_usage, real_labels=flags.real_labels,
+                      bins=flags.bins)
     out = Console(highlight=False, soft_wrap=True)
+    for line in describe(result):
+        out.print(line, markup=False)
+    _write(result, flags)
+    return 0
+
+
+def describe(result: Mapping[str, Any]) -> List[str]:
+    """What `evaluate` found, as lines to print."""
+    from ..analysis.usage import usage_table
     found = f'top-1 {result["top1"]:.2f} %, top-5 {result["top5"]:.2f} %, loss {result["loss"]:.4f}'
-    out.print(f'{result["model"]}: {found} on {counted(result["images"], "image")}', markup=False)
-    out.print(f'{result["parameters"]:,} parameters, of which {result["active_parameters"]:,} work on one item;'
-              f' at most {result["macs"]:,} MACs an image', markup=False)
-    if result['usage']:
-        out.print(usage_table(result['usage']), markup=False)
+    cut, speed = result['input'], result['throughput']
+    lines = [
+        f'{result["model"]}: {found} on {counted(result["images"], "image")} of {result["data"]}',
+        f'images: {" x ".join(map(str, cut["input_size"]))}, crop {cut["crop_pct"]:g} ({cut["crop_mode"]}),'
+        f' {cut["interpolation"]}, mean {_triple(cut["mean"])}, std {_triple(cut["std"])}',
+        f'calibration error {result["calibration"]["error"]:.2f} points (ECE, {result["calibration"]["bins"]} bins of'
+        ' equal width)',
+    ]
+    if result['real']:
+        real = result['real']
+        lines.append(f'ReaL labels: top-1 {real["top1"]:.2f} %, top-5 {real["top5"]:.2f} % on the'
+                     f' {counted(real["images"], "image")} that have any')
+    ranked = sorted(result['classes'], key=lambda row: row['top1'])
+    if len(ranked) > 1:
+        lines += [f'{what} classes: {"; ".join(map(_class, rows))}' for what, rows in (
+            ('worst', ranked[:SHOWN]), ('best', ranked[::-1][:SHOWN]))]
+    rate = speed['model_images_per_second']
+    lines += [
+        f'{result["parameters"]:,} parameters, of which {result["active_parameters"]:,} work on one item;'
+        f' at most {result["macs"]:,} MACs an image, {result["macs_executed"]:,.0f} executed',
+        f'{speed["images_per_second"]:.1f} images a second, {rate:.1f} in the model alone'
+        f' ({rate * result["macs_executed"] / 1e9:.1f} billion MACs a second), in batches of {speed["batch_size"]} on'
+        f' {counted(speed["machine"]["threads"], "thread")} of {speed["machine"]["device"]}',
+    ]
+    if result['uncounted']:
+        lines.append(f'not counted: {", ".join(result["uncounted"])}')
+    return [*lines, usage_table(result['usage'])] if result['usage'] else lines
+
+
+def _triple(values: Sequence[float]) -> str:
+    return ' '.join(f'{value:g}' for value in values)
+
+
+def _class(row: Mapping[str, Any]) -> str:
+    return f'{row["name"]} {row["top1"]:.0f} % of {row["images"]}'
+
+
+def _write(result: Mapping[str, Any], flags: argparse.Namespace) -> None:
+    """The files that were asked for."""
     if flags.json:
-        figures = {**result, 'usage': [usage.as_dict() for usage in result['usage'].values()]}
+        figures = {key: value for key, value in result.items() if key != 'outcomes'}
+        figures['usage'] = [usage.as_dict() for usage in result['usage'].values()]
         with atomic_write(flags.json) as temporary:
             temporary.write_text(json.dumps(figures, indent=1) + '\n')
-    return 0
+    if flags.csv:
+        with atomic_write(flags.csv) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
+            writer = csv.DictWriter(file, list(result['classes'][0]))
+            writer.writeheader()
+            writer.writerows(result['classes'])
+    if flags.outcomes:
+        result['outcomes'].write(flags.outcomes)
 
 
 if __name__ == '__main__':

@@ -23,6 +23,7 @@ from .build import build_model, mixed_precision, open_device, prepare_model
 from .checkpoint import check_fits, find_weights, read_checkpoint
 from .config import OPTIONS, load_config
 from .data import LEFT_OUT, class_list, class_names, image_mode, open_dataset, settle_num_classes
+from .labels import imagenet_classes, synsets
 
 # What of a recipe describes the process that trained, and does not carry over to this machine.
 ELSEWHERE = ('device', 'resume', 'initial_checkpoint', 'pretrained', 'pretrained_path', 'device_modules')
@@ -146,7 +147,7 @@ def open_classifier(
     model = load_model(args, content, checkpoint, use_ema, device)
     data_config = resolve_data_config(vars(args), model=model, use_test_size=not (args.img_size or args.input_size))
     names = known or (class_names(dataset) if dataset is not None else None) or {}
-    classes = [_readable(name) for name in class_list(names, model.num_classes)]
+    classes = [readable(name) for name in class_list(names, model.num_classes)]
     trained = bool(checkpoint or args.initial_checkpoint or args.pretrained or args.pretrained_path)
     return Classifier(model, args, data_config, device, classes, trained), dataset
 
@@ -161,6 +162,8 @@ def known_classes(content: Mapping[str, Any]) -> Dict[str, int]:
 def open_evaluation(args: argparse.Namespace, known: Mapping[str, int], strict_data: bool) -> Dataset:
     """The evaluation split, its folders numbered as the model numbers its classes.
 
+    Folders of ImageNet's classes, some or all, get their places among the thousand of a model that has as many.
+
     Raises:
         InputError: It has a class that the model was not trained on, or what `open_dataset` raises.
     """
@@ -169,8 +172,8 @@ def open_evaluation(args: argparse.Namespace, known: Mapping[str, int], strict_d
     if args.class_map or own is None or args.dataset == 'digits':
         return dataset
     thousand = args.num_classes == 1000 or (args.pretrained and args.num_classes is None)
-    if not known and thousand and set(own) <= set(_synsets()):  # folders of some ImageNet classes, a model of all
-        known = _synsets()
+    if thousand and (not known or dict(known) == synsets()):
+        known = imagenet_classes(own) or known
     if len(known) != (args.num_classes or len(known)) or own == dict(known) or not known:
         return dataset
     extra = sorted(set(own) - set(known))
@@ -181,14 +184,9 @@ def open_evaluation(args: argparse.Namespace, known: Mapping[str, int], strict_d
     return open_dataset(args, False, strict_data, class_map=dict(known))
 
 
-@functools.cache
-def _synsets() -> Dict[str, int]:
-    return {name: index for index, name in enumerate(ImageNetInfo().label_names())}
-
-
-def _readable(name: str) -> str:
+def readable(name: str) -> str:
     """`tench` of `n01440764`; every other name as it is."""
-    return ImageNetInfo().label_name_to_description(name).partition(',')[0] if name in _synsets() else name
+    return ImageNetInfo().label_name_to_description(name).partition(',')[0] if name in synsets() else name
 
 
 # ---- images
@@ -233,11 +231,12 @@ def load_images(classifier: Classifier, dataset: Dataset, most: int) -> Images:
         raise InputError('The data have no image that can be read.')
     pixels, targets, numbers = zip(*found)
     corrupt = dataset.corrupt_files() if hasattr(dataset, 'corrupt_files') else []
-    files = [_file_of(dataset, number) for number in numbers]
+    files = [name_of_image(dataset, number) for number in numbers]
     return Images(torch.stack(pixels), torch.tensor(targets), files, corrupt, total)
 
 
-def _file_of(dataset: Dataset, number: int) -> str:
+def name_of_image(dataset: Dataset, number: int) -> str:
+    """Its file, relative to the folder of the data; a number where images are not files."""
     if hasattr(dataset, 'filename') and not isinstance(dataset, IterableDataset):
         return str(dataset.filename(number))
     return f'image {number}'

@@ -36,8 +36,9 @@ from .checkpoint import AtomicCheckpointSaver, check_fits, find_weights, read_ch
 from .config import OPTIONS, load_config, options_help, parse_command_line
 from .consistency import RouteConsistencyTask, check_routes
 from .data import class_list, class_names, create_loaders, open_datasets
-from .evaluate import evaluate_loader, report_corrupt
+from .evaluate import data_name, evaluate_loader, report_corrupt
 from .log import BalanceWatch, Clock, EpochLog, Reporter, describe_balance, describe_live, describe_losses, track
+from .outcomes import FILE, OutcomeLog
 from .task import MoEClassificationTask
 
 NEVER = torch.iinfo(torch.int64).max
@@ -89,6 +90,7 @@ class Trainer:
         self.random: Optional[List[Dict[str, Any]]] = None  # states to continue an epoch with, by rank
         self.first_bad = torch.full((), NEVER, device=self.device)
         self.saver: Optional[AtomicCheckpointSaver] = None
+        self.outcomes: Optional[OutcomeLog] = None  # of the last evaluation of the run
 
     def _create_task(self, model: torch.nn.Module) -> MoEClassificationTask:
         args, dtype = self.args, getattr(torch, self.args.model_dtype or 'float32')
@@ -187,8 +189,9 @@ class Trainer:
             rates = [group['lr'] for group in self.optimizer.param_groups]
             last = self.epoch + 1 == self.stop
             milestone = self.epoch + 1 in (args.save_epochs or ())
-            metrics = self.evaluate() if last or milestone or (self.epoch + 1) % args.val_interval == 0 else {}
+            metrics = self.evaluate(last) if last or milestone or (self.epoch + 1) % args.val_interval == 0 else {}
             self._check_worth_keeping(metrics)
+            self._keep_outcomes()
             experts = {layer: measures for layer, measures in balance.items() if layer not in self.watch.spared}
             live = {layer: float(measures['live']) for layer, measures in balance.items() if layer in self.gates}
             row = {
@@ -343,8 +346,12 @@ class Trainer:
             f'{problem} step {batch + 1} of {self.batches} in epoch {epoch + 1}; training stopped. {good};'
             ' lower lr, lengthen warmup_epochs or set clip_grad.')
 
-    def evaluate(self) -> Dict[str, float]:
-        """Metrics of the model and, with a prefix, of its moving average."""
+    def evaluate(self, keep: bool = False) -> Dict[str, float]:
+        """Metrics of the model and, with a prefix, of its moving average.
+
+        Args:
+            keep: Also collect what became of every image: of the average, where there is one.
+        """
         args, metrics = self.args, {}
         if args.distributed and args.dist_bn:
             utils.distribute_bn(self.task.trainable_module, args.world_size, args.dist_bn == 'reduce')
@@ -353,10 +360,21 @@ class Trainer:
         averaged = self.task.get_eval_model(ema=True) if args.model_ema and not args.model_ema_force_cpu else None
         for prefix, model in (('', self.task.get_eval_model()), ('ema_', averaged)):
             if model is not None:
+                self.outcomes = OutcomeLog(args.rank, args.world_size) if keep else None
                 found = evaluate_loader(model, self.loaders.eval, self.task.create_evaluator(), args, self.device,
-                                        self.autocast)
+                                        self.autocast, self.outcomes)
                 metrics.update({prefix + name: value for name, value in found.items()})
         return metrics
+
+    def _keep_outcomes(self) -> None:
+        """Write what became of every image beside the run, once it is over."""
+        if self.outcomes is None:
+            return
+        name = data_name(self.args, self.eval_set)
+        found = self.outcomes.finish(
+            self.eval_set, {'model': self.args.model, 'data': name, 'split': self.args.val_split})
+        if self.reporter.primary:
+            found.write(self.folder / FILE)
 
     def _run_state(self) -> Dict[str, Any]:
         """What a checkpoint adds to timm's: where the run is."""
