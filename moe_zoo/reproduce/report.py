@@ -211,7 +211,8 @@ def renewed_page(text: str, folder: Path) -> str:
 
 def claims_table(folder: Path, names: Iterable[str]) -> str:
     """Every claim of some experiments and its verdict; a row that says so for one that is not published."""
-    lines = ['| experiment | claim | measured (95 % interval) | published | verdict |', '| --- | --- | --- | ---: | --- |']
+    lines = [
+        '| experiment | claim | measured (95 % interval) | published | verdict |', '| --- | --- | --- | ---: | --- |']
     for name in names:
         path = folder / f'{name}.json'
         if not path.is_file():
