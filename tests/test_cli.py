@@ -1,5 +1,6 @@
 """The command `moe-zoo`: its tables, its doors, its sentences for what it cannot do."""
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from moe_zoo import __version__, cli
+from moe_zoo.card_tables import COLUMNS
 from moe_zoo.cards import cards
 
+NO_MODEL = "error: There is no model 'zzz' in moe_zoo. `moe-zoo list` shows all names.\n"
 COMMAND = Path(sys.executable).parent / 'moe-zoo'
 
 
@@ -25,11 +28,44 @@ def _fails(capsys, *arguments) -> str:
     return printed.err.removeprefix('error: ').rstrip()
 
 
-def test_list_prints_every_model(capsys):
+def test_list_prints_every_model_by_family_and_size(capsys):
     assert cli.main(['list']) == 0
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == ['model', 'parameters', 'active', 'MACs', 'summary']
-    assert [row.split()[0] for row in rows] == sorted(cards())
+    names = [row.split()[0] for row in rows]
+    known = cards()
+    assert sorted(names) == sorted(known)
+    order = [(known[name]['family'], known[name]['cost']['parameters']) for name in names]
+    assert order == sorted(order)
+
+
+@pytest.mark.parametrize('columns, most', [('', 100), ('80', 80), ('140', 140), ('60', 73)])
+def test_a_table_fits_the_terminal_or_100_columns(capsys, monkeypatch, columns, most):
+    monkeypatch.setenv('COLUMNS', columns)
+    monkeypatch.setattr(sys, '__stdout__', None)  # no terminal
+    cli.main(['list'])
+    rows = capsys.readouterr().out.splitlines()
+    assert most - 6 <= max(map(len, rows)) <= most  # figures and 12 letters of a summary are never cut
+    cli.main(['list', '--columns', 'model,family,MACs,twin,paper'])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= max(most, 29 + 8 + 7 + 2 * 12 + 4 * 2)
+
+
+def test_columns_are_chosen(capsys):
+    cli.main(['list', 'moe_resnet18_cifar', '--columns', 'model, pixels,macs,TWIN'])
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split() == ['model', 'pixels', 'MACs', 'twin']
+    assert row.split(maxsplit=4) == ['moe_resnet18_cifar', '32', '552', 'M', 'moe_resnet18_cifar(stages=[])']
+    cli.main(['list', 'pmoe_cnn_dense', '--columns=twin'])
+    assert capsys.readouterr().out.splitlines() == ['twin', '-']
+
+
+def test_list_as_json_has_every_column_and_figures_in_full(capsys):
+    cli.main(['list', 'condconv_resnet50', '--json'])
+    entry, = json.loads(capsys.readouterr().out)
+    assert entry.keys() == {name.lower() for name in COLUMNS}
+    assert (entry['model'], entry['parameters'], entry['macs']) == ('condconv_resnet50', 129872800, 4208394048)
+    cli.main(['list', 'condconv_resnet50', '--json', '--columns', 'MACs'])
+    assert json.loads(capsys.readouterr().out) == [{'macs': 4208394048}]
 
 
 def test_list_shortens_figures(capsys):
@@ -42,6 +78,7 @@ def test_list_shortens_figures(capsys):
     ('resnet', {'condconv_resnet18', 'condconv_resnet34', 'condconv_resnet50'}),
     ('vmoe_*', {'vmoe_vit_s', 'vmoe_vit_b', 'vmoe_vit_l', 'vmoe_vit_h'}),
     ('condconv_resnet?8', {'condconv_resnet18'}),
+    ('vmoe', {'vmoe_vit_s', 'softmoe_vit_s'}),  # of the family, too
 ])
 def test_list_filters_by_part_or_pattern(capsys, pattern, expected):
     cli.main(['list', pattern])
@@ -61,6 +98,14 @@ def test_show_prints_a_whole_card(capsys, name):
         assert ' '.join(text.split()) in out
 
 
+def test_show_prints_the_bibliography_entry_or_the_whole_card(capsys):
+    cli.main(['show', 'vmoe_vit_s', '--bibtex'])
+    out = capsys.readouterr().out
+    assert out.startswith('@inproceedings{riquelme2021scaling,\n') and out.endswith('\n}\n')
+    cli.main(['show', 'vmoe_vit_s', '--json'])
+    assert json.loads(capsys.readouterr().out) == cards()['vmoe_vit_s']
+
+
 def test_help_names_every_command(capsys):
     assert cli.main([]) == cli.main(['--help']) == 0
     first, second = capsys.readouterr().out.split('usage: ')[1:]
@@ -78,9 +123,15 @@ def test_version(capsys):
     (['lst'], "moe-zoo has no command 'lst'. Did you mean 'list'?"),
     (['zzz'], "moe-zoo has no command 'zzz'. `moe-zoo --help` lists them."),
     (['list', 'zzz'], "No model of moe_zoo matches 'zzz'. `moe-zoo list` shows all names."),
-    (['list', 'a', 'b'], 'Use it as: moe-zoo list [FILTER] (given: a b).'),
-    (['show'], 'Use it as: moe-zoo show NAME (given: nothing).'),
-    (['show', '--json'], 'Use it as: moe-zoo show NAME (given: --json).'),
+    (['list', 'vmeo'], "No model of moe_zoo matches 'vmeo'. Did you mean 'vmoe'?"),
+    (['list', 'a', 'b'], 'moe-zoo list: unrecognized arguments: b; `moe-zoo list --help` says how it is used.'),
+    (['list', '--columns', 'model,parameter'],
+     "--columns: there is no column 'parameter'. Did you mean 'parameters'?"),
+    (['list', '--columns', 'macs,'], "--columns: there is no column ''. There are model, family, pixels, parameters, "
+     'active, MACs, summary, twin, year, paper, recipe, published, measured.'),
+    (['show'], 'moe-zoo show: the following arguments are required: NAME; `moe-zoo show --help` says how it is used.'),
+    (['show', 'vmoe_vit_s', '--bibtex', '--json'], 'moe-zoo show: argument --json: not allowed with argument --bibtex; '
+     '`moe-zoo show --help` says how it is used.'),
 ])
 def test_what_it_cannot_do_is_one_sentence(capsys, arguments, message):
     assert _fails(capsys, *arguments) == message
@@ -137,12 +188,26 @@ def _loaded(*arguments) -> str:
 
 
 @pytest.mark.parametrize('arguments', [['list'], ['show', 'condconv_resnet18'], ['--version'], []])
-def test_reading_cards_needs_no_torch(arguments):
-    loaded = _loaded(*arguments)
-    assert ' moe_zoo.cards\n' in loaded
-    assert ' torch\n' not in loaded and ' timm\n' not in loaded
+def test_reading_cards_imports_text_readers_alone(arguments):
+    loaded = set(re.findall(r'| +([\w.]+)$', _loaded(*arguments), re.M))
+    assert 'moe_zoo_cli.cards' in loaded and 'moe_zoo' not in loaded
+    assert not loaded & {'torch', 'timm', 'numpy', 'rich', 'yaml'}
 
 
-def test_a_tool_finds_the_models_registered():
-    loaded = _loaded('count-flops', '--help')
-    assert ' moe_zoo.models\n' in loaded
+@pytest.mark.slow
+def test_the_command_and_the_module_are_one(repository):
+    """`python -m moe_zoo` imports the package, the installed command does not: they print the same."""
+    here = {'cwd': repository, 'capture_output': True, 'text': True, 'check': True}
+    code = "import sys, moe_zoo_cli; sys.argv = ['moe-zoo', 'list', 'vmoe']; sys.exit(moe_zoo_cli.main())"
+    outputs = [subprocess.run([sys.executable, *arguments], **here).stdout for arguments in (
+        ['-c', code], ['-m', 'moe_zoo', 'list', 'vmoe'])]
+    assert outputs[0] == outputs[1] and outputs[0].startswith('model ')
+
+
+def test_an_error_of_the_installed_command_is_one_sentence_also_of_a_tool(repository):
+    code = "import sys, moe_zoo_cli; sys.argv = ['moe-zoo', *sys.argv[1:]]; sys.exit(moe_zoo_cli.main())"
+    for arguments, message in (
+            (['show', 'zzz'], NO_MODEL),
+            (['cards', '--check', 'zzz'], NO_MODEL)):
+        done = subprocess.run([sys.executable, '-c', code, *arguments], cwd=repository, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (2, '', message)

@@ -60,13 +60,16 @@ def test_the_wheel_reads_its_cards_and_configs_and_builds_models(site, tmp_path)
 
 
 def test_the_command_works_from_the_wheel(site, tmp_path, repository):
-    out = _elsewhere(site, tmp_path, sys.executable, site / 'bin' / 'moe-zoo', 'list')
+    command = [sys.executable, site / 'bin' / 'moe-zoo']
+    out = _elsewhere(site, tmp_path, *command, 'list')
     assert len(out.splitlines()) == 1 + len(list((repository / 'registry').glob('*/*.toml')))
+    out = _elsewhere(site, tmp_path, *command, 'cards', '--check', 'pmoe_cnn')
+    assert out == '1 card: everything is as a count finds it.\n'
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(built, repository):
     names = set(zipfile.ZipFile(built).namelist())
-    assert {name.partition('/')[0] for name in names} == {'moe_zoo', 'moe_zoo-0.1.0.dist-info'}
+    assert {name.partition('/')[0] for name in names} == {'moe_zoo', 'moe_zoo_cli.py', 'moe_zoo-0.1.0.dist-info'}
     data = [p for folder in ('registry', 'configs') for p in (repository / folder).rglob('*')]
     code = [p for p in (repository / 'moe_zoo').rglob('*') if p.suffix in {'.py', '.css', '.js'}]
     wanted = {f'moe_zoo/{p.relative_to(repository)}' for p in data if p.is_file() and '__pycache__' not in p.parts}
