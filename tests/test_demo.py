@@ -235,19 +235,23 @@ def test_detectron2_logs_are_cut_to_progress():
 
 # ---- the real stages, in miniature
 
-@pytest.fixture
-def miniature(tmp_path, monkeypatch):
+def miniature_settings(out, patch):
     """Settings under which every real stage runs in seconds."""
     from moe_zoo.demo import digits, folder, scenes
-    monkeypatch.setattr(scenes, 'SCENES', {'train': 8, 'val': 6})
+    patch.setattr(scenes, 'SCENES', {'train': 8, 'val': 6})
     tiny = {'epochs': 1, 'warmup_epochs': 0}
-    return Settings(tmp_path / 'out', 0, folder('configs') / 'demo', {}, {
+    return Settings(out, 0, folder('configs') / 'demo', {}, {
         digits.CNN_RECIPE: {**tiny, 'model_kwargs': {'num_experts': 3, 'channels': [8, 8, 16, 16]}},
         digits.VIT_RECIPE: {**tiny, 'model_kwargs': {
             'patch_size': 16, 'embed_dim': 32, 'depth': 2, 'num_heads': 2, 'num_experts': 4, 'num_selected': 2,
             'moe_layers': [1], 'representation_size': 0}},
         scenes.DETECTOR_RECIPE: {'SOLVER.MAX_ITER': 2, 'SOLVER.STEPS': '(1,)', 'SOLVER.IMS_PER_BATCH': 2},
     })
+
+
+@pytest.fixture
+def miniature(tmp_path, monkeypatch):
+    return miniature_settings(tmp_path / 'out', monkeypatch)
 
 
 @pytest.mark.slow
