@@ -65,15 +65,16 @@ def report_page(found: Found, facts: Sequence[tuple[str, str]] = ()) -> Page:
 def _all_runs(runs: Sequence[Run]) -> Section:
     kinds = {run.kind for run in runs}
     score = KINDS[kinds.pop()][1] if len(kinds) == 1 else 'top-1 or AP, %'
-    columns = ['run', 'data', 'family', score, 'MACs an image', 'time an image', 'parameters', 'active', 'evenness',
-               'dead experts']
+    columns = [
+        'run', score, 'MACs an image', 'time an image', 'parameters', 'evenness', 'dead experts', 'family', 'data']
     rows = [[
-        f'{run.name}\n{run.model}', run.dataset, run.family, _score_cell(run), _macs_cell(run), _time_cell(run),
-        _quantity_cell(run.parameters), _quantity_cell(run.active_parameters), _evenness(run), _dead_cell(run),
+        f'{run.name}\n{run.model}', _score_cell(run), _macs_cell(run), _time_cell(run), _parameters_cell(run),
+        _evenness(run), _dead_cell(run), run.family, run.dataset,
     ] for run in runs]
-    shown = [n for n, _ in enumerate(columns) if any(row[n] is not None for row in rows)]
+    several = len(_by_data(runs)) > 1
+    shown = [n for n, name in enumerate(columns) if (several if name == 'data' else any(row[n] for row in rows))]
     columns, rows = [columns[n] for n in shown], [[row[n] for n in shown] for row in rows]
-    table = Table(columns, rows, 'Accuracy at the end of training; ± is the deviation over the seeds',
+    table = Table(columns, rows, 'At the end of training; ±: deviation over seeds',
                   [_families(run, runs) for run in runs], 'Family')
     slow = [run for run in runs if run.macs_become_time is False]
     blocks: list[Block] = [table, Data('runs.json', [run.as_dict() for run in runs])]
@@ -130,8 +131,12 @@ def _time_cell(run: Run) -> Cell:
     return Sorted(f'{_milliseconds(latency[1])}{note}', latency[1])
 
 
-def _quantity_cell(number: Optional[float]) -> Cell:
-    return None if number is None else Sorted(quantity(number), number)
+def _parameters_cell(run: Run) -> Cell:
+    if run.parameters is None:
+        return None
+    active = run.active_parameters
+    note = f'\n{quantity(active)} active' if active not in (None, run.parameters) else ''
+    return Sorted(quantity(run.parameters) + note, run.parameters)
 
 
 def _evenness(run: Run) -> Cell:
@@ -174,10 +179,19 @@ def _costs(data: tuple[str, str], runs: Sequence[Run]) -> Optional[Section]:
     best = max(known, key=lambda run: run.mean())
     headline = (f'**{best.name}** reaches most, {score_text(best)} %, with {quantity(macs(best))} MACs an image'
                 f'{_beside_twins(known)}.')
-    blocks: list[Block] = [*_cost_figures(known, kind, name), COSTS, _budgets(known, kind)]
+    blocks: list[Block] = [*_cost_figures(known, kind, name), COSTS, *_budgets(known, kind)]
+    blocks += _busy(known)
     blocks += [f'`{run.name}`: MACs leave out {listing([f"`{op}`" for op in run.measured.uncounted])}, which could not '
                'be counted.' for run in known if run.measured and run.measured.uncounted]
     return Section(f'{name}: what is reached at which cost', 'done', headline, blocks)
+
+
+def _busy(runs: Sequence[Run]) -> list[Block]:
+    """Said where the machine had more to do than to time."""
+    machines = [run.measured.machine for run in runs if run.measured and run.measured.machine]
+    load, cores = max(((m['load'], m['cores']) for m in machines), default=(0., 1))
+    return [f'**The machine was busy** while it timed (load {load:.1f} on {counted(cores, "core")}): milliseconds are '
+            'too many, and spreads wide.'] if load > cores + .5 else []
 
 
 def _beside_twins(runs: Sequence[Run]) -> str:
@@ -199,14 +213,14 @@ def _cost_figures(runs: Sequence[Run], kind: str, name: str) -> list[Figure]:
         runs, series, {run.name: macs(run) / unit for run in runs},
         {run.name: _around(run.measured.macs_executed, run.measured.macs_sd, unit) for run in runs if run.measured},
         f'{letter} MACs an image' + ('' if counted_all else ' (at most, where not counted)'), kind,
-        f'{KINDS[kind][1].split(",")[0]} over MACs', 'Across: deviation over the images.', f'{name}-macs.json')]
+        f'{_score_name(kind)} against MACs', 'Across: deviation over the images.', f'{name}-macs.json')]
     timed = [run for run in runs if run.measured and run.measured.latency]
     if timed:
         times = {run.name: [1000 * t for t in run.measured.latency] for run in timed}
         figures.append(_trade_off(
             timed, series, {key: time[1] for key, time in times.items()},
             {key: (time[0], time[2]) for key, time in times.items()}, 'milliseconds an image', kind,
-            f'{KINDS[kind][1].split(",")[0]} over time', 'Across: quartiles of the rounds.', f'{name}-time.json'))
+            f'{_score_name(kind)} against time', 'Across: quartiles of the rounds.', f'{name}-time.json'))
     return figures
 
 
@@ -253,16 +267,17 @@ def _series(runs: Sequence[Run]) -> dict[str, int]:
     return numbers
 
 
-def _budgets(runs: Sequence[Run], kind: str) -> Table:
-    """The runs that no cheaper one beats, by cost."""
+def _budgets(runs: Sequence[Run], kind: str) -> list[Block]:
+    """The runs that no cheaper one beats, by cost, and how to train them."""
     front: list[Run] = []
     for run in sorted(runs, key=lambda run: (macs(run), -run.mean())):
         if not front or run.mean() > front[-1].mean():
             front.append(run)
-    rows = [[Sorted(f'{quantity(macs(run))} or more', macs(run)).text, run.name, f'{score_text(run)} %',
-             f'`{training_command(run)}`'] for run in front]
-    return Table(['with so many MACs', 'the most accurate is', KINDS[kind][1].split(',')[0], 'to train it again'], rows,
-                 'The most accurate model under a number of MACs')
+    rows = [[f'{quantity(macs(run))} or more', run.name, f'{score_text(run)} %'] for run in front]
+    table = Table(['MACs an image', 'the most accurate is', _score_name(kind)], rows,
+                  'The most accurate model under a number of MACs')
+    return [table, 'To train them again, from the most accurate on:',
+            '$ ' + '\n'.join(training_command(run) for run in reversed(front))]
 
 
 def training_command(run: Run) -> str:
@@ -307,8 +322,9 @@ def _curve_figure(
     chart = curves(
         [(run.name, lines[run.name]) for run in drawn], f'{drawn[0].unit}s done', label, form, log=False,
         series=[series[run.name] for run in drawn], dashed=[n for n, run in enumerate(drawn) if not run.routed])
+    dashed = ' Dashed: dense.' if any(run.routed for run in drawn) and not all(run.routed for run in drawn) else ''
     words = '; '.join(f'{each}: from {points[0][1]:.4g} to {points[-1][1]:.4g}' for each, points in lines.items())
-    return Figure(chart, f'{label} while learning. {words}.', f'**{label[:1].upper()}{label[1:]}.** Dashed: dense.',
+    return Figure(chart, f'{label} while learning. {words}.', f'**{_capital(label)}.**{dashed}',
                   Data(file, dict(lines)))
 
 
@@ -449,6 +465,15 @@ def _by_data(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
 def _end(layer: str, length: int = 18) -> str:
     """The end of a long module name, which tells layers apart."""
     return layer if len(layer) <= length else f'…{layer[-length + 1:]}'
+
+
+def _score_name(kind: str) -> str:
+    """`Top-1 accuracy`."""
+    return _capital(KINDS[kind][1].partition(',')[0])
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _file(run: Run) -> str:
