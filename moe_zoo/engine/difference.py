@@ -74,7 +74,7 @@ def paired_difference(
 
     A resample draws N of the N images for both sides alike. Of S > 1 seeds it draws S - 1, with replacement: the mean
     of S - 1 draws from S values has the variance of the values with divisor S (S - 1), which is the unbiased one of
-    the mean of S seeds. What images and seeds do together is drawn with both, so the interval is rather wide than narrow.
+    the mean of S seeds. What image and seed do together is drawn with both: the interval is rather wide than narrow.
 
     Args:
         ours: (S, N) whether the seeds of one side got the images right.
