@@ -2,9 +2,9 @@
 
 What a block may be, by its language:
 
-- `python` is executed, the blocks of a page in order and in one namespace; those that name detectron2 in one of their
-  own. A block whose first line is `# PATH`, such as `# moe_zoo/models/x.py`, is that file: modules are imported under
-  that name, functions `test_*` of a file in tests/ are called.
+- `python` is executed, the blocks of a page in order and in one namespace; those that name detectron2 or
+  moe_zoo.detection in one of their own. A block whose first line is `# PATH`, such as `# moe_zoo/models/x.py`, is that
+  file: modules are imported under that name, functions `test_*` of a file in tests/ are called.
 - `text` right after a `python` block is what that block printed, to the letter.
 - `sh`: one command a line. Commands that cost little are run on small data, the others are read by the tool's own
   parser and their recipe is loaded, with the placeholders (DIR, FILE, RUN ...) filled in. Commands in running text and
@@ -33,74 +33,27 @@ import timm
 import torch
 import yaml
 from image_folders import write_images
+from pages import REPOSITORY, Block, blocks_of, commands_of, find_pages, prose_of, read
 
 from moe_zoo import cli
 from moe_zoo.analysis import count
 from moe_zoo.engine import config as engine_config
 from moe_zoo.engine.train import train
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 LANGUAGES = ('python', 'text', 'sh', 'toml', 'yaml', '')
-PATH = re.compile(r'# ((?:moe_zoo|tests|registry|configs)/[\w./-]+)\n')  # as the first line of a block: a file
-COMMAND = re.compile(r'(?:\.venv/bin/)?(?:moe-zoo|python tools/\w+\.py|tools/\w+\.(?:py|sh)|torchrun|pip install)\b')
-OPTION = re.compile(r'\.\.\. |--\w|\w+=|\w+ --')  # what a cell of the job table says to append to a command
 # Tools that take seconds on small data; the others train, time or need data that is not here.
 SLOW = re.compile(r'analyze.experts(\.py)? -|moe-zoo (report|compare) ')  # and of these, those that take many
 CHEAP = ('list', 'show', 'count-flops', 'predict', 'eval-imagenet', 'analyze-experts', 'report', 'compare')
+PLACEHOLDERS = {'NAME': 'condconv_resnet18', 'PREFIX': 'prefix', 'OUT': 'out', 'OUT.safetensors': 'out.safetensors'}
 TRAINED = dict(  # a V-MoE of two blocks on two classes of 16 pixels
     model='vmoe_vit_s', img_size=16, batch_size=8, workers=0, opt='adamw', lr=1e-2, epochs=2, warmup_epochs=0,
     device='cpu', model_kwargs=dict(
         patch_size=8, embed_dim=16, depth=2, num_heads=2, moe_layers=[1], num_experts=4, representation_size=0))
 
 
-class Block(NamedTuple):
-    """A fenced block: its page, the line that its text begins at, its language and its text."""
-    page: str
-    line: int
-    language: str
-    text: str
-
-    @property
-    def path(self) -> str:
-        """The file that it is the content of; empty for a block that is none."""
-        found = PATH.match(self.text)
-        return found[1] if found else ''
-
-
-def find_pages() -> list[str]:
-    pages = [name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md') if (REPOSITORY / name).is_file()]
-    return pages + sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / 'docs').rglob('*.md'))
-
-
-def read(page: str) -> str:
-    return (REPOSITORY / page).read_text(encoding='utf-8')
-
-
-def blocks_of(page: str, text: str | None = None) -> list[Block]:
-    """The fenced blocks in order."""
-    found, opened = [], None
-    for number, line in enumerate((read(page) if text is None else text).splitlines(), 1):
-        if line.lstrip().startswith('```'):
-            if opened is None:
-                opened = (number + 1, line.strip()[3:], len(line) - len(line.lstrip()), [])
-            else:
-                first, language, _, lines = opened
-                found.append(Block(page, first, language, ''.join(f'{each}\n' for each in lines)))
-                opened = None
-        elif opened is not None:
-            opened[3].append(line[opened[2]:])
-    assert opened is None, f'{page}: the block at line {opened[0]} does not end'
-    return found
-
-
 PAGES = find_pages()
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 NEW = {block.path: block for block in BLOCKS if block.path}  # files that a page tells its reader to write
-
-
-def prose_of(page: str) -> str:
-    """A page without its blocks."""
-    return re.sub(r'^ *```.*?^ *```$', '', read(page), flags=re.S | re.M)
 
 
 # ---- what a page says in Python
@@ -175,7 +128,7 @@ def _with_text(page: str, detection: bool) -> list[Block]:
     chosen, taken = [], False
     for block in blocks_of(page):
         if block.language == 'python':
-            taken = ('detectron2' in block.text) == detection
+            taken = bool(re.search(r'\bdetectron2\b|moe_zoo\.detection', block.text)) == detection
         if taken and block.language in ('python', 'text'):
             chosen.append(block)
     return chosen
@@ -330,31 +283,11 @@ def small(tmp_path_factory) -> Small:
 def fill(words: list[str], small: Small) -> list[str]:
     """The words of a command with its placeholders filled in."""
     values = {
-        'DIR': small.data, 'DATA': small.data, 'FOLDER': small.data, 'CIFAR10': small.data, 'IMAGE': small.image,
-        'RUN': small.run, 'RUN_A': small.run, 'RUN_B': small.run, 'FILE': small.run / 'model_best.pth.tar',
-        'DENSE': small.run / 'model_best.pth.tar', 'PREFIX': 'prefix', 'OUT': 'out', 'NAME': 'condconv_resnet18',
-        'OUT.safetensors': 'out.safetensors', 'OUT.json': 'out.json', 'OUT.csv': 'out.csv', 'DATASET': 'digits',
+        **PLACEHOLDERS, **dict.fromkeys(('DIR', 'FOLDER', 'CIFAR10'), small.data), 'IMAGE': small.image,
+        **dict.fromkeys(('RUN', 'RUN_A', 'RUN_B'), small.run),
+        **dict.fromkeys(('FILE', 'DENSE'), small.run / 'model_best.pth.tar'),
     }
     return [str(values.get(word.removesuffix('...'), word)) for word in words]
-
-
-def commands_of(page: str) -> list[str]:
-    """Every command of a page: lines of its `sh` blocks, code in its text, and the job table's options of a command."""
-    found = []
-    for block in blocks_of(page):
-        if block.language == 'sh':
-            lines = block.text.replace('\\\n', ' ').splitlines()
-            found += [line for line in lines if shlex.split(line, comments=True)]
-    table = last = ''
-    for line in prose_of(page).splitlines():
-        codes = re.findall(r'`([^`]+)`', line)
-        whole = [code for code in codes if COMMAND.match(code)]
-        found += whole
-        table = (table or line) if line.startswith('|') else ''
-        if table == '| job | command |':  # `... --twin`, `--twin`, `epochs=10`: of the command in the row, or above it
-            last = next((code for code in reversed(whole) if ' ' in code), last)
-            found += [f'{last} {code.removeprefix("... ")}' for code in codes if OPTION.match(code)]
-    return found
 
 
 def marked(command: str) -> Any:
@@ -463,11 +396,11 @@ def check_options(found: argparse.Namespace) -> None:
             load_config(path, getattr(found, 'opts', ()) or ())
     if hasattr(found, 'pilot'):  # of reproduce
         from moe_zoo.reproduce.cli import FILES
-        assert set(found.names) <= {*FILES, 'all'}
+        assert set(found.names) - {PLACEHOLDERS['NAME']} <= {*FILES, 'all'}
     if getattr(found, 'command', '') == 'model':
         assert all(map(timm.is_model, found.names))
     if isinstance(getattr(found, 'model', None), str):
-        assert timm.is_model(found.model)
+        assert found.model == ADDED or timm.is_model(found.model)
 
 
 def check_run(arguments: list[str]) -> None:
