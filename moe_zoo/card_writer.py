@@ -29,7 +29,8 @@ README_TABLES = {'models': models_table, 'accuracy': accuracy_table}  # between 
 def write_measured(name: str, rows: Iterable[Mapping[str, Any]], root: Path | None = None) -> Path:
     """Put results of runs on the card of a model, and renew the README's tables.
 
-    A row takes the place of an older one with the same experiment, dataset, data, metric and command; others stay.
+    A row takes the place of an older one with the same experiment, dataset, data, metric and command (but for its seeds
+    and twin); others stay.
 
     Args:
         name: Of the model, as on the card.
@@ -178,7 +179,9 @@ def _toml(value: Any) -> str:
 # --- Rows -------------------------------------------------------------------------------------------------------------
 
 def _key(row: Mapping[str, Any]) -> tuple:
-    return tuple(row.get(part) for part in ('experiment', 'dataset', 'data', 'metric', 'command'))
+    """What makes two rows results of the same: with more seeds, or a twin, a run is the same one."""
+    recipe = re.sub(r' --twin\b| --seeds( -?\d+)+', '', row.get('command', ''))
+    return (*(row.get(part) for part in ('experiment', 'dataset', 'data', 'metric')), recipe)
 
 
 def check_row(row: Mapping[str, Any]) -> None:
@@ -190,9 +193,9 @@ def check_row(row: Mapping[str, Any]) -> None:
     if 'experiment' in row:
         _check_keys('A row of an experiment', row, EXPERIMENT, ())
     else:
-        _check_keys('A row of runs', row, RUN, ('std', 'twin'))
+        _check_keys('A row of runs', row, RUN, ('std', 'twin', 'macs_executed'))
         if 'twin' in row:
-            _check_keys("The 'twin' of a row of runs", row['twin'], RUN_TWIN, ('std',))
+            _check_keys("The 'twin' of a row of runs", row['twin'], RUN_TWIN, ('std', 'macs_executed'))
         for part in (row, row.get('twin', {'seeds': [0]})):
             if ('std' in part) != (len(part['seeds']) > 1):
                 raise InputError(f'seeds={part["seeds"]}: a row has std where there are several seeds, and only there.')

@@ -20,8 +20,10 @@ verdict, commit and versions. A row of finished runs (`tools/eval_imagenet.py --
     model_args  what timm.create_model was given beside the name: { num_classes = 10, img_size = 32, num_experts = 4 }
     parameters, macs
                 of that model, MACs at most for one image of this size; `moe-zoo cards --check` counts them again
-    twin        { model, model_args, mean, std, seeds, parameters, macs } of the dense twin that was trained on the same
-                batches; left out where there was none
+    macs_executed
+                those that ran, the mean over evaluation images and seeds; left out where it was not counted
+    twin        { model, model_args, mean, std, seeds, parameters, macs, macs_executed } of the dense twin that was
+                trained on the same batches; left out where there was none
     config      the recipe, 'configs/...'
     command     what to type to train it, and its twin
     commit, versions, hardware

@@ -14,12 +14,14 @@ from rich.table import Table
 
 import moe_zoo
 
+from ..analysis.timing import machine
 from ..cards import card, dense_twin
 from ..errors import InputError, atomic_write, counted
 from .config import load_config
 from .log import duration
 
 MEASURES = ('top1', 'top5', 'loss', 'seconds')
+DIRTY = '-dirty'  # ends the name of a commit that was changed
 
 
 def run_all(
@@ -58,6 +60,7 @@ def run_all(
     if base is None and (many or twin):
         base = Path(args.output or 'output/train') / f'{args.model}-compared'
     results: Dict[str, List[Dict[str, Any]]] = {'model': [], 'twin': []}
+    made_by = versions()  # before: the checkout may change meanwhile
     for seed in seeds or [args.seed]:
         folder = base / f'seed{seed}' if many else base
         common = dict(resume=resume, strict_data=strict_data)
@@ -66,7 +69,8 @@ def run_all(
             results['twin'].append(train(
                 config, dict(twin_overrides, seed=seed), output=folder / 'twin', expect_routing=False, **common))
     if results['model'][0]['primary']:
-        _tell(results, base or Path(results['model'][0]['folder']))
+        made_by['hardware'] = hardware(machine(args.device or ('cuda' if torch.cuda.is_available() else 'cpu')))
+        _tell(results, base or Path(results['model'][0]['folder']), made_by)
     return results
 
 
@@ -137,7 +141,7 @@ def comparison_table(results: Mapping[str, List[Dict[str, Any]]]) -> Table:
     return table
 
 
-def _tell(results: Mapping[str, List[Dict[str, Any]]], folder: Path) -> None:
+def _tell(results: Mapping[str, List[Dict[str, Any]]], folder: Path, made_by: Mapping[str, Optional[str]]) -> None:
     single = results['model'][0]
     out = Console(highlight=False, soft_wrap=True)
     if single['top1'] is not None and (len(results['model']) > 1 or results['twin']):
@@ -147,7 +151,7 @@ def _tell(results: Mapping[str, List[Dict[str, Any]]], folder: Path) -> None:
         took = f'{counted(single["epochs"], "epoch")} in {duration(single["seconds"])}'
         out.print(f'{shown}{took}; best: {single["best"]}', markup=False)
     figures = {
-        'versions': versions(),
+        'versions': made_by,
         **{name: [{k: v for k, v in run.items() if k not in ('history', 'primary')} for run in runs]
            for name, runs in results.items() if runs},
     }
@@ -157,13 +161,27 @@ def _tell(results: Mapping[str, List[Dict[str, Any]]], folder: Path) -> None:
 
 
 def versions() -> Dict[str, Optional[str]]:
-    """What produced a number: this package and its commit where it is a checkout, torch and timm."""
-    source = Path(moe_zoo.__file__).resolve().parents[1]
-    try:
-        command = ['git', '-C', str(source), 'rev-parse', 'HEAD']
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
-        commit = found.stdout.strip() if found.returncode == 0 else None
-    except (OSError, subprocess.TimeoutExpired):
-        commit = None
+    """What produces a number: this package and its commit where it is a checkout (marked `DIRTY`), torch and timm."""
+    commit = _git('rev-parse', 'HEAD')
+    commit = commit and commit + DIRTY * uncommitted()
     return {'moe_zoo': moe_zoo.__version__, 'commit': commit, 'torch': torch.__version__,
             'timm': importlib.metadata.version('timm')}
+
+
+def uncommitted() -> bool:
+    """Whether the package or its recipes differ from the commit that is checked out."""
+    return bool(_git('status', '--porcelain', '--', 'moe_zoo', 'configs'))
+
+
+def _git(*words: str) -> Optional[str]:
+    source = Path(moe_zoo.__file__).resolve().parents[1]
+    try:
+        found = subprocess.run(['git', '-C', str(source), *words], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
+def hardware(found: Mapping[str, Any]) -> str:
+    """`2 threads of AMD EPYC 7B13`, of what `moe_zoo.analysis.timing.machine` tells."""
+    return f'{counted(found["threads"], "thread")} of {found["device"]}'
