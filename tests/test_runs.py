@@ -149,7 +149,7 @@ def break_options(folder):
     (lambda folder: write_classifier(folder, epochs(50.), epochs=9), 'is unfinished: 1 of 9 epochs are done.'),
     (lambda folder: write_classifier(folder, epochs(50.), epochs=9, stop_epoch=3), 'is unfinished: 1 of 3 epochs'),
     (break_summary, "is damaged: could not convert string to float: 'ninety'."),
-    (break_options, 'is damaged: while parsing a flow sequence'),
+    (break_options, "is damaged: args.yaml is not yaml: expected ',' or ']', but got '<stream end>' in line 1."),
     (lambda folder: (folder / 'args.yaml').write_text('lr: 1'), 'is of another program: its args.yaml names no model'),
     (lambda folder: (folder / 'args.yaml').write_text('just words'), 'is damaged: args.yaml holds no options.'),
     (lambda folder: (folder / 'args.yaml').write_bytes(b'\xff\xfe\x00'), 'is damaged: '),

@@ -25,7 +25,7 @@ from .usage import LayerUsage, measure_usage
 
 COUNTED = 16  # images whose MACs are counted
 USED = 1000  # images at most on which expert use is measured
-ROUNDS = 9
+ROUNDS, ROUND = 9, .1  # of timing, and seconds of one at least
 
 
 @dataclass
@@ -123,7 +123,7 @@ def _measure_group(
     if not opened:
         return
     say(f'timing one image of {len(opened)} models in turns, {ROUNDS} rounds')
-    seconds = alternate([each.forward for each in opened.values()], ROUNDS, min_seconds=.1).seconds
+    seconds = alternate([each.forward for each in opened.values()], ROUNDS, min_seconds=ROUND).seconds
     session, device = time.strftime('%Y-%m-%d %H:%M:%S'), next(iter(opened.values())).device
     for run in group:
         if run.name in opened and run.measured:

@@ -66,13 +66,12 @@ def _all_runs(runs: Sequence[Run]) -> Section:
     kinds = {run.kind for run in runs}
     score = KINDS[kinds.pop()][1] if len(kinds) == 1 else 'top-1 or AP, %'
     columns = [
-        'run', score, 'MACs an image', 'time an image', 'parameters', 'evenness', 'dead experts', 'family', 'data']
+        'run', score, 'MACs an image', 'time an image', 'parameters', 'evenness', 'dead experts', 'family']
     rows = [[
         f'{run.name}\n{run.model}', _score_cell(run), _macs_cell(run), _time_cell(run), _parameters_cell(run),
-        _evenness(run), _dead_cell(run), run.family, run.dataset,
+        _evenness(run), _dead_cell(run), f'{run.family}\non {run.dataset}',
     ] for run in runs]
-    several = len(_by_data(runs)) > 1
-    shown = [n for n, name in enumerate(columns) if (several if name == 'data' else any(row[n] for row in rows))]
+    shown = [n for n, _ in enumerate(columns) if any(row[n] for row in rows)]
     columns, rows = [columns[n] for n in shown], [[row[n] for n in shown] for row in rows]
     table = Table(columns, rows, 'At the end of training; ±: deviation over seeds',
                   [_families(run, runs) for run in runs], 'Family')
@@ -303,6 +302,8 @@ def _learning(data: tuple[str, str], runs: Sequence[Run]) -> Optional[Section]:
         if lines:
             figures.append(_curve_figure(lines, learned, series, label, form, f'{name}-{key}.json'))
     figures += [figure for run in learned for figure in _balance_figures(run)]
+    if not figures:
+        return None
     ends = [f'`{run.name}` {run.curve[-1]["loss"]:.3f}' for run in learned if 'loss' in run.curve[-1]]
     note = ['Auxiliary losses are part of the loss of a mixture, so that it may lie above that of its twin. Curves of '
             'several seeds are their mean.'] if any(run.routed for run in learned) else []

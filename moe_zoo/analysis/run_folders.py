@@ -74,7 +74,7 @@ def read_training(folder: Path) -> Training:
     read = _classifier if (folder / 'args.yaml').is_file() else _detector
     try:
         return read(folder)
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, yaml.YAMLError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, csv.Error) as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise Unusable(f"'{folder}' is damaged: {reason}.") from error
 
@@ -245,7 +245,12 @@ def evenness(shares: list[float]) -> float:
 # ---- files
 
 def _mapping(path: Path) -> dict[str, Any]:
-    content = yaml.safe_load(path.read_text(encoding='utf-8'))
+    try:
+        content = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except yaml.YAMLError as error:
+        mark = getattr(error, 'problem_mark', None)
+        where = f' in line {mark.line + 1}' if mark else ''
+        raise ValueError(f'{path.name} is not yaml: {getattr(error, "problem", None) or error}{where}') from error
     if not isinstance(content, dict):
         raise ValueError(f'{path.name} holds no options')
     return content
