@@ -200,8 +200,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         card(name)  # unknown ones are refused before anything is counted
     known = cards()
     names = args.names or list(known)
+    console = Console(stderr=True)
     columns = TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         if args.write:
             changed = write(names, progress, checkout())
             print('\n'.join(changed) or f'{counted(len(names), "card")}: nothing to write.')
