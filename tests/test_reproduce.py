@@ -492,6 +492,9 @@ def test_publishing_keeps_no_runs_and_renews_the_table_and_the_cards(results, mo
     card.with_name('other.toml').write_text('name = "other"\n')
     readme = tmp_path / 'README.md'
     readme.write_text('before\n<!-- experiments -->\nold\n<!-- /experiments -->\nafter\n')
+    page = tmp_path / 'docs' / 'families' / 'four.md'
+    page.parent.mkdir(parents=True)
+    page.write_text('before\n<!-- claims: four -->\nold\n<!-- /claims -->\nafter\n')
     path = report.publish(results, tmp_path)
     assert path == tmp_path / 'docs' / 'experiments' / 'four.json' and path.stat().st_size < report.MOST_BYTES
     kept = json.loads(path.read_text())
@@ -502,6 +505,8 @@ def test_publishing_keeps_no_runs_and_renews_the_table_and_the_cards(results, mo
     assert ('| `four` | b is better | 51.00 to 53.00, +2.00 points (-0.48 to +4.48) | 3 | 3.26 | +1.5 '
             '| **undecided** | none |') in text
     assert 'old' not in text
+    assert '| [`four`](../experiments/four.json), 3 seeds | b is better | +2.00 points (-0.48 to +4.48) | +1.5 ' in (
+        page.read_text()) and page.read_text().endswith('<!-- /claims -->\nafter\n')
     row, = tomllib.loads(card.read_text())['measured']
     assert row.items() >= {
         'experiment': 'four', 'dataset': 'four images', 'mean': 2., 'std': 1., 'seeds': 3, 'verdict': 'undecided',
