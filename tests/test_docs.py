@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Iterator
 
 import host_contract
 import pytest
@@ -41,7 +41,7 @@ from moe_zoo.engine import config as engine_config
 from moe_zoo.engine.train import train
 
 LANGUAGES = ('python', 'text', 'sh', 'toml', 'yaml', '')
-# Tools that take seconds on small data; the others train, time or need data that is not here.
+# Tools that take seconds on small data; the others train, time, write cards or need data that is not here.
 SLOW = re.compile(r'analyze.experts(\.py)? -|moe-zoo (report|compare) ')  # and of these, those that take many
 CHEAP = ('list', 'show', 'count-flops', 'predict', 'eval-imagenet', 'analyze-experts', 'report', 'compare')
 PLACEHOLDERS = {'NAME': 'condconv_resnet18', 'PREFIX': 'prefix', 'OUT': 'out', 'OUT.safetensors': 'out.safetensors'}
@@ -195,9 +195,10 @@ def test_the_page_takes_a_checkout_to_a_passing_suite(tmp_path):
     timm_host = pytest.importorskip('timm_host')
     if not timm_host.timm_tests().is_file():
         pytest.skip(f"{timm_host.timm_tests()} is missing: tools/setup.sh fetches timm's tests from its sdist")
-    for name in ('moe_zoo', 'registry', 'configs', 'tests'):
+    for name in ('moe_zoo', 'registry', 'configs', 'tests', 'docs'):
         shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns('__pycache__'))
-    (tmp_path / 'docs').symlink_to(REPOSITORY / 'docs')
+    for name in ('README.md', 'pyproject.toml'):
+        shutil.copy(REPOSITORY / name, tmp_path)
     for block in [block for block in NEW.values() if block.page == ADD]:
         path = tmp_path / block.path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,9 +211,11 @@ def test_the_page_takes_a_checkout_to_a_passing_suite(tmp_path):
     (tmp_path / 'host').mkdir()
     found = json.loads(_python(tmp_path, '-c', everything, str(tmp_path / 'host')).splitlines()[-1])[ADDED]
     assert len(found) > 9 and not [each for each in found if each[1] != 'passed'], found
-    ours = ['tests/test_cards.py', 'tests/test_architecture.py', 'tests/test_moe_se.py']
+    _python(tmp_path, '-m', 'moe_zoo', 'cards', '--write', ADDED)
+    assert (tmp_path / file_with('.toml').path).read_text() == file_with('.toml').text  # its figures were right
+    ours = ['tests/test_cards.py', 'tests/test_architecture.py', 'tests/test_moe_se.py', 'tests/test_readme.py']
     _python(tmp_path, '-m', 'pytest', '-q', '-c', os.devnull, '--rootdir', '.', '-p', 'no:cacheprovider', *ours, '-k',
-            f'{ADDED} or moe_se or every_model_has_a_card')
+            f'{ADDED} or moe_se or every_model_has_a_card or readme')
 
 
 def _python(folder: Path, *arguments: str) -> str:
@@ -264,30 +267,25 @@ class Parsed(BaseException):
     """A command line was read without complaint; no tool takes it for an error of its own."""
 
 
-class Small(NamedTuple):
-    """What the placeholders of commands stand for."""
-    data: Path
-    run: Path
-    image: Path
-
-
 @pytest.fixture(scope='module')
-def small(tmp_path_factory) -> Small:
-    """Two classes of noise, and a network trained on them for two epochs."""
+def small(tmp_path_factory) -> dict[str, str]:
+    """What the placeholders of commands stand for: two classes of noise, and two networks trained on them."""
     root = tmp_path_factory.mktemp('small')
-    write_images(root / 'data', {'train': 8, 'validation': 4})
-    train({**TRAINED, 'data_dir': str(root / 'data')}, output=root / 'run', quiet=True)
-    return Small(root / 'data', root / 'run', root / 'data' / 'validation' / 'dark' / '00.png')
-
-
-def fill(words: list[str], small: Small) -> list[str]:
-    """The words of a command with its placeholders filled in."""
+    data, run = root / 'data', root / 'a'
+    write_images(data, {'train': 8, 'validation': 4})
+    for name, depth in (('a', 2), ('b', 3)):
+        kwargs = {**TRAINED['model_kwargs'], 'depth': depth}
+        train({**TRAINED, 'data_dir': str(data), 'model_kwargs': kwargs}, output=root / name, quiet=True)
     values = {
-        **PLACEHOLDERS, **dict.fromkeys(('DIR', 'FOLDER', 'CIFAR10'), small.data), 'IMAGE': small.image,
-        **dict.fromkeys(('RUN', 'RUN_A', 'RUN_B'), small.run),
-        **dict.fromkeys(('FILE', 'DENSE'), small.run / 'model_best.pth.tar'),
+        **dict.fromkeys(('DIR', 'FOLDER', 'CIFAR10'), data), 'IMAGE': data / 'validation' / 'dark' / '00.png',
+        'RUN': run, 'RUN_A': run, 'RUN_B': root / 'b', **dict.fromkeys(('FILE', 'DENSE'), run / 'model_best.pth.tar'),
     }
-    return [str(values.get(word.removesuffix('...'), word)) for word in words]
+    return PLACEHOLDERS | {key: str(value) for key, value in values.items()}
+
+
+def fill(words: list[str], values: dict[str, str]) -> list[str]:
+    """The words of a command with its placeholders filled in."""
+    return [values.get(word.removesuffix('...'), word) for word in words]
 
 
 def marked(command: str) -> Any:
@@ -361,7 +359,7 @@ def check_tool(name: str, arguments: list[str], monkeypatch) -> None:
         pytest.importorskip('detectron2')
     if name == 'run':
         check_run(arguments)
-    elif name in CHEAP and not {'--weights', '--config-file'} & set(arguments):
+    elif name in CHEAP and not {'--weights', '--config-file', '--record'} & set(arguments):
         assert cli.main([name, *arguments]) == 0
     else:
         stop_after_reading(monkeypatch)
