@@ -144,7 +144,11 @@ def _measure(run: Run, overrides: Mapping[str, Any]) -> Tuple[List[Dict[str, Any
 def model_arguments(args: argparse.Namespace) -> Dict[str, Any]:
     """What a run gave timm.create_model beside the name, as far as it says what the model is."""
     left = ('model_name', 'pretrained_cfg', *OF_TRAINING)
-    return {key: value for key, value in model_keywords(args).items() if key not in left and value is not None}
+    found = {key: value for key, value in model_keywords(args).items() if key not in left and value is not None}
+    size = found.get('img_size')
+    if isinstance(size, (list, tuple)) and len(set(size)) == 1:
+        found['img_size'] = size[0]
+    return found
 
 
 def nearest_recipe(options: Mapping[str, Any]) -> Tuple[str, Dict[str, Any]]:
@@ -187,7 +191,9 @@ def _flow(value: Any) -> str:
 
 def _commit(run: Run) -> str:
     """The commits that trained the seeds, marked where files of the package were changed then, or are now."""
-    commits = list(dict.fromkeys(t.versions.get('commit') or 'unknown' for t in run.trainings))
+    commits = list(dict.fromkeys(training.versions.get('commit') for training in run.trainings))
+    if None in commits:
+        return 'unknown'
     dirty = any(commit.endswith(DIRTY) for commit in commits)
     if not dirty and uncommitted():
         dirty = True
