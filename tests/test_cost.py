@@ -1,4 +1,4 @@
-"""Cost counting against closed forms that a reader can multiply out, against known models, and against fvcore.
+"""Cost counting against closed forms that a reader can multiply out, and against known models.
 
 Letters: B images, N tokens, D width, E experts, K chosen.
 """
@@ -10,7 +10,6 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from fvcore.nn import FlopCountAnalysis
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import flop_registry, register_flop_formula
@@ -420,10 +419,7 @@ def test_figures_of_images_are_summed_up():
 KNOWN = {  # MACs of one 224 px image
     'resnet50': 4_089_184_256,
     'vit_small_patch16_224': 4_598_882_304,
-    'vit_base_patch16_224': 17_563_828_224,
-    'efficientnet_b0': 385_814_752,
     'tf_efficientnet_cc_b0_4e': 396_513_888,
-    'tf_efficientnet_cc_b0_8e': 407_213_024,
 }
 
 
@@ -450,65 +446,7 @@ def test_a_batch_costs_its_images_and_features_cost_no_classifier():
     assert features.macs_executed == 2 * (KNOWN['resnet50'] - 2048 * 1000)
 
 
-# What fvcore counts beyond matrix products and convolutions, and what it must not have left out.
-BEYOND = re.compile('norm|pool|upsample|interpolate|grid_sampler')
-PRODUCT = re.compile('attention|mm|conv|linear|einsum|dot|lstm|gru|PythonOp|CallFunction')
-
-
-def agrees_with_fvcore(model, x):
-    """Our total is fvcore's without its normalisation, pooling and elementwise entries, to 0.1 %."""
-    analysis = FlopCountAnalysis(model.eval(), x).unsupported_ops_warnings(False)
-    products = sum(n for op, n in analysis.by_operator().items() if not BEYOND.search(op))
-    assert [op for op in analysis.unsupported_ops() if PRODUCT.search(op)] == []
-    assert count(model, x).macs_executed == pytest.approx(products, rel=1e-3)
-
-
-@pytest.mark.parametrize(('name', 'size'), [
-    ('resnet18', 64), ('mobilenetv3_small_050', 64), ('tf_efficientnet_cc_b0_4e', 64), ('convnext_atto', 64),
-    ('resmlp_12_224', 224), ('vit_tiny_patch16_224', 224),
-])
-def test_agrees_with_fvcore_within_a_thousandth(name, size):
-    x = torch.rand(1, 3, size, size)
-    model = timm.create_model(name)
-    fused = count(model, x).macs_executed
-    for module in model.modules():
-        if hasattr(module, 'fused_attn'):
-            module.fused_attn = False  # fvcore does not know the fused operator; for us it is the same
-    assert count(model, x).macs_executed == fused
-    agrees_with_fvcore(model, x)
-
-
 # Our models.
-
-CONDCONV = [  # model, keywords, parameters, MACs: base + E R + routers, worked out from the shapes of timm's layers
-    ('condconv_resnet50', {}, 129_872_800, 4_208_394_048),
-    ('condconv_resnet50', dict(num_experts=4), 70_267_888, 4_148_789_152),
-    ('condconv_resnet50', dict(cond_fc=False), 115_513_408, 4_191_985_664),
-    ('condconv_resnet50', dict(num_experts=4, cond_fc=False), 64_112_692, 4_140_584_960),
-    ('condconv_resnet18', {}, 81_353_120, 1_893_687_104),
-    ('condconv_resnet34', {}, 116_235_936, 3_771_688_768),
-    ('condconv_mobilenetv1_100', {}, 32_826_824, 601_413_952),
-    ('condconv_mobilenetv1_100', dict(num_experts=32), 130_847_840, 699_434_752),
-    ('condconv_mobilenetv1_050', dict(num_experts=32), 41_291_584, 190_743_040),
-    ('condconv_mobilenetv1_025', dict(num_experts=32), 14_624_816, 55_639_936),
-    ('condconv_mobilenetv2_100', {}, 27_457_768, 328_145_856),
-    ('condconv_mnasnet_a1', {}, 14_984_718, 324_261_184),
-    ('condconv_efficientnet_b0', dict(num_experts=4), 13_314_116, 396_513_888),
-    ('condconv_efficientnet_b0', {}, 24_013_284, 407_213_024),
-]
-
-
-@pytest.mark.parametrize(('name', 'keywords', 'parameters', 'at_most'), CONDCONV)
-def test_condconv_costs_exactly(name, keywords, parameters, at_most):
-    cost = count_model(name, **keywords)
-    assert (cost.parameters, cost.active_parameters) == (parameters, parameters)  # every expert is mixed
-    assert (cost.macs_max, cost.macs_executed, cost.uncounted) == (at_most, at_most, {})
-
-
-def test_condconv_resnet50_by_hand():
-    # layer4 convs and classifier with its bias: R = 14,894,056 mixed 8 times; routers 1024, 2048, 2048 and 2048 to 8
-    assert CONDCONV[0][3] == KNOWN['resnet50'] + 8 * 14_894_056 + 8 * (1024 + 3 * 2048)
-
 
 @pytest.mark.parametrize('batch', [1, 3, 9])
 def test_condconv_executes_what_it_may_whatever_the_path(batch):
@@ -522,48 +460,6 @@ def test_condconv_executes_what_it_may_whatever_the_path(batch):
     for device in ('cpu', 'meta'):
         cost = count(model.to(device), x.to(device))
         assert (cost.macs_max, cost.macs_executed) == (batch * one.macs_max, batch * one.macs_max - fewer)
-
-
-# Section 6 of the V-MoE sheet: parameters and active parameters in M, MACs in G, E = 8 and K = 2; then the shape,
-# (patch, D, blocks, of which routed, classes, image size, width of the pre-logits)
-VMOE = [
-    ('vmoe_vit_s', {}, 57.00, 31.80, 1.57, (32, 512, 8, 2, 1000, 224, 512)),
-    ('vmoe_vit_s', dict(representation_size=0), 56.79, 31.59, 4.66, (32, 512, 8, 2, 1000, 384, 0)),
-    ('vmoe_vit_s', dict(moe_layers='every_2'), 86.40, 36.01, 1.78, (32, 512, 8, 4, 1000, 224, 512)),
-    ('vmoe_vit_b', dict(patch_size=32, moe_layers='last_2', representation_size=768), 154.94, 98.27, 4.88,
-     (32, 768, 12, 2, 1000, 224, 768)),
-    ('vmoe_vit_b', dict(patch_size=32, representation_size=768), 287.19, 117.19, 5.83,
-     (32, 768, 12, 6, 1000, 224, 768)),
-    ('vmoe_vit_b', dict(num_classes=21843), 300.97, 130.97, 23.16, (16, 768, 12, 6, 21843, 224, 0)),
-    ('vmoe_vit_b', {}, 285.24, 115.23, 71.84, (16, 768, 12, 6, 1000, 384, 0)),
-    ('vmoe_vit_l', dict(moe_layers='last_2'), 421.86, 321.13, 64.86, (16, 1024, 24, 2, 1000, 224, 0)),
-    ('vmoe_vit_l', {}, 1009.50, 405.15, 81.41, (16, 1024, 24, 12, 1000, 224, 0)),
-    ('vmoe_vit_h', {}, 1091.07, 697.66, 184.15, (14, 1280, 32, 5, 1000, 224, 0)),
-]
-
-
-@pytest.mark.parametrize(('name', 'keywords', 'parameters', 'active', 'giga', 'shape'), VMOE)
-def test_vmoe_costs(name, keywords, parameters, active, giga, shape):
-    P, D, blocks, routed, classes, size, R = shape
-    N = (size // P) ** 2 + 1
-    patches = (N - 1) * 3 * P * P * D
-    attention = blocks * (4 * N * D * D + 2 * N * N * D)
-    mlps = (blocks - routed + 2 * routed) * N * 8 * D * D  # hidden width 4 D; 2 experts in a routed block
-    routers = routed * N * D * 8
-    head = R * D + (R or D) * classes
-    cost = count_model(name, (size, size), **keywords)
-    assert cost.macs_max == patches + attention + mlps + routers + head
-    assert cost.macs_max / 1e9 == pytest.approx(giga, abs=0.0101)  # L/16 is 81.4047, 81.41 in the sheet
-    assert round(cost.parameters / 1e6, 2) == parameters
-    assert round(cost.active_parameters / 1e6, 2) == active
-    assert cost.uncounted == {}
-
-
-def test_vmoe_vit_s_exactly():
-    cost = count_model('vmoe_vit_s')
-    assert cost.parameters == 56_999_400
-    # 6 of 8 experts idle in each of 2 blocks; an expert is 2 * 512 * 2048 weights, 2048 and 512 biases
-    assert cost.active_parameters == 56_999_400 - 2 * 6 * (2 * 512 * 2048 + 2048 + 512)
 
 
 def small_vmoe(**keywords):
@@ -592,10 +488,11 @@ def test_vmoe_on_meta_pads_and_is_bounded_all_the_same():
 
 
 def test_shared_experts_are_paid_by_every_token():
-    plain, shared = count_model('vmoe_vit_s'), count_model('vmoe_vit_s', num_shared_experts=1)
-    weights = 2 * 512 * 2048
-    assert shared.macs_max - plain.macs_max == 2 * 50 * weights
-    assert shared.active_parameters - plain.active_parameters == 2 * (weights + 2048 + 512)
+    x = torch.empty(1, 3, 64, 64, device='meta')  # 16 patches and a class token, 2 routed blocks
+    plain, shared = (count(small_vmoe(device='meta', num_shared_experts=n), x) for n in (0, 1))
+    weights = 2 * 32 * 128
+    assert shared.macs_max - plain.macs_max == 2 * 17 * weights
+    assert shared.active_parameters - plain.active_parameters == 2 * (weights + 128 + 32)
 
 
 def test_spread_over_images_under_capacity():
@@ -609,18 +506,3 @@ def test_spread_over_images_under_capacity():
     assert costs.by_module['blocks.3.mlp'] < costs.by_module_max['blocks.3.mlp']
     assert costs.by_module['blocks.2'] == costs.by_module_max['blocks.2']  # dense
 
-
-@pytest.mark.parametrize('name', ['condconv_resnet18', 'condconv_efficientnet_b0'])
-def test_ours_agree_with_fvcore_within_a_thousandth(name):
-    agrees_with_fvcore(timm.create_model(name, num_experts=2), torch.rand(2, 3, 64, 64))
-
-
-def test_vmoe_agrees_with_fvcore_on_the_path_that_fvcore_traces():
-    model = small_vmoe()
-    for block in model.blocks:
-        block.attn.fused_attn = False
-    x = torch.rand(2, 3, 64, 64)
-    traced = FlopCountAnalysis(model, x).unsupported_ops_warnings(False)
-    products = sum(n for op, n in traced.by_operator().items() if not BEYOND.search(op))
-    # jit.trace cannot follow values, so the layer shows it the padded path, which is the one of meta tensors.
-    assert count(model.to('meta'), x.to('meta')).macs_executed == pytest.approx(products, rel=1e-3)

@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from fvcore.nn import ActivationCountAnalysis
 from torch import nn
 from torch.nn import functional as F
 
@@ -88,6 +89,33 @@ def test_products_that_fvcore_passes_over_are_named():
     row = compared(Model(), torch.rand(2, 3, 3), torch.rand(2, 3, 3))['matrix product']
     assert (row.ours, row.fvcore) == (2 * 27 + 9, 0)
     assert row.why == 'fvcore passes over aten::baddbmm (1 x), aten::mv (1 x)'
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(('name', 'keywords', 'size'), [
+    ('resnet18', {}, 64),
+    pytest.param('condconv_resnet18', dict(num_experts=2), 64, marks=slow),
+    pytest.param('vit_tiny_patch16_224', {}, 224, marks=slow),
+    pytest.param('mobilenetv3_small_050', {}, 64, marks=slow),
+    pytest.param('convnext_atto', {}, 64, marks=slow),
+    pytest.param('resmlp_12_224', {}, 224, marks=slow),
+    pytest.param('condconv_efficientnet_b0', dict(num_experts=2), 64, marks=slow),
+    pytest.param('dyconv_resnet18', {}, 64, marks=slow),
+    pytest.param('deepmoe_resnet18', {}, 64, marks=slow),
+    pytest.param('pmoe_cnn', {}, 84, marks=slow),
+])
+def test_models_agree_but_for_what_is_named(name, keywords, size):
+    model = timm.create_model(name, **keywords)
+    x = torch.rand(2, model.default_cfg['input_size'][0], size, size)
+    rows = compared(model, x)
+    for operator in ('convolution', 'matrix product'):
+        assert operator not in rows or rows[operator].ours == rows[operator].fvcore
+    assert all(row.explained for row in rows.values())
+    made = ActivationCountAnalysis(model, x).unsupported_ops_warnings(False)
+    if 'attention' not in rows:  # which puts out scores, too
+        assert count(model, x).activations == made.total()
 
 
 def test_what_nothing_explains_says_so(monkeypatch):

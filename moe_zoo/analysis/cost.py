@@ -10,7 +10,7 @@ Letters: B images, E experts, K chosen.
 """
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_leaves
 from ..errors import InputError, nearest
 from .cost_counter import ByOperator, Tally, forward_memory
 from .cost_routed import (
+    Calls,
     Loads,
     active_parameters,
     elements,
     expected_macs,
-    load_of,
     parameters_by_expert,
     used_parameters,
 )
@@ -216,18 +216,17 @@ def _cost(tally: Tally, inputs: Any, load: Loads | None) -> Cost:
     macs, activations = tally.macs(), tally.activations()
     executed = _by_module(model, macs)
     at_most = _at_most(executed, calls, model)
-    loads = {name: each for name, records in tally.trace.items() if (each := load_of(records)) is not None}
     outputs = _by_module(model, activations)
     return Cost(
         images=_num_images(inputs),
         parameters=elements(model),
         active_parameters=active_parameters(model),
-        used_parameters=used_parameters(model, calls, loads),
+        used_parameters=used_parameters(model, calls, tally.trace),
         parameters_by_module={name: size for name, module in model.named_modules() if (size := elements(module))},
         parameters_by_expert=parameters_by_expert(model),
         macs_max=at_most[''],
         macs_executed=executed[''],
-        macs_expected=expected_macs(model, at_most[''], calls, loads if load is None else load),
+        macs_expected=expected_macs(model, at_most[''], calls, tally.trace, load),
         by_module=executed,
         by_module_max=at_most,
         by_operator=macs[''],
@@ -252,11 +251,7 @@ def _by_module(model: nn.Module, rows: ByOperator) -> dict[str, int]:
     return {name: total[name] for name in sorted(total, key=lambda name: order.get(name, len(order)))}
 
 
-def _at_most(
-        executed: dict[str, int],
-        calls: Mapping[str, Sequence[tuple[tuple[int, ...], int]]],
-        model: nn.Module,
-) -> dict[str, int]:
+def _at_most(executed: dict[str, int], calls: Calls, model: nn.Module) -> dict[str, int]:
     """Put the bound of every routed layer in the place of what it executed, up to the whole model."""
     inside = tuple(f'{layer}.' for layer in calls if layer)
     bound = {name: macs for name, macs in executed.items() if not name.startswith(inside)}

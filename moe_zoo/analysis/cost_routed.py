@@ -15,6 +15,8 @@ from ..routing import Routing
 from .usage import uses
 
 Loads = Mapping[str, Sequence[float]]
+Calls = Mapping[str, Sequence[tuple[tuple[int, ...], int]]]  # shape of the input, MACs executed
+Trace = Mapping[str, Sequence[Routing]]
 
 
 def elements(module: nn.Module) -> int:
@@ -83,37 +85,49 @@ def chooses(layer: RoutedLayer) -> bool:
     return type(layer).spared_macs is not RoutedLayer.spared_macs
 
 
-def expected_macs(
-        model: nn.Module,
-        at_most: int,
-        calls: Mapping[str, Sequence[tuple[tuple[int, ...], int]]],
-        loads: Loads,
-) -> float | None:
-    """`at_most`, less what the load spares in all calls of routed layers; None where the load of one is not known."""
+def measured(name: str, trace: Trace, call: int | None = None, calls: int = 1) -> Loads:
+    """The loads that a layer and the routers inside it recorded, in one of its calls or in all."""
+    loads = {}
+    for each, records in trace.items():
+        if each == name or name == '' or each.startswith(f'{name}.'):
+            one = call is not None and len(records) == calls
+            load = load_of(records[call:call + 1] if one else records)
+            if load is not None:
+                loads[each] = load
+    return loads
+
+
+def expected_macs(model: nn.Module, at_most: int, calls: Calls, trace: Trace, load: Loads | None) -> float | None:
+    """`at_most`, less what a load spares in all calls of routed layers; None where the load of one is not known.
+
+    Args:
+        model: Whose cost this is.
+        at_most: Its MACs with K experts for every item.
+        calls: Of the outermost routed layers.
+        trace: Records of these calls, which tell the load where `load` is None.
+        load: A load that was measured elsewhere.
+    """
     layers = outermost(model)
     spared = 0.
-    for name in calls:
+    for name, of_layer in calls.items():
         layer = layers[name]
-        if chooses(layer):
-            load = load_of_layer(name, layer, loads)
-            if load is None:
+        for i, (shape, _) in enumerate(of_layer if chooses(layer) else ()):
+            loads = measured(name, trace, i, len(of_layer)) if load is None else load
+            shares = load_of_layer(name, layer, loads)
+            if shares is None:
                 return None
-            spared += sum(layer.spared_macs(shape, load) for shape, _ in calls[name])
+            spared += layer.spared_macs(shape, shares)
     return at_most - spared
 
 
-def used_parameters(
-        model: nn.Module,
-        calls: Mapping[str, Sequence[tuple[tuple[int, ...], int]]],
-        loads: Loads,
-) -> int | None:
+def used_parameters(model: nn.Module, calls: Calls, trace: Trace) -> int | None:
     """All parameters but those of experts that nothing used; None where the load of a layer is not known."""
     layers = outermost(model)
     idle = 0
     for name in calls:
         layer = layers[name]
         if chooses(layer):
-            load = load_of_layer(name, layer, loads)
+            load = load_of_layer(name, layer, measured(name, trace))
             if load is None:
                 return None
             idle += sum(size for size, times in zip(layer.expert_sizes(), load) if times == 0)
