@@ -18,7 +18,7 @@ from .version import __version__
 TOOLS = {
     'train-imagenet': ('moe_zoo.engine.train', 'train a classification model from a YAML recipe', None),
     'finetune': ('moe_zoo.engine.finetune', 'fine-tune a model on a folder of images, from dense weights', None),
-    'eval-imagenet': ('moe_zoo.engine.evaluate', 'accuracy, cost and expert use of a trained model', None),
+    'eval-imagenet': ('moe_zoo.engine.evaluate_cli', 'accuracy, calibration, cost and expert use of a model', None),
     'compare': ('moe_zoo.engine.difference', 'two runs, or a run and its twin, on the same images', None),
     'predict': ('moe_zoo.engine.predict', 'the likeliest classes of images, and the experts that saw them', None),
     'analyze-experts': ('moe_zoo.engine.analyze_experts', 'what the experts of a trained model do, as a page', None),

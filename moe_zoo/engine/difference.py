@@ -22,7 +22,7 @@ from ..analysis.runs import Run, read_runs
 from ..errors import InputError, atomic_write, counted, exit_on_input_error
 from .compare import mean_and_deviation
 from .config import parse_command_line
-from .evaluate import evaluate
+from .evaluate import averaged, evaluate
 from .outcomes import FILE, Outcomes, read_outcomes
 
 RESAMPLES = 10_000
@@ -225,11 +225,6 @@ def evaluate_run(training: Training, overrides: Mapping[str, Any] = {}, **option
     options = {'usage': False, 'quiet': True, **options}
     return evaluate(overrides=overrides, checkpoint=training.checkpoint, use_ema=averaged(training.options),
                     as_trained=True, **options)
-
-
-def averaged(options: Mapping[str, Any]) -> bool:
-    """Whether a run with these options tells of the moving average of its weights."""
-    return bool(options.get('model_ema') and not options.get('model_ema_force_cpu'))
 
 
 def check_same_images(sides: Sequence[Side]) -> None:

@@ -1,19 +1,15 @@
-"""Evaluate a classification model: `tools/eval_imagenet.py`, `moe-zoo eval-imagenet`.
+"""Evaluate a classification model: accuracy (overall, by class, on ReaL labels), calibration, cost, speed, expert use.
 
-Accuracy (overall, by class, on ReaL labels), calibration, cost, throughput and expert use. The figures are those of
-timm's validate.py on the same weights and batches, to its last digit.
+The accuracy is that of timm's validate.py on the same weights and batches, to its last digit.
 """
 import argparse
 import contextlib
-import csv
-import json
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Union
 
 import timm
 import torch
-from rich.console import Console
 from timm import utils
 from timm.data import resolve_data_config, resolve_input_data_config
 from timm.models import is_model
@@ -22,11 +18,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..data.random_state import iterate_apart
-from ..errors import InputError, atomic_write, counted, exit_on_input_error
+from ..errors import InputError, counted
 from ..layers import RoutedLayer
 from .build import mixed_precision, model_keywords, open_device
 from .checkpoint import classes_in, find_weights, read_checkpoint
-from .config import load_config, parse_command_line, parse_overrides
+from .config import load_config, parse_overrides
 from .data import LEFT_OUT, CheckedImages, class_list, class_names, create_loaders, holds_out, settle_num_classes
 from .inference import known_classes, load_model, open_evaluation, readable, recipe_of
 from .labels import CLASSES, read_real_labels, real_labels_of
@@ -34,7 +30,6 @@ from .log import Reporter
 from .metrics import BINS, accuracy_by_class, calibration, real_accuracy
 from .outcomes import OutcomeLog
 
-SHOWN = 5  # classes of the worst and of the best
 COUNTED = 16  # images whose MACs are counted as executed
 
 
@@ -163,11 +158,7 @@ def evaluate(
             crop for tests.
 
     Returns:
-        model, data (its name), images, top1, top5, loss, parameters, active_parameters, macs (at most, of one image),
-        macs_executed (mean of the first `COUNTED` images), usage (layer name to the figures of
-        `moe_zoo.analysis.measure_usage`), corrupt (paths of skipped images), classes (rows of
-        `metrics.accuracy_by_class`), calibration, real (None without labels), input (what images were made of),
-        throughput and outcomes (`moe_zoo.engine.outcomes.Outcomes`).
+        What `figures` returns, and usage (layer name to the figures of `moe_zoo.analysis.measure_usage`).
 
     Raises:
         InputError: Something that was given cannot be used.
@@ -186,22 +177,51 @@ def evaluate(
         raise InputError(f'--real-labels are of {CLASSES:,} classes, and {args.model!r} has {model.num_classes:,}.')
     data_config = _input(args, model, recipe, as_trained)
     loader = create_loaders(args, data_config, None, dataset, device).eval
-    found, log, watch = _run(args, model, loader, device)
-    corrupt = report_corrupt(reporter, dataset)
-    outcomes = log.finish(dataset, {'model': args.model, 'data': data_name(args, dataset), 'split': args.val_split})
+    found = figures(args, model, dataset, loader, data_config, reporter, labels, bins)
+    return {**found, 'usage': _usage(model, loader) if usage else {}}
+
+
+def figures(
+        args: argparse.Namespace,
+        model: nn.Module,
+        dataset: Dataset,
+        loader: Any,
+        data_config: Mapping[str, Any],
+        reporter: Reporter,
+        labels: Optional[Sequence[Sequence[int]]] = None,
+        bins: int = BINS,
+) -> Dict[str, Any]:
+    """Everything that one pass over the images tells.
+
+    Returns:
+        model, data (its name), images, top1, top5, loss, parameters, active_parameters, macs (at most, of one image),
+        macs_executed (mean of the first `COUNTED` images), uncounted (operators), corrupt (paths of skipped images),
+        classes (rows of `metrics.accuracy_by_class`), calibration, real (None without labels), input (size and crop of
+        the images), as_trained (whether training evaluates with these), throughput, and outcomes
+        (`moe_zoo.engine.outcomes.Outcomes`).
+    """
+    device = torch.device(args.device)
+    autocast, _ = mixed_precision(args, device)
+    log, begun = OutcomeLog(args.rank, args.world_size), time.perf_counter()
+    with Stopwatch(model, device) as watch:
+        found = evaluate_loader(model, loader, ClassificationEvaluator(device=device), args, device, autocast, log)
+    seconds = time.perf_counter() - begun
+    name = data_name(args, dataset)
+    outcomes = log.finish(dataset, {'model': args.model, 'data': name, 'split': args.val_split})
+    names = [readable(each) for each in class_list(class_names(dataset), model.num_classes)]
     return {
         'model': args.model,
-        'data': data_name(args, dataset),
+        'data': name,
         'images': len(outcomes),
-        **{name: found[name] for name in ('top1', 'top5', 'loss')},
+        **{key: found[key] for key in ('top1', 'top5', 'loss')},
         **_costs(model, watch.sample),
-        'usage': _usage(model, loader) if usage else {},
-        'corrupt': corrupt,
-        'classes': accuracy_by_class(outcomes, _names(dataset, model.num_classes)),
+        'corrupt': report_corrupt(reporter, dataset),
+        'classes': accuracy_by_class(outcomes, names),
         'calibration': calibration(outcomes, bins),
         'real': real_accuracy(outcomes, real_labels_of(outcomes.images, labels)) if labels is not None else None,
         'input': data_config,
-        'throughput': _throughput(args, found['seconds'], len(outcomes), watch),
+        'as_trained': data_config == resolve_data_config(vars(args), model=model),
+        'throughput': _throughput(args, seconds, len(outcomes), watch),
         'outcomes': outcomes,
     }
 
@@ -246,15 +266,6 @@ def _input(args: argparse.Namespace, model: nn.Module, recipe: Mapping[str, Any]
         raise InputError(f'The images cannot be made for {args.model!r}: {error}') from error
 
 
-def _run(args: argparse.Namespace, model: nn.Module, loader: Any, device: torch.device) -> tuple:
-    """The figures of all images with the seconds that they took, what became of each, and the times of the model."""
-    autocast, _ = mixed_precision(args, device)
-    log, begun = OutcomeLog(args.rank, args.world_size), time.perf_counter()
-    with Stopwatch(model, device) as watch:
-        found = evaluate_loader(model, loader, ClassificationEvaluator(device=device), args, device, autocast, log)
-    return {**found, 'seconds': time.perf_counter() - begun}, log, watch
-
-
 def _costs(model: nn.Module, sample: torch.Tensor) -> Dict[str, Any]:
     from ..analysis.cost import count
     bound, ran = count(model, sample[:1]), count(model, sample)
@@ -277,10 +288,6 @@ def _usage(model: nn.Module, loader: Any) -> Dict[str, Any]:
     return measure_usage(model, loader) if routes else {}
 
 
-def _names(dataset: Dataset, num_classes: int) -> List[str]:
-    return [readable(name) for name in class_list(class_names(dataset), num_classes)]
-
-
 def data_name(args: argparse.Namespace, dataset: Dataset) -> str:
     """What was evaluated on: the digits, the folder of the images, or timm's name with the split."""
     if args.dataset == 'digits':
@@ -292,122 +299,6 @@ def data_name(args: argparse.Namespace, dataset: Dataset) -> str:
     return f'{args.dataset}, {args.val_split}'
 
 
-# ---- command line
-
-EXAMPLES = """examples:
-  eval-imagenet --checkpoint output/train/RUN/last.pth.tar --data-dir DIR      a run, by its own recipe
-  eval-imagenet --model resnet50 --pretrained --data-dir IMAGENET              any model of timm
-  eval-imagenet --model resnet50 --checkpoint FILE --data-dir DIR --class-map imagenet_class_index.json
-  eval-imagenet --model resnet50 --pretrained --data-dir IMAGENET --real-labels real.json
-  eval-imagenet --record output/train/RUN --data-name CIFAR-10                 a run's result, on the model's card
-Options of the recipe are those of train-imagenet: val_split=test batch_size=64 device=cpu crop_pct=0.95.
-Folders are synsets (any part of the thousand) or, as in ImageNet V2, numbers from 0 to 999."""
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line; everything of a recipe is `key=value`."""
-    result = argparse.ArgumentParser(
-        description='Accuracy (overall, by class, on ReaL labels), calibration, cost, throughput and expert use of a '
-                    'classification model.',
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = result.add_argument
-    add('--config', '-c', metavar='FILE', help='recipe; by default that of the checkpoint')
-    add('--model', metavar='NAME', help='any model of timm or moe_zoo; by default that of the checkpoint')
-    add('--pretrained', action='store_true', help="take the model's published weights")
-    add('--checkpoint', metavar='FILE', help='weights of this tool, of timm, or .safetensors')
-    add('--use-ema', action='store_true', help='take the averaged weights of the checkpoint')
-    add('--data-dir', metavar='DIR', help='folder with a folder for the split, or of class folders')
-    add('--class-map', metavar='FILE', help="index of every class folder: timm's .txt or a class-index .json")
-    add('--real-labels', metavar='FILE', help='real.json of google-research/reassessed-imagenet')
-    add('--bins', type=int, default=BINS, metavar='N', help=f'bins of the calibration error (default {BINS})')
-    add('--strict-data', action='store_true', help='refuse corrupt images instead of skipping them')
-    add('--no-usage', action='store_true', help='leave out the second pass that measures expert use')
-    add('--json', metavar='OUT', help='also write the figures to this file')
-    add('--csv', metavar='OUT', help='also write accuracy by class to this file')
-    add('--outcomes', metavar='OUT', help='also write what became of every image, for moe-zoo compare')
-    add('--record', metavar='RUN', action='append',
-        help='enter a finished run (the folder of its seeds, or several) into the card of its model')
-    add('--data-name', metavar='NAME', help='with --record: what the data are called on the card')
-    add('options', nargs='*', metavar='key=value', help='options that win over the recipe')
-    return result
-
-
-@exit_on_input_error
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command line; returns the exit code."""
-    flags, overrides = parse_command_line(argv, parser())
-    if flags.record:
-        from .record import main as record
-        return record(flags, overrides)
-    for name in ('model', 'pretrained', 'class_map'):
-        if getattr(flags, name):
-            overrides[name] = getattr(flags, name)
-    result = evaluate(flags.config, overrides, checkpoint=flags.checkpoint, use_ema=flags.use_ema,
-                      strict_data=flags.strict_data, usage=not flags.no_usage, real_labels=flags.real_labels,
-                      bins=flags.bins)
-    out = Console(highlight=False, soft_wrap=True)
-    for line in describe(result):
-        out.print(line, markup=False)
-    _write(result, flags)
-    return 0
-
-
-def describe(result: Mapping[str, Any]) -> List[str]:
-    """What `evaluate` found, as lines to print."""
-    from ..analysis.usage import usage_table
-    found = f'top-1 {result["top1"]:.2f} %, top-5 {result["top5"]:.2f} %, loss {result["loss"]:.4f}'
-    cut, speed = result['input'], result['throughput']
-    lines = [
-        f'{result["model"]}: {found} on {counted(result["images"], "image")} of {result["data"]}',
-        f'images: {" x ".join(map(str, cut["input_size"]))}, crop {cut["crop_pct"]:g} ({cut["crop_mode"]}),'
-        f' {cut["interpolation"]}, mean {_triple(cut["mean"])}, std {_triple(cut["std"])}',
-        f'calibration error {result["calibration"]["error"]:.2f} points (ECE, {result["calibration"]["bins"]} bins of'
-        ' equal width)',
-    ]
-    if result['real']:
-        real = result['real']
-        lines.append(f'ReaL labels: top-1 {real["top1"]:.2f} %, top-5 {real["top5"]:.2f} % on the'
-                     f' {counted(real["images"], "image")} that have any')
-    ranked = sorted(result['classes'], key=lambda row: row['top1'])
-    if len(ranked) > 1:
-        lines += [f'{what} classes: {"; ".join(map(_class, rows))}' for what, rows in (
-            ('worst', ranked[:SHOWN]), ('best', ranked[::-1][:SHOWN]))]
-    rate = speed['model_images_per_second']
-    lines += [
-        f'{result["parameters"]:,} parameters, of which {result["active_parameters"]:,} work on one item;'
-        f' at most {result["macs"]:,} MACs an image, {result["macs_executed"]:,.0f} executed',
-        f'{speed["images_per_second"]:.1f} images a second, {rate:.1f} in the model alone'
-        f' ({rate * result["macs_executed"] / 1e9:.1f} billion MACs a second), in batches of {speed["batch_size"]} on'
-        f' {counted(speed["machine"]["threads"], "thread")} of {speed["machine"]["device"]}',
-    ]
-    if result['uncounted']:
-        lines.append(f'not counted: {", ".join(result["uncounted"])}')
-    return [*lines, usage_table(result['usage'])] if result['usage'] else lines
-
-
-def _triple(values: Sequence[float]) -> str:
-    return ' '.join(f'{value:g}' for value in values)
-
-
-def _class(row: Mapping[str, Any]) -> str:
-    return f'{row["name"]} {row["top1"]:.0f} % of {row["images"]}'
-
-
-def _write(result: Mapping[str, Any], flags: argparse.Namespace) -> None:
-    """The files that were asked for."""
-    if flags.json:
-        figures = {key: value for key, value in result.items() if key != 'outcomes'}
-        figures['usage'] = [usage.as_dict() for usage in result['usage'].values()]
-        with atomic_write(flags.json) as temporary:
-            temporary.write_text(json.dumps(figures, indent=1) + '\n')
-    if flags.csv:
-        with atomic_write(flags.csv) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
-            writer = csv.DictWriter(file, list(result['classes'][0]))
-            writer.writeheader()
-            writer.writerows(result['classes'])
-    if flags.outcomes:
-        result['outcomes'].write(flags.outcomes)
-
-
-if __name__ == '__main__':
-    raise SystemExit(main())
+def averaged(options: Mapping[str, Any]) -> bool:
+    """Whether a run with these options tells of the moving average of its weights."""
+    return bool(options.get('model_ema') and not options.get('model_ema_force_cpu'))
