@@ -6,6 +6,7 @@ import pytest
 
 from moe_zoo.analysis.charts import (
     WIDTH,
+    Mark,
     curves,
     estimates,
     expert_colour,
@@ -18,6 +19,7 @@ from moe_zoo.analysis.charts import (
     share_bars,
     strips,
     ticks,
+    trade_offs,
 )
 from moe_zoo.errors import InputError
 
@@ -204,3 +206,73 @@ def test_a_way_lies_on_its_cells_in_the_colours_of_its_experts():
     assert dots == [(side / 2, side / 2, expert_colour(1)), (1.5 * side, 1.5 * side, expert_colour(1)),
                     (2.5 * side, 1.5 * side, expert_colour(0)), (side / 2, side / 2, 'none')]  # the ring at the start
     assert words(svg) == ['b', 'depth', 'semantics']  # edges is not on the way
+
+
+def test_trade_offs_differ_in_shape_and_fill_and_join_twins():
+    marks = [Mark('moe', 10, 80, 0, x_range=(9, 12), y_half=1.), Mark('dense', 8, 79, 0, True), Mark('other', 9, 70, 1)]
+    svg = trade_offs(marks, [(1, 0)], ['moe', 'other'], 'million MACs', 'accuracy, %')
+    shapes = drawn(svg, 'path')
+    assert len(shapes) == 3 + 2  # and the legend
+    moe, dense, other = shapes[:3]
+    assert moe.get('d') == dense.get('d') != other.get('d') and moe.get('stroke') == dense.get('stroke')
+    assert moe.get('fill') == moe.get('stroke') and dense.get('fill') == 'var(--card)'
+    assert moe.find(SVG + 'title').text == 'moe: 10, 80.0'
+    x, y = (float(number) for number in re.fullmatch(r'translate\((\S+) (\S+)\)', moe.get('transform')).groups())
+    joint, = [line for line in drawn(svg, 'line') if line.get('stroke-dasharray')]
+    assert (float(joint.get('x2')), float(joint.get('y2'))) == (x, y)
+    across, upright = [line for line in drawn(svg, 'line') if line.get('stroke') == 'var(--expert-0)'
+                       and not line.get('stroke-dasharray')]
+    assert float(across.get('x1')) < x < float(across.get('x2')) and across.get('y1') == across.get('y2') == f'{y:.1f}'
+    assert float(upright.get('y1')) - y == pytest.approx(y - float(upright.get('y2')), abs=.11)
+    assert {'million MACs', 'accuracy, %', 'moe', 'other'} <= set(words(svg))
+
+
+@pytest.mark.parametrize('most, logarithmic', [(30, False), (31, True)])
+def test_trade_offs_are_logarithmic_where_costs_are_far_apart(most, logarithmic):
+    middle = 17.6  # about the geometric mean of 10 and 31, far from their arithmetic mean
+    svg = trade_offs([Mark('', x, 50, 0) for x in (10, middle, most)], [], ['a'], 'x', 'y')
+    places = [float(re.match(r'translate\((\S+) ', path.get('transform'))[1]) for path in drawn(svg, 'path')[:3]]
+    share = (places[1] - places[0]) / (places[2] - places[0])
+    assert share == pytest.approx(.5 if logarithmic else (middle - 10) / (most - 10), abs=.01)
+
+
+def test_one_point_still_has_an_axis_with_different_numbers():
+    svg = trade_offs([Mark('a', 5, 33.3, 0)], [], ['a'], 'x', 'y')
+    numbers = [word for word in words(svg) if re.fullmatch(r'\d\d\.\d', word or '')]
+    assert len(numbers) >= 2 and len(set(numbers)) == len(numbers)
+
+
+def test_trade_offs_refuse_what_is_no_cost():
+    with pytest.raises(InputError, match='at least one point, and costs above 0'):
+        trade_offs([Mark('a', 0, 1, 0)], [], ['a'], 'x', 'y')
+    with pytest.raises(InputError, match='at least one point'):
+        trade_offs([], [], [], 'x', 'y')
+
+
+def test_forty_series_differ():
+    svg = trade_offs([Mark('', 1, 1, n) for n in range(40)], [], [], 'x', 'y')
+    assert len({(path.get('d'), path.get('stroke')) for path in drawn(svg, 'path')}) == 40
+
+
+def test_dashed_curves_keep_the_colour_of_their_series_and_reach_the_span():
+    lines = [('moe', [(1, .97), (2, .99)]), ('dense', [(1, .98), (2, .99)])]
+    svg = curves(lines, 'epochs', 'evenness', '{:.2f}', log=False, series=[3, 3], dashed=[1], span=(.5, 1.))
+    moe, dense = drawn(svg, 'polyline')
+    assert moe.get('stroke') == dense.get('stroke') == expert_colour(3)
+    assert moe.get('stroke-dasharray') is None and dense.get('stroke-dasharray')
+    assert '0.40' in words(svg)  # the tick that encloses .5
+    filled, hollow = drawn(svg, 'rect')
+    assert filled.get('fill') == expert_colour(3) and hollow.get('fill') == 'none'
+
+
+def test_long_curves_have_no_dots():
+    assert len(drawn(curves([('a', [(n, n) for n in range(1, 41)])], 'x', 'y'), 'circle')) == 40
+    assert not drawn(curves([('a', [(n, n) for n in range(1, 42)])], 'x', 'y'), 'circle')
+
+
+def test_a_heat_map_of_many_columns_names_some_and_shows_numbers_beside_the_pointer():
+    svg = heat_map(['layer'], [str(n) for n in range(64)], [[1.] * 63 + [None]])
+    cells = drawn(svg, 'rect')
+    assert len(cells) == 63 and cells[5].find(SVG + 'title').text == 'layer, 5: 1'
+    # 440 - 67.5 units for 64 columns are 5.8 each: every fourth is named
+    assert [word for word in words(svg) if word != 'layer'] == [str(n) for n in range(0, 64, 4)]

@@ -1,11 +1,12 @@
 """The page writer: whole, self-contained, escaped, honest about what is still to come, never half-written."""
 import base64
+import json
 import re
 from html.parser import HTMLParser
 
 import pytest
 
-from moe_zoo.analysis.page import Figure, Page, Section, Stats, Table, duration
+from moe_zoo.analysis.page import Data, Figure, Page, Section, Sorted, Stats, Table, duration
 from moe_zoo.errors import InputError
 
 VOID = {'meta', 'link', 'img', 'input', 'br', 'path', 'circle', 'rect'}
@@ -152,3 +153,40 @@ def test_writing_renames_into_place_and_a_failure_keeps_the_old_page(tmp_path):
         page_of(3.5).write(path)
     assert 'first' in path.read_text(encoding='utf-8')
     assert [p.name for p in path.parent.iterdir()] == ['index.html']
+
+
+def test_a_table_of_groups_brings_its_script_and_says_what_to_sort_by():
+    table = Table(['run', 'MACs', 'epochs', 'note'], [
+        ['a', Sorted('4.09 G\n1.2 × its twin', 4.09e9), 12, 'x'], ['b', Sorted('830 M', 8.3e8), None, None]],
+        groups=[['vmoe'], ['dense', 'vmoe & <co>']], group_label='Family')
+    html = page_of(table).html()
+    checker = Checker(html)
+    keys = [cell.get('data-key') for cell in checker.all('td')]
+    assert keys == ['4090000000.0', '12', None, '830000000.0', None, None]
+    assert [row.get('data-groups') for row in checker.all('tr')] == [None, 'vmoe', 'dense|vmoe & <co>']
+    assert '<div class="sortable" data-label="Family">' in html and '<small>1.2 × its twin</small>' in html
+    assert html.count('<script>') == 1 and '<body class="wide">' in html
+    assert '<button' not in html and '<input' not in html  # which only the script brings: nothing that does nothing
+    plain = page_of(Table(table.columns, table.rows)).html()
+    assert '<script' not in plain and 'data-key' not in plain and '<body>' in plain
+
+
+def test_groups_are_one_for_each_row():
+    with pytest.raises(InputError, match='groups: there are 1 of them for 2 rows'):
+        Table(['a'], [['x'], ['y']], groups=[['g']])
+
+
+def test_numbers_can_be_taken_away():
+    content = {'a <b>': [1, .5, None]}
+    figure = Figure('<svg fill="currentColor"></svg>', 'a chart', 'A chart.', Data('chart.json', content))
+    links = Checker(page_of(figure, Data('all "it".json', content)).html()).all('a')
+    links = [link for link in links if 'download' in link]
+    assert [link['download'] for link in links] == ['chart.json', 'all "it".json']
+    for link in links:
+        head, _, data = link['href'].partition(',')
+        assert head == 'data:application/json;base64' and json.loads(base64.b64decode(data)) == content
+
+
+def test_a_finished_page_that_was_not_timed_says_nothing_of_progress():
+    text = ' '.join(Checker(page_of(status='done').html()).text)
+    assert 'parts finished' not in text and 'done' not in text
