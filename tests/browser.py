@@ -204,6 +204,12 @@ class Tab:
         """Write into what has the focus."""
         self.call('Input.insertText', text=text)
 
+    def press(self, key: str) -> None:
+        """Press and release a key on what has the focus: 'Enter' or ' ', which buttons answer to."""
+        text = {'Enter': '\r'}.get(key, key)
+        self.call('Input.dispatchKeyEvent', type='keyDown', key=key, text=text, windowsVirtualKeyCode=ord(text))
+        self.call('Input.dispatchKeyEvent', type='keyUp', key=key, windowsVirtualKeyCode=ord(text))
+
     def download(self, selector: str, number: int = 0) -> bytes:
         """Click a link and return the file that it gives the reader."""
         before = set(self.browser.downloads)

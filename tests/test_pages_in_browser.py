@@ -63,6 +63,42 @@ def reproduce(folder, repository, patch):
     return write_page(folder)
 
 
+@page
+def report(folder, repository, patch):
+    """Six models of chosen numbers on two data sets, and a folder that is no finished run."""
+    from run_files import epochs, iterations, write_classifier, write_detector
+
+    from moe_zoo.analysis.report_page import report_page
+    from moe_zoo.analysis.runs import read_runs
+    runs = folder / 'runs'
+    for seed, score in ((0, 81.), (1, 83.)):  # 82 ± 1.41
+        write_classifier(runs / 'vit' / f'seed{seed}', epochs(70., score, **{'blocks.9.mlp': [.8, .9]}), seed=seed)
+        write_classifier(runs / 'vit' / f'seed{seed}' / 'twin', epochs(60., score - 3), model='vit_small_patch16_224',
+                         seed=seed)
+    write_classifier(runs / 'mixed_with_a_long_name', epochs(50., 90., fc=[.9, 1.]), model='condconv_resnet18')
+    write_classifier(runs / 'dense', epochs(50., 9.5), model='resnet18')
+    write_classifier(runs / 'unfinished', epochs(50.), epochs=9)
+    write_detector(runs / 'cells', iterations((.5, .5), (.25, .75)), {'bbox': {'AP': 33., 'AP50': 50.}})
+    plain = [{'iteration': n, 'total_loss': 3. - n / 50} for n in (19, 39)]
+    write_detector(runs / 'cells_dense', plain, {'bbox': {'AP': 31.}}, stages=())
+    found = read_runs([runs])
+    for number, run in enumerate(found.runs):
+        run.measured = measured_by_hand(run, number + 1) if run.name != 'dense' else None
+    report_page(found, [('Written by', 'a test')]).write(folder / 'index.html')
+    return folder / 'index.html'
+
+
+def measured_by_hand(run, number):
+    from moe_zoo.analysis.runs import LayerUse, Measured
+    share = (.4, .3, .1, .1, .05, .05, 0., 0.)
+    layers = tuple(LayerUse(f'blocks.{n}.with_a_long_name.mlp', share, share, .7, .02, (6, 7)) for n in range(12))
+    cost = 10. ** (12 - number)
+    return Measured(
+        4, (3, 224, 224), 1000 * number, 500 * number, cost, cost, cost / 20, (), layers if run.routed else (),
+        tuple(number / 1000 * f for f in (.9, 1., 1.1)), 'one', {
+            'device': 'a chip', 'cores': 2, 'threads': 1, 'load': .5, 'torch': '2', 'timm': '1'})
+
+
 SLOW = ('demo', 'object_sizes')
 every_page = pytest.mark.parametrize(
     'name', [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in PAGES])
@@ -148,6 +184,93 @@ def test_links_lead_to_their_parts(browser, made, name, width):
             }})()""")
             assert tab.evaluate('location.hash') == link
             assert top < 900 and bottom > 0, f'{link} is not in the window'
+
+
+@every_page
+def test_what_can_be_saved_is_json(browser, made, name):
+    with browser.open(made(name)) as tab:
+        names = tab.evaluate('[...document.querySelectorAll("a[download]")].map(a => a.download)')
+        assert len(names) == len(set(names))
+        for number, file in enumerate(names):
+            content = json.loads(tab.download('a[download]', number), parse_constant=pytest.fail)
+            assert content and file.endswith('.json')
+        assert tab.problems == [] and tab.requests == []
+
+
+# ---- what moves on the page of a report
+
+ROWS = '[...document.querySelector(".sortable tbody").rows]'
+
+
+def shown(tab):
+    """Names of the runs in the table, from top to bottom, without the hidden ones."""
+    return tab.evaluate(f'{ROWS}.filter(r => r.offsetHeight).map(r => r.cells[0].firstChild.textContent)')
+
+
+def test_every_figure_of_a_report_has_its_numbers(browser, made):
+    with browser.open(made('report')) as tab:
+        links = '.map(figure => figure.querySelectorAll("a[download]").length)'
+        saved = tab.evaluate(f'[...document.querySelectorAll("figure")]{links}')
+        assert len(saved) >= 12 and set(saved) == {1}  # 2 data sets: costs and curves; of each mixture use and balance
+        assert 'runs.json' in tab.evaluate('[...document.querySelectorAll("a[download]")].map(a => a.download)')
+
+
+@every_width
+def test_a_report_sorts_by_every_column(browser, made, width):
+    with browser.open(made('report'), width) as tab:
+        before = shown(tab)
+        assert len(before) == 6
+        columns = tab.evaluate('[...document.querySelectorAll(".sortable")[0].querySelectorAll("thead th")].length')
+        for column in range(columns):
+            seen = []
+            for _ in range(2):
+                tab.click('.sortable thead button', column)
+                direction, cells = tab.evaluate(f"""[
+                    document.querySelectorAll('.sortable thead th')[{column}].getAttribute('aria-sort'),
+                    {ROWS}.map(r => r.cells[{column}])
+                        .map(c => c.dataset.key ? Number(c.dataset.key) : c.firstChild.textContent)
+                ]""")
+                there = [cell for cell in cells if cell != '–']
+                assert cells == there + ['–'] * (len(cells) - len(there)), 'what is missing comes last'
+                assert there == sorted(there, reverse=direction == 'descending')
+                assert sorted(shown(tab)) == sorted(before)
+                seen.append(direction)
+            assert sorted(seen) == ['ascending', 'descending']
+            assert tab.evaluate('document.querySelectorAll(".sortable")[0].querySelectorAll("[aria-sort]").length') == 1
+        assert tab.problems == []
+
+
+def test_the_first_click_on_a_number_puts_the_largest_on_top(browser, made):
+    with browser.open(made('report')) as tab:
+        tab.click('.sortable thead button', 1)  # 90, 82, 79, 33, 31 and 9.5, which letters would put first
+        assert shown(tab) == ['mixed_with_a_long_name', 'vit', 'vit/twin', 'cells', 'cells_dense', 'dense']
+        tab.evaluate('document.querySelector(".sortable thead button").focus()')
+        tab.press('Enter')
+        assert shown(tab) == ['cells', 'cells_dense', 'dense', 'mixed_with_a_long_name', 'vit', 'vit/twin']
+
+
+@every_width
+def test_a_report_filters_by_words_and_by_family(browser, made, width):
+    def count():
+        return tab.evaluate('document.querySelector(".sortable output").textContent')
+
+    with browser.open(made('report'), width) as tab:
+        assert count() == '6 of 6 shown'
+        tab.click('.sortable input')
+        tab.type('VIT patch16')  # both words, whatever their case
+        assert shown(tab) == ['vit/twin'] and count() == '1 of 6 shown'
+        tab.type(' nothing of the kind')
+        assert shown(tab) == [] and count() == '0 of 6 shown'
+        tab.evaluate('document.querySelector(".sortable input").select()')
+        tab.type('res')
+        assert set(shown(tab)) == {'mixed_with_a_long_name', 'dense'}
+        tab.evaluate("""(() => {
+            const choice = document.querySelector('.sortable select');
+            choice.value = 'condconv';
+            choice.dispatchEvent(new Event('change', {bubbles: true}));
+        })()""")
+        assert 'mixed_with_a_long_name' in shown(tab) and 'vit' not in shown(tab)
+        assert cut_off(tab, width) == [] and tab.problems == []
 
 
 # ---- what is checked can fail

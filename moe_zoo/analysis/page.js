@@ -10,7 +10,8 @@ for (const box of document.querySelectorAll('.sortable')) {
   };
 
   const value = (row, column) => {
-    const cell = row.cells[column], text = cell.textContent.trim();
+    const cell = row.cells[column], lines = [...cell.childNodes].filter(node => node.tagName !== 'SMALL');
+    const text = lines.map(node => node.textContent).join('').trim();
     return cell.dataset.key !== undefined ? Number(cell.dataset.key) : text === '–' ? null : text;
   };
   const sort = (column, down) => rows
