@@ -359,7 +359,7 @@ def check_tool(name: str, arguments: list[str], monkeypatch) -> None:
         pytest.importorskip('detectron2')
     if name == 'run':
         check_run(arguments)
-    elif name in CHEAP and not {'--weights', '--config-file', '--record'} & set(arguments):
+    elif name in CHEAP and not {'--weights', '--config-file', '--record', '--times'} & set(arguments):
         assert cli.main([name, *arguments]) == 0
     else:
         stop_after_reading(monkeypatch)
