@@ -139,6 +139,7 @@ class ExpertMlps(RoutedLayer):
         self.group_images = group_images
         self.group_size = group_size
         self.bfloat16_dispatch = bfloat16_dispatch
+        self.exchange = None  # an `ExpertExchange` where other processes hold some of the experts
         bias = to_2tuple(bias)
         drop = to_2tuple(drop)
         self.glu = glu

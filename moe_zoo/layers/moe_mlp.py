@@ -204,6 +204,8 @@ class MoEMlp(ExpertMlps):
             kept = routing.kept if kept is None else routing.kept & kept
         routing = routing._replace(kept=kept, shape=tuple(x.shape[:-1]), group_size=group_size)
         record(self, routing)
+        if self.exchange is not None:
+            return dispatch_sorted(tokens, routing, functools.partial(self.exchange.run, run=self.run_experts))
         if not wants_static_shapes(tokens):
             return dispatch_sorted(tokens, routing, self.run_experts)
         if routing.kept is None:

@@ -4,7 +4,7 @@ Letters: B images, D width, T routed tokens (of the whole batch), E experts, G g
 expert has in a group.
 """
 import math
-from typing import Mapping, Optional, Sequence, Tuple, Type, Union
+from typing import List, Mapping, Optional, Sequence, Tuple, Type, Union
 
 import torch
 from timm.layers import register_notrace_module
@@ -106,11 +106,19 @@ class SoftMoEMlp(ExpertMlps):
         dispatch = torch.softmax(reading.reshape(G, S, E * P), dim=1).to(tokens.dtype)
         x = torch.bmm(dispatch.transpose(1, 2), self._round(tokens).reshape(G, S, self.in_features))
         x = x.reshape(G, E, P, self.in_features).transpose(0, 1).reshape(E, G * P, self.in_features)
-        y = self.run_stacked(x)
+        if self.exchange is None:
+            y = self.run_stacked(x)
+        else:
+            y = torch.stack(self.exchange.run(list(x.unbind(0)), self._run_chunks))
         y = y.reshape(E, G, P, self.out_features).transpose(0, 1).reshape(G, E * P, self.out_features)
         # The softmax over all slots is that over the experts times that over the slots of each.
         combine = (weights.unsqueeze(-1) * torch.softmax(slot_logits, dim=-1)).reshape(G, S, E * P).to(y.dtype)
         return torch.bmm(combine, y).flatten(0, 1).to(tokens.dtype)
+
+    @torch.jit.unused
+    def _run_chunks(self, chunks: List[torch.Tensor]) -> List[torch.Tensor]:
+        """One tensor (C, D) an expert, all of one length, to one (C, out_features) each."""
+        return list(self.run_stacked(torch.stack(chunks)).unbind(0))
 
     def max_macs(self, input_shape: Sequence[int]) -> int:
         """Slot logits, both mixtures, and every slot of every group through its expert; biases are free."""

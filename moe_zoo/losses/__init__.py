@@ -4,6 +4,7 @@ from typing import Callable, Dict, Optional, Sequence
 import torch
 
 from ..errors import InputError, nearest
+from ..routing.exchange import gather_routing
 from ..routing.types import Routing
 from .affinity import affinity_loss, gate_entropy_loss
 from .balance import (
@@ -78,6 +79,7 @@ TARGET_LOSSES: Dict[str, Callable[[Routing, torch.Tensor], torch.Tensor]] = {
 def auxiliary_losses(
         routings: Sequence[Routing],
         target: Optional[torch.Tensor] = None,
+        over_ranks: bool = False,
 ) -> Dict[str, torch.Tensor]:
     """The weighted auxiliary losses that the records ask for, summed over layers, by name.
 
@@ -85,6 +87,9 @@ def auxiliary_losses(
         routings: Records of one forward, each with its (name, weight) pairs in `losses`.
         target: (B,) classes or (B, classes) soft targets of the images, for records that ask for one of
             `TARGET_LOSSES`.
+        over_ranks: Take the statistics over the batches of all ranks of a distributed run, one after another, as one
+            process with the whole batch would, instead of over that of this rank; see `gather_routing`. Losses that
+            want the target are means over images, and stay those of the rank.
 
     Returns:
         Name to a differentiable scalar; empty where no layer asks for one. Their sum is added to the task loss.
@@ -94,8 +99,9 @@ def auxiliary_losses(
     """
     totals: Dict[str, torch.Tensor] = {}
     for routing in routings:
+        whole = gather_routing(routing) if over_ranks and routing.losses else routing
         for name, weight in routing.losses:
-            value = weight * _loss(name, routing, target)
+            value = weight * _loss(name, whole if name in LOSSES else routing, target)
             totals[name] = totals[name] + value if name in totals else value
     return totals
 

@@ -10,6 +10,7 @@ from .context import (
     trace_routing,
 )
 from .dispatch import dispatch_padded, dispatch_reference, dispatch_sorted
+from .exchange import ExpertExchange, gather_routing
 from .expert_routers import ExpertChoiceRouter, SoftRouter
 from .hierarchical import HierarchicalRouter
 from .notices import end_step, end_step_after_optimizer, set_epoch
@@ -30,6 +31,7 @@ __all__ = [
     'AnnealedSoftmaxRouter',
     'CosineTopKRouter',
     'ExpertChoiceRouter',
+    'ExpertExchange',
     'HierarchicalRouter',
     'NoisyTopKRouter',
     'Routing',
@@ -50,6 +52,7 @@ __all__ = [
     'dispatch_sorted',
     'end_step',
     'end_step_after_optimizer',
+    'gather_routing',
     'keep_chosen_by_experts',
     'keep_within_capacity',
     'linear_float32',
