@@ -97,6 +97,7 @@ DENSE = [  # deepmoe.md: the dense networks
     (CIFAR.format(56), dict(layers=(5, 5, 5)), '466,906', '69.12 M'),  # ResNet-32
     (CIFAR.format(56), {}, '855,770', '125.75 M'),
     (CIFAR.format(110), {}, '1,730,714', '253,149,824'),
+    ('deepmoe_vgg16_cifar_dense', {}, '14,724,042', '313,201,664'),  # which it does not state
 ]
 
 
@@ -160,21 +161,24 @@ def test_v_moe_costs_what_its_sheet_and_the_closed_form_say(case):
 
 # DeepMoE: the widened networks alone, without embedding and gates, which its sheet counts apart.
 
-WIDENED = [  # deepmoe.md; gated channels where it states them
+WIDENED = [  # deepmoe.md; with gated channels, in a basic block of twice the inner width 3/2 of those of a plain one
     ('deepmoe_narrow_resnet18', {}, '11,689,512', '1,814.07 M', 3_840),
     ('deepmoe_narrow_resnet34', {}, '21,797,672', '3,663.76 M', 7_552),
     ('deepmoe_narrow_resnet50', {}, '25,557,032', '4,089.18 M', 7_552),
     ('deepmoe_narrow_resnet50', dict(bottleneck='B'), '25,557,032', '4,089.18 M', 3_776),
     ('deepmoe_resnet50', {}, '68,883,240', '11,398.02 M', 15_104),
-    ('deepmoe_resnet18', dict(widen='all'), '45,618,216', '6,695.71 M', None),
-    ('deepmoe_resnet34', dict(widen='all'), '86,036,008', '14,094.46 M', None),
-    ('deepmoe_resnet50', dict(widen='all'), '97,953,576', '15,870.15 M', None),
+    ('deepmoe_resnet18', dict(widen='all'), '45,618,216', '6,695.71 M', 7_680),
+    ('deepmoe_resnet34', dict(widen='all'), '86,036,008', '14,094.46 M', 15_104),
+    ('deepmoe_resnet50', dict(widen='all'), '97,953,576', '15,870.15 M', 15_104),
     ('deepmoe_resnet56_cifar', dict(width=1), '855,770', '125.75 M', 2_016),
     ('deepmoe_resnet110_cifar', dict(width=1), '1,730,714', '253.15 M', 4_032),
-    ('deepmoe_resnet56_cifar', dict(layers=(3, 3, 3)), '540,410', '80.92 M', None),  # ResNet-20, inner channels twice
-    ('deepmoe_resnet56_cifar', dict(layers=(5, 5, 5)), '928,826', '137.54 M', None),  # ResNet-32
-    ('deepmoe_resnet56_cifar', {}, '1,705,658', '250.79 M', None),
-    ('deepmoe_resnet110_cifar', {}, '3,453,530', '505.59 M', None),
+    ('deepmoe_resnet56_cifar', dict(layers=(3, 3, 3)), '540,410', '80.92 M', 1_008),  # ResNet-20, inner channels twice
+    ('deepmoe_resnet56_cifar', dict(layers=(5, 5, 5)), '928,826', '137.54 M', 1_680),  # ResNet-32
+    ('deepmoe_resnet56_cifar', {}, '1,705,658', '250.79 M', 3_024),
+    ('deepmoe_resnet110_cifar', {}, '3,453,530', '505.59 M', 6_048),
+    # two that it does not state; 12 convolutions of VGG-16 after the stem, 64 + 2 * 128 + 3 * 256 + 6 * 512 channels
+    ('deepmoe_resnet18', {}, '22,678,824', '3,490,353,152', 5_760),
+    ('deepmoe_vgg16_cifar', dict(width=1), '14,724,042', '313,201,664', 4_160),
 ]
 
 
@@ -187,7 +191,7 @@ def test_gated_networks_cost_what_the_sheet_says(case):
     weights = sum(size(gate) for gate in gates)  # of linear maps without bias, a MAC each
     assert agrees(found.parameters - size(model.embedding) - weights, parameters)
     assert agrees(found.macs_max - found.by_module['embedding'] - weights, macs)
-    assert gated is None or weights == gated * model.num_classes
+    assert weights == gated * model.num_classes
     assert (found.active_parameters, found.macs_executed, found.uncounted) == (found.parameters, found.macs_max, {})
 
 
