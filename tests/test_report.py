@@ -102,6 +102,7 @@ def test_the_page_says_it_in_words_and_gives_the_numbers_away(page):
     assert points == {each.name: each.measured.macs_executed / 1e6 for each in found.runs}
     assert files['shades-loss.json']['small'] == [[row['step'], row['loss']] for row in run.curve]
     assert files['runs.json'][0]['measured']['macs_executed'] == run.measured.macs_executed
+    assert f'{quantity(run.measured.macs_executed)} MACs an image of 16 x 16 pixels' in text or run.mean() < twin.mean()
     figures = re.findall(r'<figure>.*?</figure>', (out / 'index.html').read_text(encoding='utf-8'), re.S)
     assert len(figures) == 6 and all('download=' in figure for figure in figures)
 
@@ -196,7 +197,7 @@ def test_the_analysis_of_a_run_is_on_the_page_and_a_broken_one_is_named(trained,
     text = text_of(tmp_path / 'out')
     assert 'What the experts of small do' in text and 'Which classes and images an expert serves.' in text
     assert 'beside this page' not in text  # that section names a file which is not there
-    assert f"'{folder / 'twin' / 'object_sizes.json'}' is no readable analysis" in text
+    assert f"'{folder / 'twin' / 'object_sizes.json'}' is no analysis that can be read" in text
     expected = json.loads((folder / 'experts' / 'experts.json').read_text())
     assert downloads(tmp_path / 'out')['small-analysis.json'] == expected
 
@@ -227,7 +228,8 @@ def test_dead_experts_are_counted_and_named(tmp_path):
     report_page(measured_run(tmp_path, layers=layers)).write(tmp_path / 'index.html')
     text = text_of(tmp_path)
     assert '1 of 5 experts are dead , in 1 of 2 layers.' in text  # channels are not counted among them
-    assert 'a fc 3 0.550 25.0 % 0.0 to 70.0 % 2' in text and 'a blocks.0 2 1.000 0.0 % 50.0 to 50.0 % none' in text
+    assert 'a fc 3 0.550 25.0 % 0.0 to 70.0 % expert 2' in text
+    assert 'a blocks.0 2 1.000 0.0 % 50.0 to 50.0 % none' in text
     assert downloads(tmp_path)['a-experts.json'] == {
         'fc': {'share': [.7, .3, 0.], 'dead': [2]}, 'blocks.0': {'share': [.5, .5], 'dead': []}}
 
@@ -240,7 +242,7 @@ def test_the_cheapest_of_each_accuracy_is_recommended_with_its_command(tmp_path)
     worse.measured = found.runs[0].measured
     report_page(type(found)([*found.runs, worse], [])).write(tmp_path / 'index.html')
     text = text_of(tmp_path)
-    assert 'the most accurate is Top-1 accuracy 100 or more a/twin 79.00 % 130 or more a 80.00 % To train' in text
+    assert 'from MACs most accurate Top-1 accuracy 100 a/twin 79.00 % 130 a 80.00 % To train' in text
     assert f'moe-zoo train-imagenet --config {tmp_path / "a" / "args.yaml"} experiment=again' in text
 
 
@@ -273,6 +275,7 @@ def test_a_detector_and_its_dense_twin(tmp_path, repository):
     runs = {run.name: run for run in found.runs}
     moe, dense = runs['moe'], runs['dense']
     assert moe.twin is dense and moe.family == 'moe' and dense.family == 'dense' and moe.dataset == 'scenes'
+    assert moe.parameters == moe.measured.parameters > dense.parameters  # which its folder does not tell
     assert moe.measured.images == 3 and moe.measured.input_size == (3, 64, 64)
     assert moe.measured.macs_executed > dense.measured.macs_executed > 0  # two of four experts run
     use, = moe.use

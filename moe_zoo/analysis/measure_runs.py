@@ -83,7 +83,7 @@ def measure_runs(
         for run in group:
             entry = known.get(_key(run))
             if entry and entry['stamp'] == stamps[run.name]:
-                run.measured = entry['measured']
+                _adopt(run, entry['measured'])
         missing = [run for run in group if run.measured is None]
         if missing:
             _measure_group(group, missing, reopen, say)
@@ -99,8 +99,16 @@ def recall(runs: Sequence[Run], kept: Path) -> None:
     """Give every run what was measured before, and nothing else."""
     known = _known(kept)
     for run in runs:
-        entry = known.get(_key(run), {})
-        run.measured = entry['measured'] if entry.get('stamp') == _stamp(run) else None
+        entry = known.get(_key(run))
+        if entry and entry['stamp'] == _stamp(run):
+            _adopt(run, entry['measured'])
+
+
+def _adopt(run: Run, measured: Measured) -> None:
+    run.measured = measured
+    for name in ('parameters', 'active_parameters', 'macs_max'):  # a detector's folder does not tell
+        if getattr(run, name) is None:
+            setattr(run, name, getattr(measured, name))
 
 
 def _measure_group(
@@ -116,7 +124,7 @@ def _measure_group(
             say(f'{run.name}: measuring' if run in missing else f'{run.name}: timing again beside the new ones')
             opened[run.name] = _reopened(run, reopen)
             if run in missing:
-                run.measured = measure(opened[run.name])
+                _adopt(run, measure(opened[run.name]))
         except (InputError, OSError, RuntimeError) as error:  # RuntimeError: torch's, of weights that do not fit
             run.problems.append(f'it was not measured: {" ".join(str(error).split())}')
             opened.pop(run.name, None)

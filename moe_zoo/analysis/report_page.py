@@ -8,6 +8,7 @@ Letters: E experts.
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Optional
 
 from ..errors import counted
@@ -29,6 +30,9 @@ COSTS = (
     '**MACs** are multiply-adds of one image, those that ran: routers, chosen experts and all the rest, counted on '
     'evaluation images at the size that the run uses. **Time** is that of one image, forward, in the median; models '
     'took turns on one machine, so that their ratios are worth more than the milliseconds.')
+LEARNING = (
+    'Auxiliary losses are part of the loss of a mixture, so that it may lie above that of its twin. Curves of several '
+    'seeds are their mean.')
 BALANCE = (
     "**Evenness** is the entropy of the experts' shares over its largest value: 1 where all are used alike, 0 where "
     'one does everything. An expert is **dead** when it carries less than 1 % of the weight (with more than ten '
@@ -44,13 +48,10 @@ def report_page(found: Found, facts: Sequence[tuple[str, str]] = ()) -> Page:
     """
     runs, groups = found.runs, _by_data(found.runs)
     broken: list[str] = []
-    sections = [_all_runs(runs)]
-    for data, group in groups.items():
-        sections.append(_costs(data, group))
-    for data, group in groups.items():
-        sections.append(_learning(data, group))
-    for data, group in groups.items():
-        sections.append(_experts(data, group))
+    sections: list[Optional[Section]] = [_all_runs(runs)]
+    for part, meaning in ((_costs, COSTS), (_learning, LEARNING), (_experts, BALANCE)):
+        found_parts = [part(data, group) for data, group in groups.items()]
+        sections += _explained([section for section in found_parts if section is not None], meaning)
     for run in runs:
         sections += _analyses(run, broken)
     sections.append(_left_out(found, broken))
@@ -58,6 +59,12 @@ def report_page(found: Found, facts: Sequence[tuple[str, str]] = ()) -> Page:
     return Page(
         f'{counted(len(runs), "model")} on {names}: accuracy against cost', LEAD,
         [section for section in sections if section is not None], [*facts, *_facts(runs)])
+
+
+def _explained(sections: Sequence[Section], meaning: str) -> list[Section]:
+    """Sections of one sort, the first of which says what its words mean."""
+    return [replace(section, blocks=[*section.blocks, meaning]) if number == 0 else section
+            for number, section in enumerate(sections)]
 
 
 # ---- the table
@@ -98,7 +105,7 @@ def _score_cell(run: Run) -> Cell:
         return None
     seeds = counted(len(run.scores()), 'seed')
     gain = run.gain
-    over = f'{_signed(statistics.fmean(gain))} over its twin, {seeds}' if gain else seeds
+    over = f'{_signed(statistics.fmean(gain))} over its twin\n{seeds}' if gain else seeds
     return Sorted(f'{score_text(run)}\n{over}', run.mean())
 
 
@@ -177,12 +184,17 @@ def _costs(data: tuple[str, str], runs: Sequence[Run]) -> Optional[Section]:
         return None
     best = max(known, key=lambda run: run.mean())
     headline = (f'**{best.name}** reaches most, {score_text(best)} %, with {quantity(macs(best))} MACs an image'
-                f'{_beside_twins(known)}.')
-    blocks: list[Block] = [*_cost_figures(known, kind, name), COSTS, *_budgets(known, kind)]
+                f'{_pixels(best)}{_beside_twins(known)}.')
+    blocks: list[Block] = [*_cost_figures(known, kind, name), *_budgets(known, kind)]
     blocks += _busy(known)
     blocks += [f'`{run.name}`: MACs leave out {listing([f"`{op}`" for op in run.measured.uncounted])}, which could not '
                'be counted.' for run in known if run.measured and run.measured.uncounted]
     return Section(f'{name}: what is reached at which cost', 'done', headline, blocks)
+
+
+def _pixels(run: Run) -> str:
+    """` of 32 x 32 pixels`, where that was measured."""
+    return f' of {run.measured.input_size[-2]} x {run.measured.input_size[-1]} pixels' if run.measured else ''
 
 
 def _busy(runs: Sequence[Run]) -> list[Block]:
@@ -272,9 +284,9 @@ def _budgets(runs: Sequence[Run], kind: str) -> list[Block]:
     for run in sorted(runs, key=lambda run: (macs(run), -run.mean())):
         if not front or run.mean() > front[-1].mean():
             front.append(run)
-    rows = [[f'{quantity(macs(run))} or more', run.name, f'{score_text(run)} %'] for run in front]
-    table = Table(['MACs an image', 'the most accurate is', _score_name(kind)], rows,
-                  'The most accurate model under a number of MACs')
+    rows = [[quantity(macs(run)), run.name, f'{score_text(run)} %'] for run in front]
+    table = Table(['from MACs', 'most accurate', _score_name(kind)], rows,
+                  'From which number of MACs an image on which model is the most accurate')
     return [table, 'To train them again, from the most accurate on:',
             '$ ' + '\n'.join(training_command(run) for run in reversed(front))]
 
@@ -305,10 +317,8 @@ def _learning(data: tuple[str, str], runs: Sequence[Run]) -> Optional[Section]:
     if not figures:
         return None
     ends = [f'`{run.name}` {run.curve[-1]["loss"]:.3f}' for run in learned if 'loss' in run.curve[-1]]
-    note = ['Auxiliary losses are part of the loss of a mixture, so that it may lie above that of its twin. Curves of '
-            'several seeds are their mean.'] if any(run.routed for run in learned) else []
     title = f'{name}: how they learned'
-    return Section(title, 'done', f'Loss at the end: {", ".join(ends)}.' if ends else '', [*note, *figures])
+    return Section(title, 'done', f'Loss at the end: {", ".join(ends)}.' if ends else '', figures)
 
 
 def _curve_figure(
@@ -364,12 +374,16 @@ def _experts(data: tuple[str, str], runs: Sequence[Run]) -> Optional[Section]:
                 f'No expert is dead: all {total:,} in {counted(len(layers), "layer")} carry their part.')
     rows = [[f'{run.name}\n{use.layer}', len(use.share), Sorted(f'{use.evenness:.3f}', use.evenness),
              Sorted(f'{100 * use.dropped:.1f} %', use.dropped), _range(use),
-             listing(use.dead) if use.dead else 'none'] for run, use in layers]
+             _named(use.dead)] for run, use in layers]
     groups = [[run.name] for run, _ in layers]
     table = Table(['layer', 'experts', 'evenness', 'dropped', 'shares from, to', 'dead experts'], rows,
                   'Every routed layer on the evaluation images', groups, 'Run')
     return Section(f'{data[1]}: who does the work', 'done', headline,
-                   [*(_use_figure(run) for run in used), BALANCE, table])
+                   [*(_use_figure(run) for run in used), table])
+
+
+def _named(dead: Sequence[int]) -> str:
+    return f'expert{"s" * (len(dead) > 1)} {listing(dead)}' if dead else 'none'
 
 
 def _range(use: LayerUse) -> Cell:
@@ -404,7 +418,8 @@ def _analyses(run: Run, broken: list[str]) -> list[Section]:
                 try:
                     sections.append(build(run, json.loads(path.read_text(encoding='utf-8'))))
                 except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-                    broken.append(f"'{path}' is no readable analysis: {type(error).__name__}: {error}.")
+                    reason = f'it lacks {error}' if isinstance(error, KeyError) else str(error)
+                    broken.append(f"'{path}' is no analysis that can be read: {reason}.")
     return sections
 
 
@@ -415,7 +430,8 @@ def _expert_section(run: Run, result: Mapping[str, Any]) -> Section:
         parts.append(consistency_section([(each['name'], each) for each in result['consistency']['measured']]))
     blocks: list[Block] = []
     for number, part in enumerate(parts):
-        blocks += [f'**{part.title}.** {part.headline}'] * (number > 0) + list(part.blocks)
+        title = f'**{part.title}{"" if part.title.endswith("?") else "."}** {part.headline}'
+        blocks += [title] * (number > 0) + list(part.blocks)
     return Section(f'What the experts of {run.name} do', 'done', parts[0].headline,
                    [*blocks, Data(f'{_file(run)}-analysis.json', result)])
 
