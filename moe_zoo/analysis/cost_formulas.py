@@ -129,7 +129,8 @@ FREE = frozenset(f'aten.{name}' for name in """
     _embedding_bag _embedding_bag_forward_only slice_scatter select_scatter diagonal_scatter tril triu diag_embed
     sort argsort topk searchsorted bucketize unique_dim _unique2 unique_consecutive isin equal
 
-    cat stack split unsafe_split unsafe_split_with_sizes unsafe_chunk _unsafe_view _reshape_alias repeat roll flip
+    cat stack split unsafe_split unsafe_split_with_sizes unsafe_chunk _unsafe_view _reshape_alias repeat
+    repeat_interleave roll flip
     constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d im2col col2im
     pixel_shuffle pixel_unshuffle channel_shuffle clone copy _to_copy lift_fresh contiguous resize set resize_as
     empty_like zeros_like ones_like full_like new_empty new_empty_strided new_zeros new_ones new_full

@@ -40,7 +40,8 @@ __all__ = ['reproduce', 'summarise']
 TEST = f'two-sided paired t-test by seed at {LEVEL:.0%}; detectable: found with a probability of {POWER:.0%}'
 # What a run computes with, besides its data and the file of its experiment: another text of these makes other runs.
 COMPUTES = ('routing', 'losses', 'layers', 'checkpoints', 'models', 'analysis/consistency.py', 'analysis/cost.py',
-            'analysis/force.py', 'analysis/usage.py', 'data/correspondence.py', 'data/two_views.py', 'data/vowels.py',
+            'analysis/cost_counter.py', 'analysis/cost_formulas.py', 'analysis/cost_routed.py', 'analysis/force.py',
+            'analysis/usage.py', 'data/correspondence.py', 'data/two_views.py', 'data/vowels.py',
             'engine/consistency.py', 'engine/task.py', 'reproduce/training.py')
 
 PILOT = 1000  # first seed of a pilot
