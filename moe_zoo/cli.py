@@ -19,7 +19,7 @@ TOOLS = {
     'train-imagenet': ('moe_zoo.engine.train', 'train a classification model from a YAML recipe', None),
     'finetune': ('moe_zoo.engine.finetune', 'fine-tune a model on a folder of images, from dense weights', None),
     'eval-imagenet': ('moe_zoo.engine.evaluate_cli', 'accuracy, calibration, cost and expert use of a model', None),
-    'compare': ('moe_zoo.engine.difference', 'two runs, or a run and its twin, on the same images', None),
+    'compare': ('moe_zoo.engine.difference_cli', 'two runs, or a run and its twin, on the same images', None),
     'predict': ('moe_zoo.engine.predict', 'the likeliest classes of images, and the experts that saw them', None),
     'analyze-experts': ('moe_zoo.engine.analyze_experts', 'what the experts of a trained model do, as a page', None),
     'count-flops': ('moe_zoo.analysis.count_cli', 'parameters and MACs, at most and as executed', None),

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from image_folders import write_images
 
+from moe_zoo.analysis.bootstrap import RESAMPLES, paired_difference
 from moe_zoo.cli import main
-from moe_zoo.engine.difference import RESAMPLES, compare_runs, paired_difference
+from moe_zoo.engine.difference import compare_runs
 from moe_zoo.engine.outcomes import FILE, Outcomes, read_outcomes
 from moe_zoo.errors import InputError
 
