@@ -100,7 +100,8 @@ def as_csv(grid: Grid) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow([column.key for column in grid.columns])
-    writer.writerows([['' if value is None else value for value in row] for row in grid.rows])
+    for row in grid.rows:
+        writer.writerow(['' if value is None else value.strip() if isinstance(value, str) else value for value in row])
     return text.getvalue()
 
 
@@ -130,13 +131,11 @@ def as_latex(grid: Grid) -> str:
 WRITERS: dict[str, Callable[[Grid], str]] = {'csv': as_csv, 'markdown': as_markdown, 'latex': as_latex}
 
 
-def quantity(value: float, unit: str = '') -> str:
-    """Four digits and a prefix: `4.208 G`, `1,234`, `56.00 MB`."""
-    size, prefix = next(((s, p) for s, p in PREFIXES if abs(value) >= s), (1, ''))
-    if size == 1:
-        return f'{value:,.0f} {unit}'.rstrip()
-    digits = 3 - math.floor(math.log10(abs(value) / size))
-    return f'{value / size:.{digits}f} {prefix}{unit}'
+def quantity(value: float) -> str:
+    """Four digits and a prefix: '4.208 G', '56.00 M', '123'."""
+    size, prefix = next(((s, p) for s, p in PREFIXES if value >= s), (1, ''))
+    digits = 3 - math.floor(math.log10(value / size)) if prefix else 0
+    return f'{value / size:.{digits}f} {prefix}'.rstrip()
 
 
 def _indentation(row: Sequence[str]) -> int:
