@@ -99,20 +99,37 @@ def save(figure, path: Union[str, Path]) -> Path:
     path = Path(path)
     if path.suffix not in ('.png', '.svg', '.pdf'):
         raise InputError(f"figure '{path}': end its name in .png, .svg or .pdf.")
+    dates = {'.pdf': {'CreationDate': None}, '.svg': {'Date': None}}  # left out: one figure, one file
     with atomic_write(path) as part:
-        figure.savefig(part, format=path.suffix[1:], dpi=150)
+        figure.savefig(part, format=path.suffix[1:], dpi=150, metadata=dates.get(path.suffix))
     return path
 
 
-def _panels(count: int, height: float = 2.6):
-    """A figure without pyplot, which would keep it and choose a window system, and its axes."""
+def import_matplotlib():
+    """The package.
+
+    Raises:
+        InputError: It is not installed.
+    """
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure
     except ImportError:
         raise InputError('Figures need matplotlib, which is not installed: pip install matplotlib.') from None
-    columns = min(count, 3)
+    return matplotlib
+
+
+def _panels(count: int, height: float = 2.6, width: Optional[float] = None, most: int = 3):
+    """A figure without pyplot, which would keep it and choose a window system, and its axes.
+
+    Args:
+        count: Axes, of which `most` stand in a row.
+        height: Of a row in inches.
+        width: Of the figure; None for what its columns need on a page.
+    """
+    columns = min(count, most)
     rows = -(-count // columns)
-    figure = Figure(figsize=(max(4.8, 3.4 * columns), height * rows + 0.5), layout='constrained')
+    figure = import_matplotlib().figure.Figure(
+        figsize=(width or max(4.8, 3.4 * columns), height * rows + 0.5), layout='constrained')
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for unused in axes[count:]:
         unused.set_axis_off()
