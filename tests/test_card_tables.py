@@ -68,7 +68,8 @@ def test_without_recorded_runs_there_is_no_table():
 
 def test_a_card_tells_what_was_measured_its_twin_and_how_to_train_both():
     text = card_text(made_up('a', twin='resnet18', measured=[
-        run(99.254, 30_000_000, model_args={'num_experts': 4}, twin=dense(99.7, 20_000_000, model_args={'width': 8})),
+        run(99.254, 30_000_000, macs_executed=25_000_000, model_args={'num_experts': 4},
+            twin=dense(99.7, 20_000_000, model_args={'width': 8})),
         {'experiment': 'e', 'dataset': 'd', 'metric': 'm', 'mean': 1.0, 'std': 2.0, 'seeds': 3}],
         published=[{'metric': 'top-1', 'value': '76 %', 'source': 'table 2'}]), 1000)
     assert text.splitlines() == [
@@ -82,8 +83,8 @@ def test_a_card_tells_what_was_measured_its_twin_and_how_to_train_both():
         'train it    train a',
         'published   top-1: 76 %; table 2',
         'measured    digits (5 + 5), top-1, 32 px, 8 epochs: a(num_experts=4): 99.25 +- 0.5 % (seeds 0 1), '
-        '30 M MACs; dense twin resnet18(width=8): 99.7 % (seeds 0), 20 M MACs; train it: train it (commit abc, '
-        'torch 2, 2 threads)',
+        '30 M MACs at most, 25 M executed; dense twin resnet18(width=8): 99.7 % (seeds 0), 20 M MACs at most; '
+        'train it: train it (commit abc, torch 2, 2 threads)',
         'measured    d, m: 1.0 +- 2.0 (experiment e, seeds 3)',
         'weights     none',
         'deviation   fewer epochs']
