@@ -17,7 +17,7 @@ from moe_zoo.engine.checkpoint import classes_in
 from moe_zoo.engine.config import load_config
 from moe_zoo.engine.data import LEFT_OUT, CheckedImages, open_dataset
 from moe_zoo.engine.evaluate import evaluate
-from moe_zoo.engine.evaluate_cli import main
+from moe_zoo.engine.evaluate_cli import _beside_twin, main
 from moe_zoo.engine.outcomes import FILE, read_outcomes
 from moe_zoo.engine.train import train
 from moe_zoo.errors import InputError
@@ -43,7 +43,9 @@ def test_the_checkpoint_knows_its_recipe(trained, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f'top-1 {last["eval_top1"]:.2f} %' in printed and 'on 12 images' in printed
     assert 'blocks.1.mlp' in printed and f'{result["macs"]:,} MACs' in printed
+    assert ' of the MACs of the dense twin vit_base_patch32_224, ' in printed and ' of its time (' in printed
     figures = json.loads((tmp_path / 'out.json').read_text())
+    assert figures['twin']['macs'] > 1  # a router, and two of four experts for every token
     assert figures['top1'] == last['eval_top1'] and figures['loss'] == pytest.approx(last['eval_loss'], rel=1e-6)
     assert figures['usage'][0]['items'] == 12 * 5  # four patches and the class token of every image
     averaged = evaluate(checkpoint=result['checkpoint'], use_ema=True, quiet=True, usage=False)
@@ -175,6 +177,15 @@ def test_the_number_of_classes_is_that_of_the_weights():
         assert classes_in(other, {}) is None
 
 
+def test_macs_that_do_not_turn_into_time_are_said_so():
+    found = {'twin': 'resnet18', 'macs': 0.5, 'time': 1.25, 'low': 1.2, 'high': 1.3, 'becomes_time': False}
+    line, = _beside_twin(found)
+    assert line.startswith('0.50 of the MACs of the dense twin resnet18, 1.25 of its time (1.20 to 1.30): ')
+    assert line.endswith(': these MACs do not turn into time')
+    assert _beside_twin({**found, 'becomes_time': True})[0].endswith(': no more than the MACs say')
+    assert _beside_twin(None) == []
+
+
 @pytest.fixture(scope='module')
 def lite0(tmp_path_factory):
     """Weights of EfficientNet-Lite0, trained on ImageNet, under timm's names."""
@@ -218,8 +229,10 @@ def test_files_and_lines(trained, tmp_path, capsys):
     before = read_outcomes(kept)
     kept.unlink()
     main(['--checkpoint', result['checkpoint'], '--csv', str(tmp_path / 'classes.csv'), '--outcomes',
-          str(tmp_path / 'images.json'), '--json', str(tmp_path / 'out.json'), '--bins', '4', '--no-usage'])
+          str(tmp_path / 'images.json'), '--json', str(tmp_path / 'out.json'), '--bins', '4', '--no-usage',
+          '--no-time'])
     printed = capsys.readouterr().out
+    assert 'dense twin' not in printed
     assert 'calibration error' in printed and '(ECE, 4 bins of equal width)' in printed
     assert "on 12 images of the folder 'data/validation'" in printed and ' executed' in printed
     assert 'images a second' in printed and '1 thread of ' in printed
@@ -230,9 +243,9 @@ def test_files_and_lines(trained, tmp_path, capsys):
     assert len(figures['calibration']['table']) == 4 and figures['throughput']['model_images_per_second'] > 0
     assert read_outcomes(tmp_path / 'images.json').images == before.images
     assert not kept.exists()  # the run told of the average of its weights
-    main(['--checkpoint', result['checkpoint'], '--use-ema', '--no-usage', 'val_split=train'])
+    main(['--checkpoint', result['checkpoint'], '--use-ema', '--no-usage', '--no-time', 'val_split=train'])
     assert not kept.exists()
-    main(['--checkpoint', result['checkpoint'], '--use-ema', '--no-usage', 'workers=0'])
+    main(['--checkpoint', result['checkpoint'], '--use-ema', '--no-usage', '--no-time', 'workers=0'])
     assert np.array_equal(read_outcomes(kept).likeliest, before.likeliest)
     with pytest.raises(SystemExit):
         main(['--checkpoint', result['checkpoint'], '--real-labels', str(tmp_path / 'real.json')])

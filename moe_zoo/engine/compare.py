@@ -1,9 +1,11 @@
 """Several runs of one recipe: seeds, and the dense twin that is trained on the same batches."""
+import argparse
 import importlib.metadata
 import json
 import re
 import statistics
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
@@ -11,12 +13,15 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 import moe_zoo
 
-from ..analysis.timing import machine
+from ..analysis.cost import count
+from ..analysis.timing import alternate, machine, ratio
 from ..cards import card, dense_twin
 from ..errors import InputError, atomic_write, counted
+from .build import build_model, mixed_precision, prepare_model
 from .config import load_config
 from .log import duration
 
@@ -101,6 +106,41 @@ def twin_options(args: Any) -> Dict[str, Any]:
             if not unknown or unknown[1] not in keywords or unknown[1] in twin_args:
                 raise InputError(f'The dense twin {twin!r} cannot be built: {error}') from error
             keywords.pop(unknown[1])
+
+
+def beside_twin(args: Any, model: nn.Module, sample: torch.Tensor, rounds: int = 5) -> Optional[Dict[str, Any]]:
+    """MACs and time of a model over those of its dense twin, which take turns on the same images.
+
+    Args:
+        args: Options that the model was built from.
+        model: On its device, in evaluation mode.
+        sample: Images.
+        rounds: Timings of each.
+
+    Returns:
+        twin (its name), macs (executed, ratio), time, low and high (ratio: median and quartiles), and becomes_time:
+        False where the time exceeds what the MACs say by more than the quartiles lie apart. None without a twin.
+    """
+    try:
+        options = twin_options(args)
+    except InputError:
+        return None
+    plain = dict(pretrained=False, pretrained_path=None, initial_checkpoint='')
+    theirs = argparse.Namespace(**{**vars(args), **plain, **options})
+    twin = prepare_model(theirs, build_model(theirs), sample.device).eval()
+    autocast, _ = mixed_precision(args, sample.device)
+
+    def forward(network: nn.Module) -> None:
+        with torch.no_grad(), autocast():
+            network(sample)
+        if sample.device.type == 'cuda':
+            torch.cuda.synchronize(sample.device)
+
+    timings = alternate([partial(forward, model), partial(forward, twin)], rounds, min_seconds=0.05)
+    macs = count(model, sample).macs_executed / count(twin, sample).macs_executed
+    taken = ratio(*timings.seconds)
+    return {'twin': options['model'], 'macs': macs, 'time': taken.median, 'low': taken.low, 'high': taken.high,
+            'becomes_time': taken.median - macs <= taken.spread}
 
 
 def paired(results: Mapping[str, List[Dict[str, Any]]], name: str) -> List[float]:

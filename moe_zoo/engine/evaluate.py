@@ -17,11 +17,15 @@ from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch import nn
 from torch.utils.data import Dataset
 
+from ..analysis.cost import count
+from ..analysis.timing import machine
+from ..analysis.usage import measure_usage
 from ..data.random_state import iterate_apart
 from ..errors import InputError, counted
 from ..layers import RoutedLayer
 from .build import mixed_precision, model_keywords, open_device
 from .checkpoint import classes_in, find_weights, read_checkpoint
+from .compare import beside_twin
 from .config import load_config, parse_overrides
 from .data import LEFT_OUT, CheckedImages, class_list, class_names, create_loaders, holds_out, settle_num_classes
 from .inference import known_classes, load_model, open_evaluation, readable, recipe_of
@@ -141,6 +145,7 @@ def evaluate(
         real_labels: Optional[Union[str, Path]] = None,
         bins: int = BINS,
         as_trained: bool = False,
+        time_twin: bool = False,
         quiet: bool = False,
 ) -> Dict[str, Any]:
     """Evaluate one model on the evaluation split of a data set.
@@ -156,9 +161,11 @@ def evaluate(
         bins: Of confidence, for the calibration error.
         as_trained: Crop the images as training evaluated them, where the model's configuration has another size or
             crop for tests.
+        time_twin: Also time the model beside its dense twin.
 
     Returns:
-        What `figures` returns, and usage (layer name to the figures of `moe_zoo.analysis.measure_usage`).
+        What `figures` returns, usage (layer name to the figures of `moe_zoo.analysis.measure_usage`), and twin (what
+        `compare.beside_twin` returns, or None).
 
     Raises:
         InputError: Something that was given cannot be used.
@@ -178,7 +185,12 @@ def evaluate(
     data_config = _input(args, model, recipe, as_trained)
     loader = create_loaders(args, data_config, None, dataset, device).eval
     found = figures(args, model, dataset, loader, data_config, reporter, labels, bins)
-    return {**found, 'usage': _usage(model, loader) if usage else {}}
+    routes, sample = any(isinstance(module, RoutedLayer) for module in model.modules()), found.pop('sample')
+    return {
+        **found,
+        'usage': measure_usage(model, loader) if usage and routes else {},
+        'twin': beside_twin(args, model, sample) if time_twin and routes else None,
+    }
 
 
 def figures(
@@ -197,8 +209,8 @@ def figures(
         model, data (its name), images, top1, top5, loss, parameters, active_parameters, macs (at most, of one image),
         macs_executed (mean of the first `COUNTED` images), uncounted (operators), corrupt (paths of skipped images),
         classes (rows of `metrics.accuracy_by_class`), calibration, real (None without labels), input (size and crop of
-        the images), as_trained (whether training evaluates with these), throughput, and outcomes
-        (`moe_zoo.engine.outcomes.Outcomes`).
+        the images), as_trained (whether training evaluates with these), throughput, outcomes
+        (`moe_zoo.engine.outcomes.Outcomes`) and sample (the first `COUNTED` images).
     """
     device = torch.device(args.device)
     autocast, _ = mixed_precision(args, device)
@@ -223,6 +235,7 @@ def figures(
         'as_trained': data_config == resolve_data_config(vars(args), model=model),
         'throughput': _throughput(args, seconds, len(outcomes), watch),
         'outcomes': outcomes,
+        'sample': watch.sample,
     }
 
 
@@ -267,7 +280,6 @@ def _input(args: argparse.Namespace, model: nn.Module, recipe: Mapping[str, Any]
 
 
 def _costs(model: nn.Module, sample: torch.Tensor) -> Dict[str, Any]:
-    from ..analysis.cost import count
     bound, ran = count(model, sample[:1]), count(model, sample)
     return {
         'parameters': bound.parameters, 'active_parameters': bound.active_parameters, 'macs': bound.macs_max,
@@ -275,17 +287,10 @@ def _costs(model: nn.Module, sample: torch.Tensor) -> Dict[str, Any]:
 
 
 def _throughput(args: argparse.Namespace, seconds: float, images: int, watch: Stopwatch) -> Dict[str, Any]:
-    from ..analysis.timing import machine
     return {
         'images_per_second': images / seconds, 'model_images_per_second': watch.rate(),
         'batch_size': args.validation_batch_size or args.batch_size, 'workers': args.workers,
         'processes': args.world_size, 'machine': machine(args.device)}
-
-
-def _usage(model: nn.Module, loader: Any) -> Dict[str, Any]:
-    from ..analysis.usage import measure_usage
-    routes = any(isinstance(module, RoutedLayer) for module in model.modules())
-    return measure_usage(model, loader) if routes else {}
 
 
 def data_name(args: argparse.Namespace, dataset: Dataset) -> str:

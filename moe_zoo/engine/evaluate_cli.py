@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     add('--bins', type=int, default=BINS, metavar='N', help=f'bins of the calibration error (default {BINS})')
     add('--strict-data', action='store_true', help='refuse corrupt images instead of skipping them')
     add('--no-usage', action='store_true', help='leave out the second pass that measures expert use')
+    add('--no-time', action='store_true', help='leave out the time beside that of the dense twin')
     add('--json', metavar='OUT', help='also write the figures to this file')
     add('--csv', metavar='OUT', help='also write accuracy by class to this file')
     add('--outcomes', metavar='OUT', help='also write what became of every image, for moe-zoo compare')
@@ -68,7 +69,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             overrides[name] = getattr(flags, name)
     result = evaluate(flags.config, overrides, checkpoint=flags.checkpoint, use_ema=flags.use_ema,
                       strict_data=flags.strict_data, usage=not flags.no_usage, real_labels=flags.real_labels,
-                      bins=flags.bins)
+                      bins=flags.bins, time_twin=not flags.no_time)
     out = Console(highlight=False, soft_wrap=True)
     for line in describe(result):
         out.print(line, markup=False)
@@ -99,6 +100,7 @@ def describe(result: Mapping[str, Any]) -> List[str]:
     lines += [
         f'{result["parameters"]:,} parameters, of which {result["active_parameters"]:,} work on one item;'
         f' at most {result["macs"]:,} MACs an image, {result["macs_executed"]:,.0f} executed',
+        *_beside_twin(result['twin']),
         f'{speed["images_per_second"]:.1f} images a second, {rate:.1f} in the model alone'
         f' ({rate * result["macs_executed"] / 1e9:.1f} billion MACs a second), in batches of {speed["batch_size"]} on'
         f' {counted(speed["machine"]["threads"], "thread")} of {speed["machine"]["device"]}',
@@ -106,6 +108,15 @@ def describe(result: Mapping[str, Any]) -> List[str]:
     if result['uncounted']:
         lines.append(f'not counted: {", ".join(result["uncounted"])}')
     return [*lines, usage_table(result['usage'])] if result['usage'] else lines
+
+
+def _beside_twin(found: Optional[Mapping[str, Any]]) -> List[str]:
+    """Whether the MACs turn into time, next to their number."""
+    if not found:
+        return []
+    says = 'no more than the MACs say' if found['becomes_time'] else 'these MACs do not turn into time'
+    return [f'{found["macs"]:.2f} of the MACs of the dense twin {found["twin"]}, {found["time"]:.2f} of its time'
+            f' ({found["low"]:.2f} to {found["high"]:.2f}): {says}']
 
 
 def _triple(values: Sequence[float]) -> str:
