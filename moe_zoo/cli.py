@@ -25,6 +25,8 @@ TOOLS = {
     'count-flops': ('moe_zoo.analysis.count_cli', 'parameters and MACs, at most and as executed', None),
     'convert-checkpoint': ('moe_zoo.checkpoints.convert_cli', 'released or dense checkpoints into safetensors', None),
     'report': ('moe_zoo.analysis.report_cli', 'finished runs on one page: accuracy, cost, the use of experts', None),
+    'estimate-scale': (
+        'moe_zoo.analysis.scale_cli', 'memory, traffic and time of training on many GPUs, on paper', None),
     'benchmark': ('moe_zoo.analysis.benchmark_cli', 'time of a model or layer as a ratio to its dense twin', None),
     'train-coco': ('moe_zoo.detection.train', 'train or evaluate a detector from a detectron2 config', 'detection'),
     'predict-coco': ('moe_zoo.detection.predict', 'the objects that a detector sees in images, drawn', 'detection'),

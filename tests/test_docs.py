@@ -309,7 +309,9 @@ def check(words: list[str], monkeypatch) -> None:
     program = program.removeprefix('.venv/bin/')
     if program == 'python':
         program, *arguments = arguments
-    if program == 'torchrun':
+    if program == 'srun':
+        check(arguments, monkeypatch)
+    elif program == 'torchrun':
         from torch.distributed.run import get_args_parser
         launched = get_args_parser().parse_args(arguments)
         check([launched.training_script, *launched.training_script_args], monkeypatch)
