@@ -19,6 +19,7 @@ from moe_zoo.engine import compare
 from moe_zoo.engine.checkpoint import read_checkpoint, save_atomically
 from moe_zoo.engine.config import load_config
 from moe_zoo.engine.log import BalanceWatch, EpochLog, describe_losses, duration
+from moe_zoo.engine.outcomes import read_outcomes
 from moe_zoo.engine.train import newest_checkpoint, train
 from moe_zoo.errors import InputError
 from moe_zoo.resources import folder
@@ -359,6 +360,9 @@ def test_torchrun(images, tmp_path, repository):
     with open(tmp_path / 'run' / 'summary.csv', newline='') as file:
         rows = list(csv.DictReader(file))
     assert [row['epoch'] for row in rows] == ['0', '1'] and float(rows[1]['eval_ema_top1']) >= 0
+    kept = read_outcomes(tmp_path / 'run' / 'outcomes.json')  # of both ranks, in the order of the data
+    assert kept.images == sorted(kept.images) and len(set(kept.images)) == len(kept)
+    assert 100 * kept.right.mean() == pytest.approx(float(rows[1]['eval_ema_top1']))
     assert torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=True)['epoch'] == 1
 
 

@@ -20,11 +20,11 @@ SHOWN = 5  # classes of the worst and of the best
 PACE = {'workers', 'device', 'batch_size', 'validation_batch_size', 'pin_mem'}  # options that change no figure
 
 EXAMPLES = """examples:
-  eval-imagenet --checkpoint output/train/RUN/last.pth.tar --data-dir DIR      a run, by its own recipe
-  eval-imagenet --model resnet50 --pretrained --data-dir IMAGENET              any model of timm
-  eval-imagenet --model resnet50 --checkpoint FILE --data-dir DIR --class-map imagenet_class_index.json
-  eval-imagenet --model resnet50 --pretrained --data-dir IMAGENET --real-labels real.json
-  eval-imagenet --record output/train/RUN --data-name CIFAR-10                 a run's result, on the model's card
+  moe-zoo eval-imagenet --checkpoint output/train/RUN/last.pth.tar --data-dir DIR      a run, by its own recipe
+  moe-zoo eval-imagenet --model resnet50 --pretrained --data-dir IMAGENET              any model of timm
+  moe-zoo eval-imagenet --model resnet50 --checkpoint FILE --data-dir DIR --class-map imagenet_class_index.json
+  moe-zoo eval-imagenet --model resnet50 --pretrained --data-dir IMAGENET --real-labels real.json
+  moe-zoo eval-imagenet --record output/train/RUN --data-name CIFAR-10       a result, on the card of its model
 Options of the recipe are those of train-imagenet: val_split=test batch_size=64 device=cpu crop_pct=0.95.
 Folders are synsets (any part of the thousand) or, as in ImageNet V2, numbers from 0 to 999."""
 

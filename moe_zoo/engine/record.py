@@ -106,10 +106,9 @@ def measured_row(run: Run, overrides: Mapping[str, Any], data_name: Optional[str
             raise InputError(f"'{run.name}' and its twin were evaluated on different images.")
         twin = {'model': run.twin.model, **twin}
     folder_name = Path(args.data_dir).resolve().name if args.data_dir and args.dataset != 'digits' else args.dataset
-    count = len(open_dataset(load_config(run.options), True))
     return {
         'dataset': data_name or NAMES.get(folder_name.lower(), folder_name),
-        'data': f'{count:,} train, {images:,} {args.val_split}',
+        'data': f'{_training_images(run, overrides):,} train, {images:,} {args.val_split}',
         'images': images,
         'metric': 'top-1',
         **{key: part[key] for key in ('mean', 'std', 'seeds') if key in part},
@@ -123,6 +122,16 @@ def measured_row(run: Run, overrides: Mapping[str, Any], data_name: Optional[str
         'versions': ', '.join(f'{key} {run.versions[key]}' for key in ('torch', 'timm') if run.versions.get(key)),
         'hardware': run.versions.get('hardware') or hardware(results[0]['throughput']['machine']),
     }
+
+
+def _training_images(run: Run, overrides: Mapping[str, Any]) -> int:
+    """How many there are where the run had them, or, should they have moved, where it is evaluated."""
+    try:
+        return len(open_dataset(load_config(run.options), True))
+    except InputError:
+        if 'data_dir' not in overrides:
+            raise
+        return len(open_dataset(load_config(run.options, overrides), True))
 
 
 def _measure(run: Run, overrides: Mapping[str, Any]) -> Tuple[List[Dict[str, Any]], Dict[str, Any]]:
