@@ -36,7 +36,7 @@ def test_quantities_of_a_column_share_a_unit():
     assert 'small|1 45.6 - 2.50 %' in lines
     # differences beside what they are of: one unit for all three, small numbers in full
     columns = [Column(key, key, unit_with='same') for key in 'abc']
-    assert ' 1,500.0 1,499.8 0.2 ' in ' '.join(drawn(Grid('', columns, ((1.5e9, 1.4998e9, 2e5),))).split()) + ' '
+    assert ' 1,500.000 1,499.800 0.200 ' in ' '.join(drawn(Grid('', columns, ((1.5e9, 1.4998e9, 2e5),))).split()) + ' '
     assert '1,234' in drawn(Grid('', columns[:1], ((1234,),)))
 
 

@@ -64,5 +64,5 @@ def test_a_model_of_every_file_is_counted_whole(file):
     assert cost.uncounted == {}
     assert cost.macs_max == cost.macs_executed == sum(cost.by_operator.values())
     assert cost.parameters == cost.active_parameters == sum(p.numel() for p in model.parameters())
-    # Layers are a lower bound; what comes on top is attention, and products of what is no layer.
-    assert 0.6 * cost.macs_executed < layer_macs(model, x) <= cost.macs_executed
+    # Layers are a lower bound; what comes on top is attention, and products that a model writes out itself.
+    assert 0.5 * cost.macs_executed < layer_macs(model, x) <= cost.macs_executed

@@ -51,29 +51,30 @@ OF_ONE_INPUT = (
 
 EXAMPLES = """
 examples:
-  %(prog)s condconv_resnet50 resnet50                    a routed model beside its dense twin
+  %(prog)s condconv_resnet50 resnet50                    a routed model beside a dense one
   %(prog)s vmoe_vit_s --model-kwargs num_experts=16      with other keywords of the model
   %(prog)s vit_small_patch16_224 --img-size 640          any timm model, at any size that it takes
   %(prog)s --compare vmoe_vit_s twin --depth 2           where it differs from its dense twin
   %(prog)s --compare resnet50 resnet101 --by operator
-  %(prog)s vmoe_vit_s --by expert                        parameters of the experts; with --images their load
-  %(prog)s vmoe_vit_s --images photos --weights best.pth.tar      what it executes on these images
+  %(prog)s vmoe_vit_s --by expert                        their parameters; with --images their load
+  %(prog)s vmoe_vit_s --images photos --weights W        what it executes on these images
   %(prog)s --config-file configs/coco/retinanet_condconv_r50_fpn_1x.yaml --img-size 800x1216
-  %(prog)s --compare configs/coco/retinanet_moe_res5_r50_fpn_1x.yaml configs/coco/retinanet_condconv_r50_fpn_1x.yaml
-  %(prog)s $(moe-zoo list 'vmoe*' | awk 'NR>1 {print $1}') --sort macs_max --latex table.tex
-  %(prog)s resnet50 --strict --check --csv -             for scripts: exact, checked, exit code 2 if not complete
+  %(prog)s --compare configs/coco/retinanet_{moe_res5,condconv}_r50_fpn_1x.yaml
+  %(prog)s resnet18 resnet34 resnet50 --sort macs_max --latex table.tex
+  %(prog)s resnet50 --strict --check --csv -             for scripts: all digits, complete, checked
 
-One unit: a multiply-accumulate is one MAC (twice that are FLOPs). Matrix products and convolutions count, attention
-included; normalisation, pooling, activations and moving data do not.
-  active       parameters that one image or token meets: of every routed layer only the chosen experts
-  at most      MACs of the router and the chosen number of experts for every token or image, without padding
-  executed     what ran on the images: a path that pads, or computes all experts, costs what it computes
+One unit: a multiply-accumulate is one MAC (twice that are FLOPs). Matrix products and convolutions
+count, attention included; normalisation, pooling, activations and moving data do not.
+  active       parameters that one image or token meets: of every routed layer the chosen experts
+  at most      MACs of the router and the chosen number of experts for every token or image, without
+               padding
+  executed     what ran on the images: a path that pads, or computes all experts, costs all of that
   expected     what those images chose costs without padding
   activations  numbers that matrix products and convolutions put out
   memory       bytes of all tensors alive at one time, weights among them
-MACs are not time: a star stands where some of them take longer than others, or where time passes without any; a line
-below says why. --times FILE adds what tools/benchmark.py --json measured of the same models.
-Operators neither counted nor known to be free are named.
+MACs are not time: a star stands where some of them take longer than others, or where time passes
+without any; a line below says why. --times FILE adds what tools/benchmark.py --json measured of the
+same models. Operators neither counted nor known to be free are named.
 """
 
 
@@ -86,11 +87,11 @@ def main(argv: list[str] | None = None) -> int:
     results = [_count_target(target, args) for target in _targets(args)]
     if timings:
         results = [dataclasses.replace(r, time_notes=(*r.time_notes, *timings.of(r.name))) for r in results]
-    grids = [model_grid(results), *_details(results, args), *map(check_grid, filter(lambda r: r.check, results))]
+    grids = [model_grid(results), *_details(results, args)]
     if args.sort:
         grids = sort_grids(grids, args.sort)
     texts = _texts(results, grids, args)
-    _show(results, grids, drawn='-' not in texts)
+    _show(results, [*grids, *(check_grid(result) for result in results if result.check)], drawn='-' not in texts)
     for out, text in texts.items():
         if out == '-':
             print(text, end='')

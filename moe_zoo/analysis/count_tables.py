@@ -75,7 +75,7 @@ def model_grid(results: Sequence[Result]) -> Grid:
             result.name, None if one else size, cost.parameters, cost.active_parameters, result.at_most,
             '*' if result.time_notes else None,
             result.figure('executed', 'macs_executed'),
-            result.images.spread('expected').mean if result.images and result.open_ended else None,
+            result.images.spread('expected').mean if result.images and cost.parameters_by_expert else None,
             result.figure('activations', 'activations'), result.figure('peak_memory', 'peak_memory')))
     title = f'cost of one image{f" ({one})" if one else ""}, in multiply-accumulates (MACs)'
     return Grid(title, MODEL_COLUMNS, tuple(rows)).without_empty_columns()
