@@ -168,6 +168,14 @@ def test_what_is_left_out_is_on_the_page_and_on_the_terminal(trained, tmp_path, 
     assert sentence in text_of(tmp_path) and '1 folder could not be used.' in text_of(tmp_path)
 
 
+def test_the_files_for_a_paper_are_written_beside_the_page(trained, tmp_path):
+    pytest.importorskip('matplotlib')
+    words = ['--out', str(tmp_path), '--no-measure', '--paper', str(tmp_path / 'paper')]
+    assert main([str(trained / 'small'), *words]) == 0
+    assert {'table.tex', 'table.csv', 'references.bib'} <= {path.name for path in (tmp_path / 'paper').iterdir()}
+    assert (tmp_path / 'index.html').is_file()
+
+
 def test_no_run_is_an_error_of_one_sentence_and_leaves_the_old_page(tmp_path, capsys):
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out' / 'index.html').write_text('the page before')
@@ -246,6 +254,17 @@ def test_the_cheapest_of_each_accuracy_is_recommended_with_its_command(tmp_path)
     assert f'moe-zoo train-imagenet --config {tmp_path / "a" / "args.yaml"} experiment=again' in text
 
 
+def test_live_channels_are_drawn_where_gates_switch_them_off(tmp_path):
+    rows = [{**row, 'live_layer1.0': .9 - row['epoch'] / 10} for row in epochs(10., 30.)]
+    found = read_runs([write_classifier(tmp_path / 'a', rows, model='deepmoe_resnet18')])
+    found.runs[0].versions = {'commit': 'e42f42d0' * 5 + '-dirty', 'torch': '2.14.1+cu130'}
+    report_page(found).write(tmp_path / 'index.html')
+    text = text_of(tmp_path)
+    assert 'Channels that are on of a .' in text and 'Evenness of the experts' not in text
+    assert downloads(tmp_path)['a-live.json'] == {'layer1.0': [[1, .9], [2, pytest.approx(.8)]]}
+    assert 'Trained by commit e42f42d0e42f-dirty Trained with torch 2.14.1+cu130' in text
+
+
 @pytest.mark.parametrize('number, text', [
     (0, '0'), (999, '999'), (1234, '1.23 k'), (999600, '1000 k'), (1.5e6, '1.5 M'), (4.089e9, '4.09 G'), (2e12, '2 T')])
 def test_quantity(number, text):
@@ -265,7 +284,7 @@ def test_a_detector_and_its_dense_twin(tmp_path, repository):
     pytest.importorskip('detectron2', reason='detectron2 is not installed')
     from moe_zoo.data.scenes import write_scenes
     from moe_zoo.detection.train import main as train
-    scenes = write_scenes(tmp_path / 'scenes', train=4, val=3, image_size=96, classes=range(5))
+    scenes = write_scenes(tmp_path / 'scenes', train=4, val=4, image_size=160, classes=range(5))
     config = tmp_path / 'tiny.yaml'
     config.write_text(DETECTOR.format(base=repository / 'configs' / 'coco' / 'Base-RetinaNet.yaml'))
     for name, stages in (('moe', "['res5']"), ('dense', '[]')):
@@ -276,7 +295,7 @@ def test_a_detector_and_its_dense_twin(tmp_path, repository):
     moe, dense = runs['moe'], runs['dense']
     assert moe.twin is dense and moe.family == 'moe' and dense.family == 'dense' and moe.dataset == 'scenes'
     assert moe.parameters == moe.measured.parameters > dense.parameters  # which its folder does not tell
-    assert moe.measured.images == 3 and moe.measured.input_size == (3, 64, 64)
+    assert moe.measured.images == 4 and moe.measured.input_size == (3, 64, 64)
     assert moe.measured.macs_executed > dense.measured.macs_executed > 0  # two of four experts run
     use, = moe.use
     assert use.layer == 'backbone.bottom_up.res5' and len(use.share) == 4 and sum(use.share) == pytest.approx(1)

@@ -50,6 +50,13 @@ def test_the_moving_average_is_what_counts_where_there_is_one(tmp_path):
     assert run.mean() == 35 and run.curve[0]['score'] == 15
 
 
+def test_channels_that_are_on_are_told_apart_from_balance(tmp_path):
+    rows = [{**row, 'live_layer1.0': .9 - row['epoch'] / 10} for row in epochs(10., 30.)]
+    run = only(write_classifier(tmp_path / 'a', rows, model='deepmoe_resnet18'))
+    assert run.routed and run.family == 'deepmoe' and run.balance == {}
+    assert run.live == {'layer1.0': [(1, .9), (2, pytest.approx(.8))]}
+
+
 def test_seeds_become_one_run_with_its_sample_deviation(tmp_path):
     for seed, top1 in enumerate((90., 92., 97.)):
         write_classifier(tmp_path / 'x' / f'seed{seed}', epochs(50., top1, fc=[.5 + seed / 10, 1.]), seed=seed)

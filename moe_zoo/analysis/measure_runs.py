@@ -19,7 +19,7 @@ from ..errors import InputError, atomic_write
 from ..layers import ChannelGate, RoutedLayer, ShallowEmbedding
 from .cost import count, count_images
 from .run_folders import Training
-from .runs import LayerUse, Measured, Run
+from .runs import LayerUse, Measured, Run, by_data
 from .timing import alternate, machine
 from .usage import LayerUsage, measure_usage
 
@@ -78,7 +78,7 @@ def measure_runs(
         InputError: `kept` cannot be written because the disk is full.
     """
     known = _known(kept)
-    for group in _by_data(runs):
+    for group in by_data(runs).values():
         stamps = {run.name: _stamp(run) for run in group}
         for run in group:
             entry = known.get(_key(run))
@@ -184,13 +184,6 @@ def layer_use(usage: LayerUsage, channels: bool = False) -> LayerUse:
 
 
 # ---- what was measured before
-
-def _by_data(runs: Sequence[Run]) -> list[list[Run]]:
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.kind, run.dataset), []).append(run)
-    return list(groups.values())
-
 
 def _key(run: Run) -> str:
     return str(run.trainings[0].folder.resolve())

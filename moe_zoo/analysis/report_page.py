@@ -6,6 +6,7 @@ and its dense twin share a colour and a shape; the twin is hollow, its lines are
 Letters: E experts.
 """
 import json
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from .consistency import consistency_section
 from .expert_page import LEFT_OUT, expert_sections
 from .expert_words import listing
 from .page import Block, Cell, Data, Figure, Page, Section, Sorted, Table
-from .runs import KINDS, Found, LayerUse, Run
+from .runs import KINDS, Found, LayerUse, Run, by_data
 from .size_page import size_section
 
 LINES = 6  # layers of a chart of balance
@@ -46,7 +47,7 @@ def report_page(found: Found, facts: Sequence[tuple[str, str]] = ()) -> Page:
         found: From `read_runs`, measured or not.
         facts: For the foot of the page.
     """
-    runs, groups = found.runs, _by_data(found.runs)
+    runs, groups = found.runs, by_data(found.runs)
     broken: list[str] = []
     sections: list[Optional[Section]] = [_all_runs(runs)]
     for part, meaning in ((_costs, COSTS), (_learning, LEARNING), (_experts, BALANCE)):
@@ -457,7 +458,7 @@ def _left_out(found: Found, broken: Sequence[str]) -> Optional[Section]:
 def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
     facts = []
     for name in ('moe_zoo', 'commit', 'torch', 'timm'):
-        values = list(dict.fromkeys(str(run.versions[name])[:12] for run in runs if run.versions.get(name)))
+        values = list(dict.fromkeys(_short_commit(run.versions[name]) for run in runs if run.versions.get(name)))
         if values:
             facts.append(('Trained by commit' if name == 'commit' else f'Trained with {name}', listing(values)))
     machines = {json.dumps(run.measured.machine, sort_keys=True): run.measured for run in runs if run.measured}
@@ -471,12 +472,9 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 # ---- small things
 
-def _by_data(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
-    """(kind, name of the data) to runs."""
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.kind, run.dataset), []).append(run)
-    return groups
+def _short_commit(version: str) -> str:
+    """Twelve digits of a commit, and whether it was changed; other versions as they are."""
+    return re.sub(r'^([0-9a-f]{12})[0-9a-f]+', r'\1', version)
 
 
 def _end(layer: str, length: int = 18) -> str:

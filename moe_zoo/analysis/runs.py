@@ -298,6 +298,14 @@ def _folders(paths: Iterable[Union[str, os.PathLike]], left_out: list[str]) -> l
     return list(found.values())
 
 
+def by_data(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
+    """(kind, name of the data) to runs: only such runs are compared."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.kind, run.dataset), []).append(run)
+    return groups
+
+
 # ---- from trainings to runs
 
 def _mean_by_layer(
