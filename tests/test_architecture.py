@@ -143,7 +143,7 @@ def test_nothing_names_a_machine_or_a_package_index():
     places = '|'.join(['root', 'home', 'work', 'opt', 'tmp', 'Users'])
     forbidden = re.compile(rf'(?<![\w.}}])/({places})/|pypi\.' + r'org|python' + r'hosted|npm' + r'js')
     kinds = {'.py', '.sh', '.toml', '.yaml', '.md', '.css', ''}
-    folders = [ROOT / name for name in ('moe_zoo', 'registry', 'configs', 'tools', 'tests', '.ci')]
+    folders = [ROOT / name for name in ('moe_zoo', 'registry', 'configs', 'docs', 'tools', 'tests', '.ci')]
     files = [p for folder in folders for p in folder.rglob('*') if p.is_file() and p.suffix in kinds]
     files += [ROOT / name for name in ('README.md', 'pyproject.toml', '.gitignore')]
     found = [

@@ -42,10 +42,10 @@ from moe_zoo.engine.train import train
 
 LANGUAGES = ('python', 'text', 'sh', 'toml', 'yaml', '')
 # Tools that take seconds on small data; the others train, time, write cards or need data that is not here.
-SLOW = re.compile(r'analyze.experts(\.py)? -|moe-zoo (report|compare) ')  # and of these, those that take many
 CHEAP = ('list', 'show', 'count-flops', 'predict', 'eval-imagenet', 'analyze-experts', 'report', 'compare')
+SLOW = re.compile(r'analyze.experts(\.py)? -|moe-zoo (report|compare) ')  # of these, those that take many
 PLACEHOLDERS = {'NAME': 'condconv_resnet18', 'PREFIX': 'prefix', 'OUT': 'out', 'OUT.safetensors': 'out.safetensors'}
-TRAINED = dict(  # a V-MoE of two blocks on two classes of 16 pixels
+TRAINED = dict(  # a V-MoE of two blocks, for two classes of 16 pixels
     model='vmoe_vit_s', img_size=16, batch_size=8, workers=0, opt='adamw', lr=1e-2, epochs=2, warmup_epochs=0,
     device='cpu', model_kwargs=dict(
         patch_size=8, embed_dim=16, depth=2, num_heads=2, moe_layers=[1], num_experts=4, representation_size=0))
