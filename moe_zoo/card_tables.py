@@ -257,7 +257,7 @@ def _points(name: str, row: Mapping[str, Any]) -> list[Point]:
     common = {'data': data, 'pixels': row['pixels'], 'command': row['command']}
     points = [_point(f'`{name}`', row, _accuracy(twin) if twin else 'not run', common)]
     if twin:
-        points.append(_point(f'`{twin["model"]}`, dense', twin, 'it is one', common))
+        points.append(_point(f'dense twin of `{name}`', twin, 'it is one', common))
     return points
 
 

@@ -48,8 +48,8 @@ def test_accuracy_by_data_then_macs_with_the_front_in_bold():
     assert lines[0] == '| data | model | pixels | MACs | top-1, % | seeds | dense twin | train it |'
     assert lines[2:] == [
         '| CIFAR-10, 5 + 5 | **`b`** | 32 | 90 M | **55.00** | 1 | not run | `train it` |',
-        '| digits, 5 + 5 | **`resnet18`, dense** | 32 | 20 M | **97.00 ± 0.25** | 3 | it is one | `train it` |',
-        '| digits, 5 + 5 | **`resnet18`, dense** | 32 | 29 M | **97.40** | 1 | it is one | `train it` |',
+        '| digits, 5 + 5 | **dense twin of `a`** | 32 | 20 M | **97.00 ± 0.25** | 3 | it is one | `train it` |',
+        '| digits, 5 + 5 | **dense twin of `b`** | 32 | 29 M | **97.40** | 1 | it is one | `train it` |',
         '| digits, 5 + 5 | **`a`** | 32 | 30 M | **98.00 ± 0.50** | 2 | 97.00 ± 0.25 | `train it` |',
         '| digits, 5 + 5 | `b` | 32 | 40 M | 97.50 ± 0.50 | 2 | 97.40 | `train it` |',
         '| digits, 5 + 5 | **`c`** | 32 | 60 M | **99.00 ± 0.50** | 2 | not run | `train it` |']
