@@ -162,7 +162,7 @@ def curves(
     ends = [(x, end) for x, y, *deviation in points for d in deviation or [0] for end in (max(y - d, least), y + d)]
     across, up, parts = _axes(
         [x for x, _ in ends], [*(y for _, y in ends), *span], x_label, y_label, x_format, y_format, log)
-    x, y = LEFT, BOTTOM + 66
+    names = []
     for number, (name, line) in enumerate(lines):
         colour = expert_colour(series[number] if series else number)
         path = ' '.join(f'{across(a):.1f},{up(b):.1f}' for a, b, *_ in line)
@@ -177,14 +177,22 @@ def curves(
             parts.append(
                 f'<circle cx="{across(a):.1f}" cy="{up(b):.1f}" r="4" fill="{colour}">'
                 f'<title>{html.escape(name)}: {x_format.format(a)}, {y_format.format(b)}</title></circle>')
+        names.append((name, colour, number in dashed))
+    return _svg(_names_of_lines(parts, names), parts)
+
+
+def _names_of_lines(parts: list[str], names: Sequence[tuple[str, str, bool]]) -> float:
+    """Add (name, colour, hollow) below a plane, in as many lines as they need, and return where they end."""
+    x, y = LEFT, BOTTOM + 66
+    for name, colour, hollow in names:
         width = 31 + 7.5 * len(name)
         if x + width > WIDTH and x > LEFT:
             x, y = LEFT, y + 20
-        fill = f'fill="none" stroke="{colour}" stroke-width="2"' if number in dashed else f'fill="{colour}"'
+        fill = f'fill="none" stroke="{colour}" stroke-width="2"' if hollow else f'fill="{colour}"'
         parts.append(f'<rect x="{x}" y="{y}" width="12" height="12" rx="2" {fill}/>')
         parts.append(_text(x + 17, y + 11, name, 'start', soft=True))
         x += width
-    return _svg(y + 18, parts)
+    return y + 18
 
 
 def intervals(rows: Sequence[tuple[str, Sequence[float]]], x_label: str, x_format: str = '{:g}') -> str:
