@@ -7,6 +7,7 @@ import copy
 import logging
 import random
 import struct
+import tarfile
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 
@@ -14,6 +15,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, Mixup, create_dataset, create_loader
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 
 from ..data import collate_two_views
@@ -126,13 +129,16 @@ def open_dataset(args: argparse.Namespace, training: bool, strict: bool = False,
     if folder:
         root = _find_split(root, args.train_split if shared else split, training, shared)
     try:
-        dataset = create_dataset(
+        dataset = ImageDataset(
+            str(root), ReaderImageInTar(str(root), class_map or _class_map(args, root)),
+            input_img_mode=image_mode(args),
+        ) if folder and _tars(root) else create_dataset(
             '' if folder else args.dataset,
             root=str(root) if root else None,
             split=split,
             is_training=training,
             search_split=not folder,
-            class_map=class_map or (read_class_map(args.class_map, root) if args.class_map else ''),
+            class_map=class_map or _class_map(args, root),
             download=args.dataset_download,
             batch_size=args.batch_size,
             seed=args.seed,
@@ -142,7 +148,10 @@ def open_dataset(args: argparse.Namespace, training: bool, strict: bool = False,
             num_samples=args.train_num_samples if training else args.val_num_samples,
             trust_remote_code=args.dataset_trust_remote_code,
         )
-    except (AssertionError, RuntimeError, FileNotFoundError) as error:
+    except ImportError as error:
+        raise InputError(
+            f'dataset={args.dataset} needs {error.name!r}, which is not installed: pip can install it.') from error
+    except (AssertionError, RuntimeError, FileNotFoundError, ValueError, tarfile.TarError) as error:
         empty = 'Found 0 images' in str(error)
         folders = f"folders that the class map '{args.class_map}' names" if args.class_map else 'folders of classes'
         reason = f"The data folder '{root}' has no images in {folders}." if empty else str(error)
@@ -151,6 +160,16 @@ def open_dataset(args: argparse.Namespace, training: bool, strict: bool = False,
         reader = _part_of(dataset.reader, args, training) if shared else dataset.reader
         dataset = CheckedImages(reader, training, strict, image_mode(args))
     return dataset
+
+
+def _class_map(args: argparse.Namespace, root: Any) -> Any:
+    return read_class_map(args.class_map, root) if args.class_map else ''
+
+
+def _tars(root: Path) -> List[Path]:
+    """The .tar files of a folder that holds nothing else to read: shards, or one a class."""
+    folders = root.is_dir() and any(p.is_dir() for p in root.iterdir())
+    return [] if folders else sorted(root.glob('*.tar'))
 
 
 def holds_out(args: argparse.Namespace) -> bool:
@@ -163,6 +182,8 @@ def holds_out(args: argparse.Namespace) -> bool:
 
 def _part_of(reader: Any, args: argparse.Namespace, training: bool) -> Any:
     """A reader of the images of a folder that are for training, or of those held out: the same share of every class."""
+    if not isinstance(reader, ReaderImageFolder):
+        raise InputError(f'val_share={args.val_share} is of a folder of images, not of tar files: give them their own.')
     by_class: Dict[int, List[Any]] = {}
     for sample in reader.samples:
         by_class.setdefault(sample[1], []).append(sample)
@@ -187,7 +208,7 @@ def image_mode(args: argparse.Namespace) -> str:
 
 
 def _find_split(data_dir: Optional[str], split: str, training: bool, whole: bool = False) -> Path:
-    """The folder (or tar file) of a split; `whole`: class folders directly will do for training, too."""
+    """The folder of a split, or its tar file; `whole`: class folders directly will do for training, too."""
     if not data_dir:
         raise InputError(
             f"No data: give --data-dir DIR, a folder with '{split}' in it, or dataset=digits for the embedded digits.")
@@ -201,6 +222,8 @@ def _find_split(data_dir: Optional[str], split: str, training: bool, whole: bool
     for name in (split, *SYNONYMS.get(split, ())):
         if (root / name).is_dir():
             return root / name
+        if (root / f'{name}.tar').is_file():
+            return root / f'{name}.tar'
     inside = sorted(p.name for p in root.iterdir() if p.is_dir())
     if (whole or not training) and inside and not {'train', 'training', 'test', 'val', 'validation'} & set(inside):
         return root  # class folders directly, as timm's validate.py takes them
@@ -215,7 +238,7 @@ def _find_split(data_dir: Optional[str], split: str, training: bool, whole: bool
 def class_names(dataset: Dataset) -> Optional[Dict[str, int]]:
     """Class name to index, or None where the dataset does not tell."""
     reader = getattr(dataset, 'reader', dataset)
-    mapping = getattr(reader, 'class_to_idx', None)
+    mapping = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)  # of tars
     if mapping is None and getattr(dataset, 'classes', None) is not None:
         mapping = {str(name): index for index, name in enumerate(dataset.classes)}
     return mapping or None
