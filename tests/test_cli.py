@@ -204,6 +204,15 @@ def test_the_command_and_the_module_are_one(repository):
     assert outputs[0] == outputs[1] and outputs[0].startswith('model ')
 
 
+def test_a_reader_that_leaves_early_is_no_error(repository):
+    """`moe-zoo list | head -1`"""
+    code = "import sys, moe_zoo_cli; sys.argv = ['moe-zoo', 'list', '--json']; sys.exit(moe_zoo_cli.main())"
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, '-c', code], cwd=repository, **pipes)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b'', 141)  # 128 + SIGPIPE
+
+
 def test_an_error_of_the_installed_command_is_one_sentence_also_of_a_tool(repository):
     code = "import sys, moe_zoo_cli; sys.argv = ['moe-zoo', *sys.argv[1:]]; sys.exit(moe_zoo_cli.main())"
     for arguments, message in (
