@@ -1,5 +1,6 @@
 """What a paper takes from finished runs: figures of exact widths, a table whose numbers are the runs', references."""
 import csv
+import json
 import re
 import shutil
 import subprocess
@@ -8,7 +9,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from moe_zoo.analysis import charts
+from moe_zoo.analysis.figures import import_matplotlib, save
 from moe_zoo.analysis.paper import bibliography, drawings_of, escape, index, latex_table, slug, table_rows, write_paper
+from moe_zoo.analysis.paper_charts import redraw
 from moe_zoo.analysis.paper_figures import POINTS, STYLE, WIDTHS, looks_of
 from moe_zoo.analysis.run_folders import Training
 from moe_zoo.analysis.runs import LayerUse, Measured, Run
@@ -19,6 +23,8 @@ EVIL = r'_a&b 50% $x$ #1 {~^\} <é>' + ' long' * 8
 
 def trained(folder, model, scores, routed, kind='classification', card='', **fields):
     """A training for each seed: `scores` by seed."""
+    for seed in scores:
+        (folder / f'seed{seed}').mkdir(parents=True, exist_ok=True)
     metric = 'top1' if kind == 'classification' else 'AP'
     return tuple(Training(
         folder=folder / f'seed{seed}', kind=kind, model=model, routed=routed, dataset='digits', seed=seed,
@@ -30,11 +36,12 @@ def trained(folder, model, scores, routed, kind='classification', card='', **fie
 
 
 def run_of(folder, name, model, scores, macs, seconds, twin=None, routed=True, kind='classification', card=''):
+    trainings = trained(folder / name, model, scores, routed, kind, card)
     use = (LayerUse('stage.1', (.5, .25, .25), (.5, .25, .25), .95, 0., ()),
            LayerUse('stage.3', (.75, .25, 0.), (.75, .25, 0.), .51, 0., (2,)))
     return Run(
         name=name, kind=kind, model=model, family='moe' if routed else 'dense', routed=routed, dataset='digits',
-        trainings=trained(folder, model, scores, routed, kind, card), options={}, twin=twin, parameters=2_500_000,
+        trainings=trainings, options={}, twin=twin, parameters=2_500_000,
         active_parameters=1_250_000, macs_max=1.5 * macs, versions={'commit': '0123456789abcdef'},
         measured=Measured(
             images=4, input_size=(3, 32, 32), parameters=2_500_000, active_parameters=1_250_000, macs_max=1.5 * macs,
@@ -105,7 +112,6 @@ def test_an_svg_keeps_its_text(paper, width, inches):
 
 
 def test_the_same_runs_give_the_same_file(runs):
-    from moe_zoo.analysis.figures import import_matplotlib, save
     curves = next(drawing for drawing in drawings_of(runs) if drawing.name.endswith('curves'))
     with import_matplotlib().rc_context(STYLE):
         for kind in ('pdf', 'svg'):
@@ -153,6 +159,63 @@ def test_runs_are_told_apart_without_colour(runs, tmp_path):
     assert len({(look.marker, look.dash) for look in routed}) == 40
     assert len({(look.marker, look.colour) for look in routed}) == 40
     assert len({look.marker for look in routed[:8]}) == 8 and looks[runs[1]].hollow and not routed[0].hollow
+
+
+# ---- charts of the page
+
+def test_every_kind_of_chart_is_redrawn_with_its_words_where_they_were():
+    drawn = [
+        charts.intervals([('a', [1., 2.]), ('b_c', [3.])], 'accuracy, %'),
+        charts.heat_map(['one', 'two'], ['x', 'y'], [[1., 2.], [3., None]], 'rows', 'columns'),
+        charts.histogram([1, 2, 3], 'gate'),
+        charts.share_bars([('layer', [.25, .75])]),
+        charts.strips([('layer', [[.1, .2], [.3, .4]])], ['s', 't'], ['0', '1'], 'expert'),
+        charts.curves([('a', [(1, 2.), (3, 4.)]), ('b', [(1, 1.)])], 'x', 'y', dashed=[0]),
+        charts.estimates([('a', 50., 2.)], 'accuracy, %'),
+    ]
+    with import_matplotlib().rc_context(STYLE):
+        for chart in drawn:
+            figure = redraw(chart, 3.25)
+            words = [''.join(element.itertext()) for element in ElementTree.fromstring(chart).iter()
+                     if element.tag.endswith('}text')]
+            assert [text.get_text() for text in figure.axes[0].texts] == words and len(words) > 2
+            assert figure.get_figwidth() == 3.25 and {text.get_fontsize() for text in figure.axes[0].texts} == {7}
+    assert redraw(drawn[0], 6.75).get_figheight() > redraw(drawn[0], 3.25).get_figheight()
+
+
+def test_a_chart_is_redrawn_at_its_places_and_in_its_colours():
+    chart = (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 440 100" fill="currentColor">'
+        '<rect x="10" y="20" width="30" height="40" fill="var(--expert-0)" fill-opacity=".5"/>'
+        '<circle cx="5" cy="6" r="4" fill="var(--accent)"><title>not drawn</title></circle>'
+        '<line x1="0" y1="1" x2="2" y2="3" stroke="var(--line)" stroke-dasharray="4 3"/>'
+        '<g transform="rotate(-90 14 50)"><text x="14" y="50" text-anchor="middle">up</text></g></svg>')
+    figure = redraw(chart, 3.25)
+    axis, = figure.axes
+    bar, = axis.patches
+    assert bar.get_bbox().bounds == (10, 20, 30, 40) and bar.get_facecolor()[:3] == pytest.approx(
+        (0x0e / 255, 0x8a / 255, 0x8a / 255)) and bar.get_alpha() == .5
+    dot, line = axis.lines
+    assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (5, 6) and dot.get_markerfacecolor() == '#0b6f73'
+    assert list(line.get_xdata()) == [0, 2] and line.is_dashed() and bar.zorder < dot.zorder < line.zorder
+    assert axis.texts[0].get_rotation() == 90 and axis.get_ylim() == (100, 0)  # SVG counts from the top
+    with pytest.raises(InputError, match='chart: a figure for print is made of no <image>'):
+        redraw(chart.replace('<rect', '<image'), 3.25)
+
+
+def test_charts_of_the_analyses_of_a_run_are_drawn_too(runs, monkeypatch):
+    pytest.importorskip('sklearn')
+    from moe_zoo.engine.analyze_experts import main
+    small = dict(patch_size=8, embed_dim=16, depth=2, num_heads=2, moe_layers=[1], num_experts=3, representation_size=0)
+    monkeypatch.setattr('sys.argv', ['analyze-experts'])
+    main(['--model', 'vmoe_vit_s', 'dataset=digits', 'val_split=test', 'device=cpu', 'img_size=16', '--no-force',
+          f'model_kwargs={json.dumps(small)}', '--max-images', '22', '--no-figures',
+          '--out', str(runs[2].trainings[0].folder / 'experts')])
+    found = [drawing for drawing in drawings_of(runs) if '-analysis-' in drawing.name]
+    assert [drawing.name for drawing in found] == [
+        f'{STEM}-analysis-vmoe_vit_s-{number}' for number in range(1, len(found) + 1)]
+    assert len(found) >= 4 and all(drawing.caption.startswith('vmoe_vit_s: ') for drawing in found)
+    assert 'blocks.1.mlp' in [text.get_text() for text in found[0].draw(3.25).axes[0].texts]
 
 
 # ---- the table

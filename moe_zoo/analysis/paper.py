@@ -14,9 +14,11 @@ from typing import Any, Optional, Union
 from ..cards import card
 from ..errors import InputError, atomic_write, counted
 from .figures import import_matplotlib, save
+from .page import Figure
+from .paper_charts import redraw
 from .paper_figures import STYLE, WIDTHS, learning_curves, looks_of, score_against, usage_map
-from .report_page import macs
-from .runs import KINDS, Run
+from .report_page import _analyses, macs
+from .runs import KINDS, Run, by_data
 from .tables import TEX, _unit
 
 SOFTWARE = {  # key -> entry; as their projects ask to be cited
@@ -83,10 +85,7 @@ def write_paper(runs: Sequence[Run], folder: Union[str, Path]) -> list[Path]:
 
 def groups_of(runs: Sequence[Run]) -> list[list[Run]]:
     """Runs that can be compared, for they learned the same kind of thing and were evaluated on the same data."""
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.kind, run.dataset), []).append(run)
-    return list(groups.values())
+    return list(by_data(runs).values())
 
 
 def shown_names(runs: Sequence[Run]) -> dict[Run, str]:
@@ -150,6 +149,16 @@ def _drawings(group: Sequence[Run], names: dict[Run, str]) -> Iterator[Drawing]:
                 f'{stem}-usage-{slug(names[run])}', f'Use of the experts of {names[run]} on the evaluation images of '
                 f'{first.dataset}, as a multiple of the fair share; crosses mark dead experts.',
                 lambda width, use=use: usage_map(use, width))
+        for number, figure in enumerate(_of_analyses(run), 1):
+            yield Drawing(
+                f'{stem}-analysis-{slug(names[run])}-{number}', f'{names[run]}: {figure.caption or figure.alt}',
+                lambda width, chart=figure.image: redraw(chart, width))
+
+
+def _of_analyses(run: Run) -> list[Figure]:
+    """The charts of what analyze-experts and analyze-object-sizes left in the folders of a run; no pictures."""
+    return [block for section in _analyses(run, []) for block in section.blocks
+            if isinstance(block, Figure) and isinstance(block.image, str) and '<image' not in block.image]
 
 
 def slug(name: str) -> str:
