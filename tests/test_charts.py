@@ -242,6 +242,14 @@ def test_one_point_still_has_an_axis_with_different_numbers():
     assert len(numbers) >= 2 and len(set(numbers)) == len(numbers)
 
 
+def test_an_accuracy_of_a_hundred_ends_the_axis():
+    svg = trade_offs([Mark('a', 5, 99.8, 0, y_half=3.), Mark('b', 5, 60, 1)], [], ['a', 'b'], 'x', 'y', most=100)
+    numbers = [float(word) for word in words(svg) if re.fullmatch(r'\d+\.0', word or '')]
+    assert max(numbers) == 100
+    bar, = [line for line in drawn(svg, 'line') if line.get('stroke') == 'var(--expert-0)']
+    assert bar.get('y2') == '14.0'  # the upper end of the plane, not above it
+
+
 def test_trade_offs_refuse_what_is_no_cost():
     with pytest.raises(InputError, match='at least one point, and costs above 0'):
         trade_offs([Mark('a', 0, 1, 0)], [], ['a'], 'x', 'y')

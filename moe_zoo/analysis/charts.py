@@ -84,6 +84,7 @@ def trade_offs(
         y_label: str,
         x_format: str = '{:g}',
         y_format: str = '{:.1f}',
+        most: float = math.inf,
 ) -> str:
     """What is reached over what it costs: points that differ in shape as well as colour, some joined by lines.
 
@@ -93,11 +94,13 @@ def trade_offs(
         series: Names for the legend, by number.
         x_label, y_label: Written along the axes, units included.
         x_format, y_format: Of the numbers at the axes and beside the pointer.
+        most: The largest value that y can have: bars are cut there.
     """
     if not marks or any(mark.x <= 0 for mark in marks):
         raise InputError('marks: a chart of costs needs at least one point, and costs above 0.')
     xs = [x for mark in marks for x in (mark.x, *(mark.x_range or ()))]
-    ys = [mark.y + sign * max(mark.y_half or 0, .5) for mark in marks for sign in (-1, 1)]  # a point of room
+    ys = [end for mark in marks for half in [max(mark.y_half or 0, .5)]  # room for a point
+          for end in (mark.y - half, min(mark.y + half, most))]
     across, up, parts = _axes(xs, ys, x_label, y_label, x_format, y_format, max(xs) > 3 * min(xs))
     places = [(across(mark.x), up(mark.y)) for mark in marks]
     for a, b in joined:
@@ -108,7 +111,7 @@ def trade_offs(
     for mark, (x, y) in zip(marks, places):
         colour = expert_colour(mark.series)
         bars = [(across(mark.x_range[0]), y, across(mark.x_range[1]), y)] if mark.x_range else []
-        bars += [(x, up(mark.y - mark.y_half), x, up(mark.y + mark.y_half))] if mark.y_half else []
+        bars += [(x, up(mark.y - mark.y_half), x, up(min(mark.y + mark.y_half, most)))] if mark.y_half else []
         parts += [f'<line x1="{a:.1f}" y1="{b:.1f}" x2="{c:.1f}" y2="{d:.1f}" stroke="{colour}"/>'
                   for a, b, c, d in bars]
         text = f'{mark.name}: {x_format.format(mark.x)}, {y_format.format(mark.y)}'

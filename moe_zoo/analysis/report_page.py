@@ -133,7 +133,7 @@ def _time_cell(run: Run) -> Cell:
         return None
     ratio, note = run.time_ratio, ''
     if ratio is not None:
-        note = f'\n{ratio.median:.2f} × its twin' if ratio.resolved else '\nas its twin, within the spread'
+        note = f'\n{ratio.median:.2f} × its twin' if ratio.resolved else '\nratio not resolved'
     note += '\nMACs do not turn into time' if run.macs_become_time is False else ''
     return Sorted(f'{_milliseconds(latency[1])}{note}', latency[1])
 
@@ -263,7 +263,7 @@ def _trade_off(
     content = [{'run': mark.name, x_label: mark.x, 'from to': mark.x_range, KINDS[kind][1]: mark.y,
                 'deviation over seeds': mark.y_half, 'dense': mark.hollow} for mark in marks]
     shown = [names[number] for number in sorted(names)]
-    chart = trade_offs(marks, joined, shown, x_label, KINDS[kind][1], '{:.4g}')
+    chart = trade_offs(marks, joined, shown, x_label, KINDS[kind][1], '{:.4g}', most=100)
     return Figure(chart, f'{title}. {words}', f'**{title}.**{bars}{across}', Data(file, content))
 
 
@@ -317,9 +317,10 @@ def _learning(data: tuple[str, str], runs: Sequence[Run]) -> Optional[Section]:
     figures += [figure for run in learned for figure in _balance_figures(run)]
     if not figures:
         return None
-    ends = [f'`{run.name}` {run.curve[-1]["loss"]:.3f}' for run in learned if 'loss' in run.curve[-1]]
+    least = sorted((run.curve[-1]['loss'], run.name) for run in learned if 'loss' in run.curve[-1])
+    ends = listing([f'`{run}` {loss:.3f}' for loss, run in least], 4)
     title = f'{name}: how they learned'
-    return Section(title, 'done', f'Loss at the end: {", ".join(ends)}.' if ends else '', figures)
+    return Section(title, 'done', f'Loss at the end, the least first: {ends}.' if least else '', figures)
 
 
 def _curve_figure(
