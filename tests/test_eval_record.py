@@ -1,4 +1,5 @@
 """`eval-imagenet --record`: what a finished run becomes on its card, and what is refused."""
+import json
 import shutil
 import tomllib
 
@@ -8,7 +9,7 @@ from test_eval_compare import write_run
 
 from moe_zoo.analysis.runs import read_runs
 from moe_zoo.engine import record as recorder
-from moe_zoo.engine.compare import run_all, versions
+from moe_zoo.engine.compare import run_all
 from moe_zoo.engine.config import load_config
 from moe_zoo.engine.evaluate_cli import main
 from moe_zoo.engine.record import check_split, command, model_arguments, nearest_recipe, record
@@ -113,8 +114,9 @@ def test_seeds_and_twins_become_one_row(tmp_path, capsys):
     scores = [training.metrics['top1'] for training in run_of(tmp_path / 'run').trainings]
     assert row['mean'] == round(sum(scores) / 2, 2) and row['twin']['model'] == 'vit_base_patch32_224'
     assert row['macs_executed'] > 0 and row['twin']['macs'] < row['macs'] and row['twin']['seeds'] == [0, 1]
-    commit = versions()['commit']
-    assert row['commit'].startswith(commit[:12] if commit else 'unknown') and ' of ' in row['hardware']
+    filed = json.loads((tmp_path / 'run' / 'results.json').read_text())['versions']  # of when the run began
+    assert row['commit'].startswith((filed['commit'] or 'unknown')[:12]) and row['hardware'] == filed['hardware']
+    assert ' of ' in row['hardware']
     assert row['command'].endswith('--seeds 0 1 --twin') and 'epochs=1' in row['command']
     shutil.rmtree(tmp_path / 'run' / 'seed1')
     (path, row), = record([tmp_path / 'run'], data_name='noise', root=root).items()
