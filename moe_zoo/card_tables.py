@@ -221,9 +221,8 @@ class Point(NamedTuple):
     accuracy: str
     name: str
     pixels: int
-    seeds: str
-    twin: str
-    command: str
+    seeds: int
+    recipe: str
 
     def beats(self, other: 'Point') -> bool:
         """More accurate at no more MACs, or as accurate at fewer, on the same data."""
@@ -234,36 +233,30 @@ class Point(NamedTuple):
 def accuracy_table(known: Mapping[str, Card]) -> str:
     """The README's table of accuracy: every recorded run on the data sets `ACCURACY`, and its dense twin.
 
-    By data, then MACs. What no other row of the same data beats is bold, so that the last bold row within a budget of
-    MACs is the most accurate network for it. Empty where nothing was recorded.
+    By data, named in the first row of each, then MACs. What no other row of the same data beats is bold, so that the
+    last bold row within a budget of MACs is the most accurate network for it. Empty where nothing was recorded.
     """
     points = {point for card in known.values() for row in card.get('measured', [])
               if 'experiment' not in row and row['dataset'] in ACCURACY for point in _points(card['name'], row)}
     if not points:
         return ''
-    lines = ['| data | model | pixels | MACs | top-1, % | seeds | dense twin | train it |',
-             '| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |']
+    lines = ['| data | MACs | model | pixels | top-1, % | seeds | recipe |',
+             '| --- | ---: | --- | ---: | ---: | ---: | --- |']
+    told = None
     for point in sorted(points):
         bold = '' if any(other.beats(point) for other in points) else '**'
-        lines.append(
-            f'| {point.data} | {bold}{point.name}{bold} | {point.pixels} | {_macs(point.macs)} '
-            f'| {bold}{point.accuracy}{bold} | {point.seeds} | {point.twin} | `{point.command}` |')
+        data, told = '' if point.data == told else point.data, point.data
+        lines.append(f'| {data} | {_macs(point.macs)} | {bold}{point.name}{bold} | {point.pixels} '
+                     f'| {bold}{point.accuracy}{bold} | {point.seeds} | {point.recipe} |')
     return '\n'.join(lines) + '\n'
 
 
 def _points(name: str, row: Mapping[str, Any]) -> list[Point]:
     """A recorded run, and its dense twin where it has one."""
-    data, twin = f'{row["dataset"]}, {row["data"]}', row.get('twin')
-    common = {'data': data, 'pixels': row['pixels'], 'command': row['command']}
-    points = [_point(f'`{name}`', row, _accuracy(twin) if twin else 'not run', common)]
-    if twin:
-        points.append(_point(f'dense twin of `{name}`', twin, 'it is one', common))
-    return points
-
-
-def _point(name: str, row: Mapping[str, Any], twin: str, common: dict[str, Any]) -> Point:
-    return Point(name=name, macs=row['macs'], mean=row['mean'], accuracy=_accuracy(row), seeds=str(len(row['seeds'])),
-                 twin=twin, **common)
+    runs = [(f'`{name}`', row)] + ([(f'dense twin of `{name}`', row['twin'])] if 'twin' in row else [])
+    return [Point(data=f'{row["dataset"]}: {row["data"]}', macs=run['macs'], mean=run['mean'], accuracy=_accuracy(run),
+                  name=title, pixels=row['pixels'], seeds=len(run['seeds']), recipe=f'`{row["config"]}`')
+            for title, run in runs]
 
 
 def _accuracy(row: Mapping[str, Any]) -> str:
