@@ -44,7 +44,9 @@ LANGUAGES = ('python', 'text', 'sh', 'toml', 'yaml', '')
 # Tools that take seconds on small data; the others train, time, write cards or need data that is not here.
 CHEAP = ('list', 'show', 'count-flops', 'predict', 'eval-imagenet', 'analyze-experts', 'report', 'compare')
 SLOW = re.compile(r'analyze.experts(\.py)? -|moe-zoo (report|compare) ')  # of these, those that take many
-PLACEHOLDERS = {'NAME': 'condconv_resnet18', 'PREFIX': 'prefix', 'OUT': 'out', 'OUT.safetensors': 'out.safetensors'}
+PLACEHOLDERS = {
+    'NAME': 'condconv_resnet18', 'RECIPE': 'configs/digits/dyconv_resnet10.yaml', 'PREFIX': 'prefix', 'OUT': 'out',
+    'OUT.safetensors': 'out.safetensors'}
 TRAINED = dict(  # a V-MoE of two blocks, for two classes of 16 pixels
     model='vmoe_vit_s', img_size=16, batch_size=8, workers=0, opt='adamw', lr=1e-2, epochs=2, warmup_epochs=0,
     device='cpu', model_kwargs=dict(
