@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from ..cards import card
+from ..cards import card, cards
 from ..errors import InputError, atomic_write, counted
 from .figures import import_matplotlib, save
 from .page import Figure
@@ -219,12 +219,12 @@ def latex_table(runs: Sequence[Run]) -> str:
     """A tabular for booktabs: a part for each kind of task and data, a row a run, with references."""
     rows = dict(zip(runs, table_rows(runs)))
     costs, heads = {run: [] for run in runs}, []
-    for key, head in (('parameters', 'Params'), ('active_parameters', 'Active'), ('macs_at_most', 'MACs at most'),
-                      ('macs_executed', 'MACs run')):
-        size, letter, decimals = _unit([row[key] for row in rows.values() if row[key]])
+    for pair in ({'parameters': 'Params', 'active_parameters': 'Active'},
+                 {'macs_at_most': 'MACs at most', 'macs_executed': 'MACs run'}):  # each pair in one unit
+        size, letter, decimals = _unit([row[key] for row in rows.values() for key in pair if row[key]])
+        heads += [f'{head} ({letter})' if letter else head for head in pair.values()]
         for run, row in rows.items():
-            costs[run].append(f'{row[key] / size:.{decimals}f}' if row[key] else '--')
-        heads.append(f'{head} ({letter})' if letter else head)
+            costs[run] += [f'{row[key] / size:.{decimals}f}' if row[key] else '--' for key in pair]
     columns = ['Model', 'Seeds', *heads, 'Time (ms)', 'Score', 'To twin']
     lines = [
         '% Written by moe-zoo report --paper; needs \\usepackage{booktabs}.',
@@ -289,8 +289,11 @@ def _paper(run: Run) -> str:
 
 
 def _reference(run: Run) -> str:
-    text = _paper(run)
-    return _key(text) if text else '' if run.routed else 'rw2019timm' if run.trainings[0].card else ''
+    """Key of what a run's model is cited by: of its card's paper; of timm, where the dense network is timm's."""
+    name, text = run.trainings[0].card, _paper(run)
+    if run.routed or not name:
+        return _key(text) if text else ''
+    return '' if name in cards() else 'rw2019timm'
 
 
 def _key(text: str) -> str:
