@@ -85,7 +85,7 @@ def stacked(grids: Sequence[Grid]) -> Grid:
 
 def as_rich(grid: Grid) -> Table:
     """For a terminal, without the title: every line fits its width, long names are folded."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     headings, rows = _drawn(grid)
     for column, heading in zip(grid.columns, headings):
         text = column.kind in ('text', 'mark')
@@ -158,8 +158,8 @@ def _draw(column: Column, values: list[Value], sizes: list[float]) -> tuple[str,
     forms = {'text': '{}', 'mark': '{}', 'percent': '{:.2f} %', 'ratio': '{:,.3f}'}
     size, prefix, decimals = _unit(sizes)
     unit, heading = prefix + ('B' if column.kind == 'bytes' else ''), column.heading
-    if unit:  # on the second line of the heading
-        heading += f', {unit}' if '\n' in heading else f'\n({unit})'
+    if unit:  # on a line of its own, so that columns stay narrow
+        heading += f'\n({unit})'
     form = forms.get(column.kind, f'{{:,.{decimals}f}}')
     numbers = [value / size if column.kind in ('count', 'bytes') and value is not None else value for value in values]
     missing = '' if column.kind == 'mark' else '-'
