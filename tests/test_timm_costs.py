@@ -10,7 +10,8 @@ from torch import nn
 from moe_zoo.analysis import count
 from moe_zoo.analysis.count_cli import build_model
 
-SMALL = ('test_', 'femto', 'atto', 'zepto', 'pico', 'nano', 'tiny', '_xxs', '_xs', '_xxt', '_050', '_s_', 'small')
+SMALL = ('test_', 'femto', 'atto', 'zepto', 'pico', 'nano', 'tiny', '_xxs', '_xs', '_xxt', '_050', '_s_', 'small',
+         '2d_s')
 
 
 def families() -> dict[str, str]:
