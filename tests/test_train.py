@@ -319,6 +319,18 @@ def test_twin_keeps_the_keywords_it_knows(monkeypatch):
     assert compare.twin_options(args) == {'model': 'resnet18', 'model_kwargs': {'stem_width': 32}}
 
 
+def test_the_twin_of_every_recipe_is_built():
+    """Also where the card's keywords of the twin are options of the tool, such as global_pool of Soft MoE's."""
+    from moe_zoo.cards import card
+    from moe_zoo.engine.build import model_keywords
+    for recipe in RECIPES:
+        args = load_config(recipe)
+        if 'twin' in card(args.model) and not args.route_consistency:
+            twin = load_config(recipe, compare.twin_options(args))
+            model = timm.create_model(device='meta', **model_keywords(twin))
+            assert sum(p.numel() for p in model.parameters()) > 0, recipe
+
+
 def test_mean_and_deviation():
     """1, 2, 3: mean 2, sample deviation sqrt((1 + 0 + 1) / 2) = 1."""
     assert compare.mean_and_deviation([1.0, 2.0, 3.0]) == '2 +- 1'

@@ -93,14 +93,16 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     return model
 
 
+def create_on_meta(args: argparse.Namespace) -> nn.Module:
+    """The model that `build_model` has built, without weights."""
+    return timm.create_model(device='meta', **model_keywords(args)).eval()
+
+
 def model_keywords(args: argparse.Namespace) -> Dict[str, Any]:
     overlay = dict(args.pretrained_cfg_overlay or {})
     if args.pretrained_path:
         overlay.update(file=args.pretrained_path, num_classes=-1)  # -1: the head is always adapted
-    return resolve_model_input_args(
-        args.model,
-        vars(args),
-        pretrained_cfg_overlay=overlay or None,
+    options = dict(
         num_classes=args.num_classes,
         drop_rate=args.drop,
         drop_path_rate=args.drop_path if args.drop_path is not None else args.drop_connect,
@@ -108,8 +110,9 @@ def model_keywords(args: argparse.Namespace) -> Dict[str, Any]:
         global_pool=args.gp,
         bn_momentum=args.bn_momentum,
         bn_eps=args.bn_eps,
-        **{**_size_of_base(args), **args.model_kwargs},
     )
+    keywords = {**options, **_size_of_base(args), **args.model_kwargs}  # a keyword of the model wins over an option
+    return resolve_model_input_args(args.model, vars(args), pretrained_cfg_overlay=overlay or None, **keywords)
 
 
 @contextlib.contextmanager
