@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-PATIENCE, LIMIT = 120, 500
+PATIENCE, LIMIT = 300, 1500
 
 
 def run_ranks(world: int, folder: Path, function) -> str:

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
+from timm.task import TrainingTask
 from timm.utils import CheckpointSaver
 from torch import nn
 
@@ -40,10 +41,8 @@ class AtomicCheckpointSaver(CheckpointSaver):
             'epoch': epoch,
             'arch': self.args.model,
             'args': vars(self.args),  # a dict, where timm stores a Namespace: readable without timm
-            'optimizer': self.optimizer.state_dict(),
             'version': 2,
-            **self.task.get_checkpoint_state(unwrap_fn=self.unwrap_fn),
-            **self.task.get_checkpoint_state(ema=True, unwrap_fn=self.unwrap_fn),
+            **tensors_of_run(self.task, self.optimizer),
             'saver': self.state_dict(epoch, metric),
             'moe_zoo': self.run_state(),
         }
@@ -66,6 +65,19 @@ class AtomicCheckpointSaver(CheckpointSaver):
                 os.link(src, temporary)  # costs no space
             except OSError:
                 shutil.copy2(src, temporary)
+
+
+def tensors_of_run(task: TrainingTask, optimizer: torch.optim.Optimizer) -> Dict[str, Any]:
+    """The optimiser, the model and its average in a checkpoint, whole.
+
+    Where processes hold parts of them, all call it at the same time: the parts are gathered.
+    """
+    state = {
+        'optimizer': optimizer.state_dict(), **task.get_checkpoint_state(), **task.get_checkpoint_state(ema=True)}
+    if not any(hasattr(p, 'full_tensor') for p in task.trainable_module.parameters()):
+        return state
+    from .parallel import whole
+    return whole(state)
 
 
 def save_atomically(state: Any, path: PathLike, shown: PathLike = '') -> None:

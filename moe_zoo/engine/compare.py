@@ -99,8 +99,10 @@ def twin_options(args: Any) -> Dict[str, Any]:
     while True:
         try:
             timm.create_model(twin, device='meta', **keywords)
-            options = {'model': twin, 'model_kwargs': keywords}
-            return options if args.freeze_gates is None else {**options, 'freeze_gates': None}
+            # what only gates and experts have
+            routed = {'freeze_gates': None, 'expert_parallel': 1}
+            asked = {name: off for name, off in routed.items() if getattr(args, name) != off}
+            return {'model': twin, 'model_kwargs': keywords, **asked}
         except TypeError as error:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             if not unknown or unknown[1] not in keywords or unknown[1] in twin_args:

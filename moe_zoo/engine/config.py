@@ -75,6 +75,8 @@ OPTIONS: Dict[str, tuple] = {
     # Every image of a batch is trained in two views, which doubles the compute; `view_areas` replaces `scale`.
     'route_consistency': (str, None), 'route_consistency_weight': ([float], None),
     'view_areas': ([float], [0.05, 0.7, 0.6, 1.0]),
+    # several processes: 'ddp' or 'fsdp', the ranks that share the experts, balance losses of the whole batch; ours, too
+    'parallel': (str, 'ddp'), 'expert_parallel': (int, 1), 'balance_over_ranks': (bool, False),
     # the rest
     'seed': (int, 42), 'worker_seeding': (str, 'all'), 'log_interval': (int, 50), 'val_interval': (int, 1),
     'recovery_interval': (int, 0), 'checkpoint_hist': (int, 10), 'save_epochs': ([int], None),
@@ -245,13 +247,15 @@ def _settle(args: argparse.Namespace) -> argparse.Namespace:
     """Options that follow from others, and bounds that timm leaves to an assertion."""
     args.data_dir = args.data_dir or args.data
     args.prefetcher = not args.no_prefetcher
-    for name in ('epochs', 'batch_size', 'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist'):
+    for name in ('epochs', 'batch_size', 'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist',
+                 'expert_parallel'):
         if getattr(args, name) < 1:
             raise InputError(f'{name}={getattr(args, name)}: give at least 1.')
     _one_of(args, 'amp_dtype', ('float16', 'bfloat16'))
     _one_of(args, 'amp_impl', ('native',))
     _one_of(args, 'model_dtype', (None, 'float32', 'bfloat16', 'float16'))
     _one_of(args, 'eval_metric', ('top1', 'top5', 'loss'))
+    _one_of(args, 'parallel', ('ddp', 'fsdp'))
     _one_of(args, 'dist_bn', ('reduce', 'broadcast', ''))
     if args.amp and args.model_dtype not in (None, 'float32'):
         raise InputError(f'amp=true with model_dtype={args.model_dtype}: mixed precision keeps the model in float32.')

@@ -16,7 +16,7 @@ from ..analysis.consistency import find_grid
 from ..analysis.usage import evaluation_mode
 from ..data import TwoViewTransform, ViewTargets, check_areas, match_items
 from ..errors import InputError, nearest
-from ..losses import BALANCE_LOSSES, CONSISTENCY_LOSSES, auxiliary_losses
+from ..losses import BALANCE_LOSSES, CONSISTENCY_LOSSES
 from ..routing import Routing, trace_routing
 from .task import MoEClassificationTask
 
@@ -75,7 +75,7 @@ class RouteConsistencyTask(MoEClassificationTask):
         value = route_consistency(routings, target, input.shape[-2:], self.loss, self.weights, self.match_prefix)
         if self.loss == 'prc':
             routings = [without_balance(routing) for routing in routings]
-        auxiliary = auxiliary_losses(routings, target.targets)
+        auxiliary = self.auxiliary_losses(routings, target.targets)
         return self.add_up(output, target.targets, routings, {**auxiliary, self.loss: value})
 
 

@@ -16,6 +16,7 @@ and a plain one can be loaded into a spread model; `save_sharded` and `load_shar
 
 Letters: E experts, R ranks.
 """
+import warnings
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Union
 
@@ -178,9 +179,9 @@ def send_from_first_rank(model: nn.Module) -> None:
 # ---- gradients
 
 
-def is_spread(model: nn.Module) -> bool:
-    """Whether some parameters of a model are on other ranks."""
-    return any(isinstance(p, DTensor) for p in model.parameters())
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has the model."""
+    return isinstance(model, FSDPModule)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> torch.Tensor:
@@ -204,7 +205,7 @@ def all_finite(model: nn.Module) -> bool:
     """Whether every parameter is finite, on all ranks that hold parts of it."""
     parts = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
     finite = torch.stack([part.isfinite().all() for part in parts]).all()
-    if is_spread(model):
+    if dist.is_available() and dist.is_initialized():
         finite = finite.to(torch.uint8)
         dist.all_reduce(finite, dist.ReduceOp.MIN)
     return bool(finite)
@@ -324,11 +325,6 @@ def _check_folder(folder: Union[str, Path]) -> None:
 # ---- options of a run
 
 
-def is_asked_for(args: Any) -> bool:
-    """Whether the options of a run ask for more than DistributedDataParallel."""
-    return args.parallel == 'fsdp' or args.expert_parallel > 1
-
-
 def check_options(args: Any) -> None:
     """Raises: InputError: An option does not go with a spread model, or there are no processes to spread it over."""
     asked = f'expert_parallel={args.expert_parallel}' if args.expert_parallel > 1 else 'parallel=fsdp'
@@ -355,14 +351,9 @@ def spread(args: Any, model: nn.Module, device: torch.device) -> nn.Module:
     Raises:
         InputError: See `check_options`, `create_mesh` and `parallelize_experts`.
     """
-    if not is_asked_for(args):
-        return model
     check_options(args)
     if args.expert_parallel > 1:
         parallelize_experts(model, create_mesh(args.expert_parallel, device.type))
+    # FSDP2 warns of a view among the outputs, and records are full of them: nobody changes those in place.
+    warnings.filterwarnings('ignore', 'FSDP2-wrapped module')
     return shard_model(model) if args.parallel == 'fsdp' else model
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 has the model."""
-    return isinstance(model, FSDPModule)

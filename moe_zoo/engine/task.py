@@ -14,6 +14,7 @@ from timm.utils import unwrap_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..errors import InputError
 from ..losses import auxiliary_losses, balance
 from ..routing import Routing, end_step_after_optimizer, set_epoch, trace_routing
 from .epochs import set_epoch_after_schedule
@@ -26,18 +27,27 @@ class MoEClassificationTask(ClassificationTask):
     `ClassificationTask`; the model's `set_aux_loss(True)` is called before anything wraps it. Routers that adapt
     between steps (a selection bias moved against the load) are told of every step of an optimiser that holds the
     model's parameters.
+
+    Args:
+        balance_over_ranks: Take the statistics of the auxiliary losses over the batches of all ranks, as
+            `moe_zoo.losses.auxiliary_losses(over_ranks=True)`.
     """
 
-    def __init__(self, model: nn.Module, *args, **kwargs):
+    def __init__(self, model: nn.Module, *args, balance_over_ranks: bool = False, **kwargs):
         super().__init__(model, *args, **kwargs)
         if hasattr(unwrap_model(model), 'set_aux_loss'):
             unwrap_model(model).set_aux_loss(True)
+        self.balance_over_ranks = balance_over_ranks
         self._layers: List[str] = []
         end_step_after_optimizer(unwrap_model(model))
         set_epoch_after_schedule(self)
 
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs) -> 'MoEClassificationTask':
-        """As timm's; on CPU, DDP refuses `device_ids`, which timm's train.py passes always."""
+        """As timm's, for a model that FSDP2 has not; on CPU, DDP refuses `device_ids`, which timm's train.py passes
+        always."""
+        from .parallel import is_sharded
+        if is_sharded(self.trainable_module):
+            return self
         self._distributed = dict(ddp_kwargs, device_ids=device_ids)
         return super().prepare_distributed(None if self.device.type == 'cpu' else device_ids, **ddp_kwargs)
 
@@ -54,12 +64,19 @@ class MoEClassificationTask(ClassificationTask):
 
         That waits for the gradients of the parameters that had one when it was made: if these become others, the model
         is wrapped anew.
+
+        Raises:
+            InputError: The model is sharded by FSDP2.
         """
         model = unwrap_model(self.trainable_module)
         before = [p.requires_grad for p in model.parameters()]
         change(model)
         if before == [p.requires_grad for p in model.parameters()]:
             return
+        from .parallel import is_sharded
+        if is_sharded(model):
+            raise InputError(
+                'What the model trains changes with the epoch, which parallel=fsdp cannot follow: use parallel=ddp.')
         if isinstance(self.trainable_module, DistributedDataParallel):
             self.trainable_module = self.trainable_module.module
             gc.collect()  # the old wrapper's hooks go with it
@@ -79,7 +96,11 @@ class MoEClassificationTask(ClassificationTask):
             balance: Layer name to `moe_zoo.losses.balance` of its records; empty for a model without routed layers.
         """
         output, routings = self.run(input)
-        return self.add_up(output, target, routings, auxiliary_losses(routings, target))
+        return self.add_up(output, target, routings, self.auxiliary_losses(routings, target))
+
+    def auxiliary_losses(self, routings: List[Routing], target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """`moe_zoo.losses.auxiliary_losses`, of this rank or of all."""
+        return auxiliary_losses(routings, target, self.balance_over_ranks)
 
     def run(self, input: torch.Tensor) -> Tuple[torch.Tensor, List[Routing]]:
         """The model's output, and in training the records of its routed layers."""

@@ -23,16 +23,18 @@ from timm.utils import dispatch_clip_grad, unwrap_model
 from ..data.random_state import get_random_state, iterate_apart, seed_stream, set_random_state
 from ..errors import InputError, atomic_write, counted, exit_on_input_error
 from ..layers import ChannelGate, RoutedLayer, ShallowEmbedding
+from . import parallel
 from .build import (
     build_model,
     build_optimizer,
     build_schedule,
+    create_on_meta,
     criterion_kwargs,
     mixed_precision,
     open_device,
     prepare_model,
 )
-from .checkpoint import AtomicCheckpointSaver, check_fits, find_weights, read_checkpoint
+from .checkpoint import AtomicCheckpointSaver, check_fits, find_weights, read_checkpoint, tensors_of_run
 from .config import OPTIONS, load_config, options_help, parse_command_line
 from .consistency import RouteConsistencyTask, check_routes
 from .data import class_list, class_names, create_loaders, open_datasets
@@ -66,6 +68,9 @@ class Trainer:
         self.data_config = resolve_data_config(vars(args), model=model)
         self.loaders = create_loaders(args, self.data_config, self.train_set, self.eval_set, self.device)
         model = prepare_model(args, model, self.device)
+        self.spread = args.parallel == 'fsdp' or args.expert_parallel > 1  # processes hold parts of the model
+        if self.spread:
+            model = parallel.spread(args, model, self.device)
         if args.freeze_gates is not None and not hasattr(model, 'freeze_gates'):
             raise InputError(
                 f'freeze_gates={args.freeze_gates}: {args.model!r} has no gates to freeze; leave the option out, or'
@@ -101,7 +106,8 @@ class Trainer:
             check_routes(model, args.model, image)
             create = partial(RouteConsistencyTask, loss=args.route_consistency, weights=args.route_consistency_weight)
         return create(
-            model, criterion_kwargs=criterion_kwargs(args, mixes), device=self.device, dtype=dtype, verbose=False)
+            model, criterion_kwargs=criterion_kwargs(args, mixes), device=self.device, dtype=dtype, verbose=False,
+            balance_over_ranks=args.balance_over_ranks)
 
     def resume(self, path: Path) -> None:
         """Continue where a checkpoint was written. Call before `start`.
@@ -135,7 +141,9 @@ class Trainer:
 
     def _load_optimizer(self, checkpoint: Mapping[str, Any], path: Path) -> None:
         try:
-            self.optimizer.load_state_dict(checkpoint['optimizer'])
+            state = checkpoint['optimizer']
+            self.optimizer.load_state_dict(
+                parallel.spread_optimizer_state(self.optimizer, state) if self.spread else state)
         except (ValueError, KeyError) as error:
             raise InputError(
                 f"The optimiser state of '{path}' does not fit opt={self.args.opt}: {error};"
@@ -286,7 +294,9 @@ class Trainer:
             return
         loss.backward(create_graph=create_graph)
         if update:
-            if args.clip_grad is not None:
+            if args.clip_grad is not None and self.spread:
+                parallel.clip_gradients(parameters, args.clip_grad)
+            elif args.clip_grad is not None:
                 dispatch_clip_grad(parameters, value=args.clip_grad, mode=args.clip_mode)
             self.optimizer.step()
 
@@ -332,8 +342,8 @@ class Trainer:
 
     def _check_worth_keeping(self, metrics: Mapping[str, float]) -> None:
         """Raises: InputError: The last step of an epoch broke the weights, which no loss in training has shown yet."""
-        parameters = unwrap_model(self.task.trainable_module).parameters()
-        if not all(map(math.isfinite, metrics.values())) or not all(bool(p.isfinite().all()) for p in parameters):
+        model = unwrap_model(self.task.trainable_module)
+        if not all(map(math.isfinite, metrics.values())) or not parallel.all_finite(model):
             self._stop(
                 'The weights, or the loss in evaluation, are not finite (NaN or infinite) after',
                 (self.epoch + 1) * self.batches - 1)
@@ -390,6 +400,7 @@ class Trainer:
 
     def _save(self, row: Dict[str, Any], metric: Optional[float], milestone: bool) -> None:
         if self.saver is None:
+            self._take_part_in_saving()
             return
         self.saver.save_checkpoint(row['epoch'], metric)
         if milestone:
@@ -401,6 +412,13 @@ class Trainer:
         self._logs = _gather(self.log.state_dict(), self.args)
         if self.saver is not None:
             self.saver.save_recovery(self.epoch, index)
+        else:
+            self._take_part_in_saving()
+
+    def _take_part_in_saving(self) -> None:
+        """On the other ranks: hand over what they hold, while the first one writes."""
+        if self.spread:
+            tensors_of_run(self.task, self.optimizer)
 
     def _tell_progress(self, title: str, update: int) -> None:
         left = self.clock.left(self.epoch * self.batches + self.batch)
@@ -534,6 +552,8 @@ def _result(trainer: Trainer) -> Dict[str, Any]:
     args, rows = trainer.args, trainer.reporter.rows
     model = unwrap_model(trainer.task.trainable_module)
     image = torch.zeros(1, *trainer.data_config['input_size'], device=trainer.device, dtype=trainer.task.dtype)
+    if trainer.spread:
+        model, image = create_on_meta(args), image.to('meta')
     cost = count(model, image)
     final = next((row for row in reversed(rows) if 'eval_top1' in row), {})
     best = trainer.folder / 'model_best.pth.tar'
@@ -565,6 +585,10 @@ def parser() -> argparse.ArgumentParser:
                'Several processes: torchrun --nproc_per_node=N tools/train_imagenet.py ...')
     result.add_argument('--config', '-c', metavar='FILE', help='recipe, for example configs/imagenet/vmoe_vit_s.yaml')
     result.add_argument('--data-dir', metavar='DIR', help='folder with a folder for each split')
+    result.add_argument('--parallel', choices=('ddp', 'fsdp'),
+                        help='several processes: each has the whole model (ddp, the default) or a part of it (fsdp)')
+    result.add_argument('--expert-parallel', type=int, metavar='N',
+                        help='spread the experts over N processes each; divides their number and that of the experts')
     result.add_argument('--route-consistency', metavar='jsd|prc',
                         help='train on two views of every image, at twice the compute, and pull the routes of their'
                              ' patches together')
@@ -588,8 +612,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; returns the exit code."""
     flags, overrides = parse_command_line(argv, parser())
-    if flags.route_consistency is not None:
-        overrides['route_consistency'] = flags.route_consistency
+    for name in ('route_consistency', 'parallel', 'expert_parallel'):
+        if getattr(flags, name) is not None:
+            overrides[name] = getattr(flags, name)
     if not flags.config and 'model' not in overrides:
         raise InputError('Nothing to train: give --config FILE, or at least model=NAME.')
     return run(flags, overrides)
