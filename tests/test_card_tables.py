@@ -17,8 +17,8 @@ def made_up(name, family='f', parameters=1_000_000, macs=50_000_000, **more):
 def run(mean, macs, dataset='digits', data='5 + 5', std=0.5, twin=None, **more):
     several = {'seeds': [0, 1], 'std': std} if std is not None else {'seeds': [0]}
     row = {'dataset': dataset, 'data': data, 'metric': 'top-1', 'mean': mean, 'epochs': 8, 'pixels': 32,
-           'model_args': {}, 'macs': macs, 'parameters': 10, 'config': 'configs/x.yaml', 'command': 'train it', 'commit': 'abc',
-           'versions': 'torch 2', 'hardware': '2 threads', **several, **more}
+           'model_args': {}, 'macs': macs, 'parameters': 10, 'config': 'configs/x.yaml', 'command': 'train it',
+           'commit': 'abc', 'versions': 'torch 2', 'hardware': '2 threads', **several, **more}
     return row | ({'twin': twin} if twin else {})
 
 
