@@ -87,7 +87,7 @@ def reference(name: str, **kwargs: Any) -> Tuple[Dict[str, torch.Tensor], Dict[s
     return {k: v.detach() for k, v in losses.items()}, {k: p.grad for k, p in model.named_parameters()}
 
 
-WHOLE = dict(group_images=IMAGES, capacity_factor=None, losses=BALANCE)  # one group for balance, and nothing dropped
+WHOLE = dict(group_images=IMAGES, capacity_factor=2.0, losses=BALANCE)  # one group for balance, and nothing dropped
 
 # A model of each family, with its keywords and images.
 FAMILIES = {
