@@ -3,6 +3,7 @@
 Cards come in as dictionaries, text goes out. Standard library only: nothing here waits for torch.
 """
 import fnmatch
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -254,8 +255,9 @@ def accuracy_table(known: Mapping[str, Card]) -> str:
 def _points(name: str, row: Mapping[str, Any]) -> list[Point]:
     """A recorded run, and its dense twin where it has one."""
     runs = [(f'`{name}`', row)] + ([(f'dense twin of `{name}`', row['twin'])] if 'twin' in row else [])
+    recipe = ' '.join([row['config'], *re.findall(r'(?<= )\w+=\S+', row['command'])])  # with what won over it
     return [Point(data=f'{row["dataset"]}: {row["data"]}', macs=run['macs'], mean=run['mean'], accuracy=_accuracy(run),
-                  name=title, pixels=row['pixels'], seeds=len(run['seeds']), recipe=f'`{row["config"]}`')
+                  name=title, pixels=row['pixels'], seeds=len(run['seeds']), recipe=f'`{recipe}`')
             for title, run in runs]
 
 

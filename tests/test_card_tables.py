@@ -41,13 +41,14 @@ def test_accuracy_by_data_then_macs_with_the_front_in_bold():
     known = {
         'a': made_up('a', measured=[run(98.0, 30_000_000, twin=dense(97.0, 20_000_000, std=0.25, seeds=[0, 1, 2]))]),
         'b': made_up('b', measured=[run(97.5, 40_000_000, twin=dense(97.4, 29_000_000)),  # a has more for fewer MACs
-                                    run(55.0, 90_000_000, dataset='CIFAR-10', std=None)]),
+                                    run(55.0, 90_000_000, dataset='CIFAR-10', std=None,
+                                        command='train -c x epochs=9 --seeds 0')]),
         'c': made_up('c', measured=[run(99.0, 60_000_000), run(99.9, 1_000, dataset='scenes'),  # of another data set
                                     {'experiment': 'e', 'dataset': 'digits', 'metric': 'm', 'mean': 1.0}])}
     lines = accuracy_table(known).splitlines()
     assert lines[0] == '| data | MACs | model | pixels | top-1, % | seeds | recipe |'
     assert lines[2:] == [
-        '| CIFAR-10: 5 + 5 | 90 M | **`b`** | 32 | **55.00** | 1 | `configs/x.yaml` |',
+        '| CIFAR-10: 5 + 5 | 90 M | **`b`** | 32 | **55.00** | 1 | `configs/x.yaml epochs=9` |',
         '| digits: 5 + 5 | 20 M | **dense twin of `a`** | 32 | **97.00 ± 0.25** | 3 | `configs/x.yaml` |',
         '|  | 29 M | **dense twin of `b`** | 32 | **97.40** | 1 | `configs/x.yaml` |',
         '|  | 30 M | **`a`** | 32 | **98.00 ± 0.50** | 2 | `configs/x.yaml` |',
