@@ -151,6 +151,16 @@ def break_options(folder):
     (folder / 'args.yaml').write_text('model: [unclosed')
 
 
+def cut_summary(folder):
+    path = folder / 'summary.csv'
+    path.write_text(path.read_text()[:-4])
+
+
+def write_results(folder, versions=None, **costs):
+    entry = {'folder': str(folder), **costs}
+    (folder / 'results.json').write_text(json.dumps({'model': [entry], 'versions': versions or {}}))
+
+
 @pytest.mark.parametrize('spoil, says', [
     (lambda folder: (folder / 'summary.csv').unlink(), 'is unfinished: 0 of 2 epochs are done.'),
     (lambda folder: write_classifier(folder, epochs(50.), epochs=9), 'is unfinished: 1 of 9 epochs are done.'),
@@ -161,6 +171,11 @@ def break_options(folder):
     (lambda folder: (folder / 'args.yaml').write_text('just words'), 'is damaged: args.yaml holds no options.'),
     (lambda folder: (folder / 'args.yaml').write_bytes(b'\xff\xfe\x00'), 'is damaged: '),
     (lambda folder: (folder / 'results.json').write_text('{"model": ['), 'is damaged: '),
+    (lambda folder: write_classifier(folder, epochs(50.), model=18), 'is damaged: model is 18, which is no text.'),
+    (lambda folder: write_classifier(folder, epochs(50.), model_kwargs=[1]), 'is damaged: '),
+    (cut_summary, 'is damaged: the last row of summary.csv is cut off.'),
+    (lambda folder: write_results(folder, macs='many'), "is damaged: macs_max is 'many', which is no number."),
+    (lambda folder: write_results(folder, versions={'commit': 7}), 'is damaged: commit is 7, which is no text.'),
 ])
 def test_a_folder_that_cannot_be_used_is_named_and_left_out(tmp_path, spoil, says):
     write_classifier(tmp_path / 'good', epochs(50., 60.))
@@ -171,14 +186,26 @@ def test_a_folder_that_cannot_be_used_is_named_and_left_out(tmp_path, spoil, say
     assert sentence.startswith(f"'{tmp_path / 'bad'}' {says}") and '\n' not in sentence
 
 
+def test_what_is_not_finite_was_not_measured(tmp_path):
+    rows = epochs(50., math.nan, fc=[.5, math.nan])
+    rows[1]['train_loss'] = math.inf
+    run = only(write_classifier(tmp_path / 'a', rows))
+    assert run.scores() == () and run.problems == ['it measured no top1.']
+    assert run.curve == [{'step': 1, 'loss': 2., 'score': 50.}] and run.balance == {'fc': [(1, .5)]}
+
+
 def test_detectors_that_cannot_be_used(tmp_path):
     write_detector(tmp_path / 'good', iterations((.5, .5)), {'bbox': {'AP': 1.}})
     write_detector(tmp_path / 'stopped', iterations((.5, .5), (.5, .5)), None)
     write_detector(tmp_path / 'evaluated', [{'iteration': 0, 'bbox/AP': 3.}], {'bbox': {'AP': 3.}})
     (write_detector(tmp_path / 'cut', [], {}) / 'metrics.json').write_text('{"iteration": 1')
+    write_detector(tmp_path / 'words', iterations((.5, .5)), {'bbox': {'AP': 'good'}})
+    write_detector(tmp_path / 'list', iterations((.5, .5)), [1])
     found = read_runs([tmp_path])
     assert [run.name for run in found.runs] == ['good']
-    cut, evaluated, stopped = sorted(found.left_out)
+    cut, evaluated, listed, stopped, words = sorted(found.left_out)
+    assert f"'{tmp_path / 'list'}' is damaged: " in listed
+    assert f"'{tmp_path / 'words'}' is damaged: AP is 'good', which is no number." == words
     assert f"'{tmp_path / 'stopped'}' is unfinished: it has no results.json after 40 of 100 iterations." == stopped
     assert f"'{tmp_path / 'evaluated'}' holds no training: metrics.json logs no iteration." == evaluated
     assert f"'{tmp_path / 'cut'}' is damaged: " in cut

@@ -7,7 +7,7 @@ import csv
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -73,10 +73,28 @@ def read_training(folder: Path) -> Training:
     """
     read = _classifier if (folder / 'args.yaml').is_file() else _detector
     try:
-        return read(folder)
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, csv.Error) as error:
+        return _of_numbers(read(folder))
+    except (OSError, UnicodeDecodeError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise Unusable(f"'{folder}' is damaged: {reason}.") from error
+
+
+def _of_numbers(training: Training) -> Training:
+    """The same with figures that can be worked with: what is not finite was not measured, nor is a cost of None known.
+
+    Raises:
+        ValueError: Something else than a number stands where one belongs, or something else than a text.
+    """
+    for name, value in {**training.metrics, **training.cost}.items():
+        if not isinstance(value, (int, float, type(None))):
+            raise ValueError(f'{name} is {value!r}, which is no number')
+    for name, value in {'model': training.model, **training.versions}.items():
+        if not isinstance(value, (str, type(None))):
+            raise ValueError(f'{name} is {value!r}, which is no text')
+    finite = {name: value if value is not None and math.isfinite(value) else None
+              for name, value in training.metrics.items()}
+    return replace(
+        training, metrics=finite, cost={name: value for name, value in training.cost.items() if value is not None})
 
 
 # ---- classifiers
@@ -92,7 +110,7 @@ def _classifier(folder: Path) -> Training:
         raise Unusable(f"'{folder}' is unfinished: {done} of {planned} epochs are done.")
     final = next((row for row in reversed(rows) if 'eval_top1' in row), {})
     averaged = 'ema_' if 'eval_ema_top1' in final else ''
-    name = options['model'].partition('.')[0]
+    name = str(options['model']).partition('.')[0]
     results, versions = _results(folder)
     kwargs = options.get('model_kwargs') or {}
     return Training(
@@ -113,9 +131,11 @@ def _summary(path: Path) -> list[dict[str, float]]:
     """Rows of summary.csv; empty cells are left out."""
     if not path.is_file():
         return []
-    with open(path, newline='', encoding='utf-8') as file:
-        reader = csv.DictReader(file, strict=True)
-        rows = [{key: float(value) for key, value in row.items() if value not in ('', None)} for row in reader]
+    text = path.read_text(encoding='utf-8')
+    if text and not text.endswith('\n'):
+        raise ValueError(f'the last row of {path.name} is cut off')
+    reader = csv.DictReader(text.splitlines(), strict=True)
+    rows = [{key: float(value) for key, value in row.items() if value not in ('', None)} for row in reader]
     if any('epoch' not in row for row in rows):
         raise ValueError(f'{path.name} has a row without an epoch')
     return rows
@@ -123,12 +143,13 @@ def _summary(path: Path) -> list[dict[str, float]]:
 
 def _epoch(row: Mapping[str, float], score: str) -> dict[str, float]:
     found = {'step': row['epoch'] + 1, 'loss': row.get('train_loss'), 'score': row.get(score)}
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in found.items() if value is not None and math.isfinite(value)}
 
 
 def _by_layer(rows: list[dict[str, float]], prefix: str) -> dict[str, tuple[tuple[float, float], ...]]:
     names = dict.fromkeys(key for row in rows for key in row if key.startswith(prefix))
-    return {name.removeprefix(prefix): tuple((row['epoch'] + 1, row[name]) for row in rows if name in row)
+    return {name.removeprefix(prefix): tuple(
+                (row['epoch'] + 1, row[name]) for row in rows if math.isfinite(row.get(name, math.nan)))
             for name in names}
 
 
@@ -138,7 +159,7 @@ def _results(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         path = place / 'results.json'
         if not path.is_file():
             continue
-        content = json.loads(path.read_text(encoding='utf-8'))
+        content = _json(path)
         entries = [*content.get('model', []), *content.get('twin', [])] if isinstance(content, dict) else []
         below = folder.resolve().relative_to(place.resolve()).parts
         for entry in entries:  # folders are named as they were: only their ends survive a move
@@ -167,7 +188,7 @@ def _detector(folder: Path) -> Training:
     if not path.is_file():
         raise Unusable(f"'{folder}' is unfinished: it has no results.json after {int(last) + 1} of "
                        f'{options["SOLVER"]["MAX_ITER"]} iterations.')
-    content = json.loads(path.read_text(encoding='utf-8'))
+    content = _json(path)
     metrics = content.get('metrics') or {}
     if 'bbox' not in metrics and metrics:  # several test sets: the first
         metrics = next(iter(metrics.values()))
@@ -254,6 +275,13 @@ def _mapping(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f'{path.name} holds no options')
     return content
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ValueError(f"'{path}' is not JSON: {error}") from error
 
 
 def _existing(path: Path) -> Optional[Path]:
