@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from moe_zoo import errors
-from moe_zoo.engine import checkpoint, evaluate, train
+from moe_zoo.engine import checkpoint, evaluate_cli, train
 from moe_zoo.errors import InputError, atomic_write, counted, exit_on_input_error, nearest
 
 TINY = ['patch_size=8', 'embed_dim=16', 'depth=2', 'num_heads=2', 'moe_layers=[1]', 'num_experts=4',
@@ -34,7 +34,7 @@ def images(tmp_path):
 def says(images, tmp_path, capsys):
     """Run a tool; it must exit with 2 and one line on stderr, which comes back."""
     def run(*arguments, tool=train.main, data=images):
-        folder = [] if tool is evaluate.main else [f'output={tmp_path}', 'experiment=run']
+        folder = [] if tool is evaluate_cli.main else [f'output={tmp_path}', 'experiment=run']
         with pytest.raises(SystemExit) as exit:
             tool([*folder, *(['--data-dir', str(data)] if data else []), *map(str, arguments)])
         error = capsys.readouterr().err
@@ -159,7 +159,7 @@ def test_checkpoints(says, trained, tmp_path, capsys):
     bad = tmp_path / 'bad.pth.tar'
 
     def evaluating(path, *more):
-        return says('--checkpoint', path, *more, tool=evaluate.main)
+        return says('--checkpoint', path, *more, tool=evaluate_cli.main)
 
     assert evaluating(tmp_path / 'none.pth') == f"There is no checkpoint file '{tmp_path / 'none.pth'}'."
     bad.write_bytes(whole[:len(whole) // 2])
@@ -183,7 +183,7 @@ def test_checkpoints(says, trained, tmp_path, capsys):
     assert evaluating(bad) == (
         f"The checkpoint '{bad}' does not say what it was trained with: give --config FILE or model=NAME.")
     assert evaluating(trained, 'model_kwargs.depth=3').startswith(f"The checkpoint '{trained}' does not fit the model")
-    assert says(tool=evaluate.main).startswith('Nothing to evaluate: give --checkpoint FILE')
+    assert says(tool=evaluate_cli.main).startswith('Nothing to evaluate: give --checkpoint FILE')
 
 
 def test_checkpoint_with_other_classes(says, trained, images, tmp_path):
@@ -194,8 +194,8 @@ def test_checkpoint_with_other_classes(says, trained, images, tmp_path):
     message = (f"The checkpoint '{trained}' has another number of classes than the model: head.bias is (2,) there and"
                ' (3,) with num_classes=3.')
     assert says(*OPTIONS, f'initial_checkpoint={trained}', 'experiment=other') == message
-    assert says('--checkpoint', trained, 'num_classes=3', tool=evaluate.main) == message
-    assert says('--checkpoint', trained, tool=evaluate.main) == (
+    assert says('--checkpoint', trained, 'num_classes=3', tool=evaluate_cli.main) == message
+    assert says('--checkpoint', trained, tool=evaluate_cli.main) == (
         f"The data folder '{images / 'validation'}' has classes that the model was not trained on: third.")
 
 
