@@ -19,7 +19,7 @@ from torch import nn
 import moe_zoo  # noqa: F401 - registers the models
 
 from .analysis.cost import count
-from .card_writer import README_TABLES, checkout, renew_readme, with_block, write_cost, write_measured
+from .card_writer import README_TABLES, check_row, checkout, renew_readme, with_block, write_cost, write_measured
 from .cards import card, cards, dense_twin
 from .engine.config import load_config
 from .errors import InputError, counted, exit_on_input_error
@@ -35,6 +35,9 @@ Nothing else of a card is written: accuracy enters by tools/eval_imagenet.py --r
 the rest by hand.
 """
 COUNTED = ('parameters', 'active_parameters', 'macs')
+NEEDED = {  # tables of a card, and what they hold
+    'paper': ('title', 'authors', 'year', 'venue', 'arxiv', 'bibtex'), 'input': ('size',), 'cost': (*COUNTED, 'unit'),
+    'recipe': ('config', 'command'), 'weights': ('note',)}
 
 Card = dict[str, Any]
 
@@ -93,6 +96,10 @@ def _build(name: str, model_args: Mapping[str, Any]) -> nn.Module:
 
 def drifts(entry: Card) -> Iterator[str]:
     """A sentence for everything of a card that is not so."""
+    incomplete = list(_form_drifts(entry))
+    if incomplete:
+        yield from incomplete
+        return
     name = entry['name']
     try:
         model, now = _build(name, {}), recounted(entry)
@@ -106,6 +113,21 @@ def drifts(entry: Card) -> Iterator[str]:
         yield f'{name}: the card says input size {stated}, the model says {size}.'
     yield from _twin_drifts(entry, model)
     yield from _recipe_drifts(entry)
+
+
+def _form_drifts(entry: Card) -> Iterator[str]:
+    name = entry.get('name', 'a card without a name')
+    lacking = [key for key in ('name', 'family', 'summary') if key not in entry]
+    lacking += [f'{table}.{key}' for table, keys in NEEDED.items() for key in keys if key not in entry.get(table, {})]
+    if lacking:
+        yield f'{name}: the card lacks {", ".join(lacking)}.'
+    elif entry['cost']['unit'] != 'MACs':
+        yield f"{name}: the card says cost.unit = {entry['cost']['unit']!r}, costs are in 'MACs'."
+    for number, row in enumerate(entry.get('measured', [])):
+        try:
+            check_row(row)
+        except InputError as error:
+            yield f'{name}: measured[{number}]: {error}'
 
 
 def _differences(stated: Any, found: Any, where: str = '') -> Iterator[tuple[str, Any, Any]]:

@@ -148,6 +148,12 @@ RUN = {
      f"pmoe_cnn: its recipe '{DENSE}' trains pmoe_cnn_dense."),
     (lambda c: c['recipe'].update(command='train'),
      "pmoe_cnn: the command 'train' does not name its recipe 'configs/mnist/pmoe_cnn.yaml'."),
+    (lambda c: (c['cost'].pop('macs'), c.pop('recipe')),
+     'pmoe_cnn: the card lacks cost.macs, recipe.config, recipe.command.'),
+    (lambda c: c['cost'].update(unit='FLOPs'), "pmoe_cnn: the card says cost.unit = 'FLOPs', costs are in 'MACs'."),
+    (lambda c: c.update(measured=[{**RUN, 'dataset': 'ImageNet-1k'}]),
+     "pmoe_cnn: measured[0]: dataset='ImageNet-1k' with images=20: a row speaks of ImageNet only where all 50,000 "
+     'images of its validation set were evaluated; name these otherwise.'),
 ])
 def test_every_drift_is_told_in_a_sentence(change, told):
     entry = card('pmoe_cnn')
