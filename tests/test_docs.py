@@ -279,7 +279,7 @@ def small(tmp_path_factory) -> dict[str, str]:
         kwargs = {**TRAINED['model_kwargs'], 'depth': depth}
         train({**TRAINED, 'data_dir': str(data), 'model_kwargs': kwargs}, output=root / name, quiet=True)
     values = {
-        **dict.fromkeys(('DIR', 'FOLDER', 'CIFAR10'), data), 'IMAGE': data / 'validation' / 'dark' / '00.png',
+        **dict.fromkeys(('DIR', 'FOLDER', 'CIFAR10', 'BCCD'), data), 'IMAGE': data / 'validation' / 'dark' / '00.png',
         'RUN': run, 'RUN_A': run, 'RUN_B': root / 'b', **dict.fromkeys(('FILE', 'DENSE'), run / 'model_best.pth.tar'),
     }
     return PLACEHOLDERS | {key: str(value) for key, value in values.items()}
