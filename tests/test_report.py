@@ -7,6 +7,8 @@ import html
 import json
 import re
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from run_files import epochs, write_classifier
 
 from moe_zoo.analysis import count_images, measure_runs, report_cli
 from moe_zoo.analysis.report_cli import main, report
-from moe_zoo.analysis.report_page import quantity, report_page
+from moe_zoo.analysis.report_page import quantity, report_page, training_command
 from moe_zoo.analysis.runs import LayerUse, Measured, read_runs
 from moe_zoo.analysis.usage import measure_usage
 from moe_zoo.engine.compare import run_all
@@ -317,3 +319,8 @@ DATALOADER: {{NUM_WORKERS: 0}}
 SOLVER: {{IMS_PER_BATCH: 2, BASE_LR: 0.001, MAX_ITER: 20, WARMUP_ITERS: 2, STEPS: [15]}}
 SEED: 1
 """
+
+
+def test_commands_quote_folders():
+    run = SimpleNamespace(kind='classification', trainings=[SimpleNamespace(folder=Path('a run'))])
+    assert training_command(run) == "moe-zoo train-imagenet --config 'a run/args.yaml' experiment=again"

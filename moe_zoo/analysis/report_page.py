@@ -7,6 +7,7 @@ Letters: E experts.
 """
 import json
 import re
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -296,8 +297,10 @@ def training_command(run: Run) -> str:
     """Trains a run again, in another folder."""
     first = run.trainings[0]
     if run.kind == 'classification':
-        return f'moe-zoo train-imagenet --config {first.folder / "args.yaml"} experiment=again'
-    return f'moe-zoo train-coco --config-file {first.folder / "config.yaml"} OUTPUT_DIR runs/again'
+        words = ['moe-zoo', 'train-imagenet', '--config', str(first.folder / 'args.yaml'), 'experiment=again']
+    else:
+        words = ['moe-zoo', 'train-coco', '--config-file', str(first.folder / 'config.yaml'), 'OUTPUT_DIR', 'runs/again']
+    return shlex.join(words)
 
 
 # ---- learning
