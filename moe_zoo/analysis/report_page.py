@@ -295,11 +295,11 @@ def _budgets(runs: Sequence[Run], kind: str) -> list[Block]:
 
 def training_command(run: Run) -> str:
     """Trains a run again, in another folder."""
-    first = run.trainings[0]
+    folder = run.trainings[0].folder
     if run.kind == 'classification':
-        words = ['moe-zoo', 'train-imagenet', '--config', str(first.folder / 'args.yaml'), 'experiment=again']
+        words = ['moe-zoo', 'train-imagenet', '--config', str(folder / 'args.yaml'), 'experiment=again']
     else:
-        words = ['moe-zoo', 'train-coco', '--config-file', str(first.folder / 'config.yaml'), 'OUTPUT_DIR', 'runs/again']
+        words = ['moe-zoo', 'train-coco', '--config-file', str(folder / 'config.yaml'), 'OUTPUT_DIR', 'runs/again']
     return shlex.join(words)
 
 
