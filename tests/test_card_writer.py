@@ -151,7 +151,7 @@ def test_the_readme_follows_the_cards(root):
     text = (root / 'README.md').read_text()
     assert text.startswith('above\n<!-- models -->\n| model | ') and text.endswith('<!-- /accuracy -->\nbelow\n')
     assert '| `b` | 32 | 1.0 k | 0.9 k | 0.1 k | `resnet18` with `macs=7` |\n<!-- /models -->\nbetween\n' in text
-    assert 'old' not in text and '| digits, 1,442 train, 355 test | `b` | 32 | 30 M | 99.25 ± 0.33 | 3 |' in text
+    assert 'old' not in text and '|  | 30 M | `b` | 32 | 99.25 ± 0.33 | 3 | `configs/demo/b.yaml` |' in text
     write_cost('b', {'macs': 20_000_000}, root)
     assert '| 0.9 k | 20 M | `resnet18`' in (root / 'README.md').read_text()
 

@@ -331,10 +331,13 @@ def check(words: list[str], monkeypatch) -> None:
 
 
 def check_pip(arguments: list[str]) -> None:
-    from pip._internal.commands import create_command
+    """pip reads the line, in a process of its own: importing it changes how others import distutils."""
+    read = 'import sys\nfrom pip._internal.commands import create_command\n' \
+           'print(*create_command(sys.argv[1]).parse_args(sys.argv[2:])[1], sep="\\n")'
+    found = subprocess.run([sys.executable, '-c', read, *arguments], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
     extras = tomllib.loads((REPOSITORY / 'pyproject.toml').read_text())['project']['optional-dependencies']
-    options, packages = create_command(arguments[0]).parse_args(arguments[1:])
-    for package in packages:
+    for package in found.stdout.split('\n'):
         named = re.match(r'(?:moe_zoo|\.)\[([\w,]+)\]', package)
         assert not named or set(named[1].split(',')) <= set(extras), f'{package}: extras are {list(extras)}'
 
