@@ -154,8 +154,8 @@ def train_step(model: nn.Module, rank: int, world: int, **kwargs: Any) -> Dict[s
 
 
 def gradients(model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Whole gradients by name; every rank calls it."""
-    return {name: parallel.whole(p.grad) for name, p in model.named_parameters()}
+    """Whole gradients by name, as they are now; every rank calls it."""
+    return {name: parallel.whole(p.grad).clone() for name, p in model.named_parameters()}
 
 
 def spread_experts(rank: int, world: int, folder: Path) -> None:
