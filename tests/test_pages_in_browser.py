@@ -190,11 +190,12 @@ def test_links_lead_to_their_parts(browser, made, name, width):
 def test_what_can_be_saved_is_json(browser, made, name):
     with browser.open(made(name)) as tab:
         names = tab.evaluate('[...document.querySelectorAll("a[download]")].map(a => a.download)')
-        assert len(names) == len(set(names))
-        for number, file in enumerate(names):
-            content = json.loads(tab.download('a[download]', number), parse_constant=pytest.fail)
-            assert content and file.endswith('.json')
-        assert tab.problems == [] and tab.requests == []
+    assert len(names) == len(set(names)) and all(file.endswith('.json') for file in names)
+    for first in range(0, len(names), 8):  # Chromium lets a tab save ten files, then asks
+        with browser.open(made(name)) as tab:
+            for number in range(first, min(first + 8, len(names))):
+                assert json.loads(tab.download('a[download]', number), parse_constant=pytest.fail)
+            assert tab.problems == [] and tab.requests == []
 
 
 # ---- what moves on the page of a report
