@@ -152,6 +152,8 @@ def test_seeds_of_runs_and_their_twins(tmp_path, capsys):
     assert 'one seed: how much another seed would change the result is not in the interval' in said
     _, same = compare_runs([tmp_path / 'run', tmp_path / 'run'])
     assert (same.mean, same.low, same.high) == (0, 0, 0)
+    assert main(['compare', str(tmp_path / 'run')]) == 0
+    assert 'few seeds: where seeds differ by more than images do, the interval is too narrow' in capsys.readouterr().out
 
 
 def test_runs_that_cannot_be_compared(tmp_path, capsys):

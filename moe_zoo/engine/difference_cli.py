@@ -44,6 +44,8 @@ def describe(sides: Sequence[Side], found: AccuracyDifference) -> List[str]:
     ]
     if min(len(found.ours), len(found.theirs)) == 1:
         lines.append('one seed: how much another seed would change the result is not in the interval')
+    elif min(len(found.ours), len(found.theirs)) < 4:
+        lines.append('few seeds: where seeds differ by more than images do, the interval is too narrow')
     return lines
 
 
