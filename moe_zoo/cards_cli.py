@@ -5,6 +5,7 @@ tensors. Compared are the input size with the model's, the twin (it can be built
 there and trains this model), and the README's tables with the cards.
 """
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import moe_zoo  # noqa: F401 - registers the models
 
 from .analysis.cost import count
 from .card_writer import README_TABLES, check_row, checkout, renew_readme, with_block, write_cost, write_measured
-from .cards import card, cards, dense_twin
+from .cards import card, card_path, cards, dense_twin
 from .engine.config import load_config
 from .errors import InputError, counted, exit_on_input_error
 from .layers import RoutedLayer
@@ -34,6 +35,7 @@ examples:
 Nothing else of a card is written: accuracy enters by tools/eval_imagenet.py --record and tools/reproduce.py --publish,
 the rest by hand.
 """
+TRAINING = re.compile(r'(python|torchrun( --\S+)*) tools/train_imagenet\.py ')  # how the command of a card begins
 COUNTED = ('parameters', 'active_parameters', 'macs')
 NEEDED = {  # tables of a card, and what they hold
     'paper': ('title', 'authors', 'year', 'venue', 'arxiv', 'bibtex'), 'input': ('size',), 'cost': (*COUNTED, 'unit'),
@@ -111,6 +113,8 @@ def drifts(entry: Card) -> Iterator[str]:
     size, stated = list(model.pretrained_cfg['input_size']), entry['input']['size']
     if stated != size:
         yield f'{name}: the card says input size {stated}, the model says {size}.'
+    if entry['family'] != (folder := card_path(name).parent.name):
+        yield f"{name}: the card says family = {entry['family']!r} and lies in the folder {folder!r}."
     yield from _twin_drifts(entry, model)
     yield from _recipe_drifts(entry)
 
@@ -163,8 +167,8 @@ def _recipe_drifts(entry: Card) -> Iterator[str]:
         return
     if trained != name:
         yield f"{name}: its recipe '{recipe['config']}' trains {trained}."
-    if recipe['config'] not in recipe['command']:
-        yield f"{name}: the command {recipe['command']!r} does not name its recipe '{recipe['config']}'."
+    if not TRAINING.match(recipe['command']) or f" --config {recipe['config']} " not in recipe['command'] + ' ':
+        yield f"{name}: the command {recipe['command']!r} does not train its recipe '{recipe['config']}'."
 
 
 def registered() -> list[str]:

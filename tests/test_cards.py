@@ -144,10 +144,14 @@ RUN = {
     (lambda c: c['recipe'].update(config='configs/mnist/pmoe_cnm.yaml', command='configs/mnist/pmoe_cnm.yaml'),
      "pmoe_cnn: its recipe cannot be used: There is no config file 'configs/mnist/pmoe_cnm.yaml'. Did you mean "
      "'pmoe_cnn' or 'pmoe_cnn_dense'?"),
-    (lambda c: c['recipe'].update(config=DENSE, command=DENSE),
+    (lambda c: c['recipe'].update(config=DENSE, command=f'python tools/train_imagenet.py --config {DENSE}'),
      f"pmoe_cnn: its recipe '{DENSE}' trains pmoe_cnn_dense."),
     (lambda c: c['recipe'].update(command='train'),
-     "pmoe_cnn: the command 'train' does not name its recipe 'configs/mnist/pmoe_cnn.yaml'."),
+     "pmoe_cnn: the command 'train' does not train its recipe 'configs/mnist/pmoe_cnn.yaml'."),
+    (lambda c: c['recipe'].update(command='rm x; ' + c['recipe']['command']),
+     "pmoe_cnn: the command 'rm x; python tools/train_imagenet.py --config configs/mnist/pmoe_cnn.yaml --data-dir DIR' "
+     "does not train its recipe 'configs/mnist/pmoe_cnn.yaml'."),
+    (lambda c: c.update(family='vmoe'), "pmoe_cnn: the card says family = 'vmoe' and lies in the folder 'pmoe'."),
     (lambda c: (c['cost'].pop('macs'), c.pop('recipe')),
      'pmoe_cnn: the card lacks cost.macs, recipe.config, recipe.command.'),
     (lambda c: c['cost'].update(unit='FLOPs'), "pmoe_cnn: the card says cost.unit = 'FLOPs', costs are in 'MACs'."),

@@ -429,7 +429,8 @@ def test_a_run_trains_evaluates_and_resumes(tiny, tmp_path):
     results = main([*tiny, 'SOLVER.CHECKPOINT_PERIOD', '1'])
     run = tmp_path / 'run'
     assert set(results['bbox']) >= {'AP', 'AP50', 'AP75', 'APs', 'APm', 'APl'}
-    assert json.loads((run / 'results.json').read_text())['metrics'].keys() == {'bbox'}
+    written = json.loads((run / 'results.json').read_text())
+    assert written['metrics'].keys() == {'bbox'} and written['versions']['torch'] == torch.__version__
     assert (run / 'last_checkpoint').read_text() == 'model_final.pth'
     assert [line['iteration'] for line in logged(run) if 'loss_moe_kl' in line] == [1]
     main([*tiny, '--resume', 'SOLVER.MAX_ITER', '4'])

@@ -31,6 +31,7 @@ from detectron2.utils.logger import setup_logger
 from torch import distributed, multiprocessing, nn
 from torch.utils.checkpoint import CheckpointError
 
+from ..analysis.origin import versions
 from ..data.random_state import seed_stream
 from ..errors import InputError, atomic_write, exit_on_input_error, nearest
 from .checkpoint import SafeCheckpointer
@@ -302,6 +303,7 @@ def work(args: argparse.Namespace) -> Dict[str, Any]:
     """What one process does: everything, or its share of it."""
     cfg = _config(args)
     cfg.freeze()
+    made_by = versions()  # before: the checkout may change meanwhile
     _forget_loggers()
     warnings.filterwarnings('ignore', message='torch.meshgrid')  # detectron2's, once a process
     warnings.filterwarnings('ignore', message='The given NumPy array is not writable')  # fvcore's, which copies it
@@ -326,7 +328,7 @@ def work(args: argparse.Namespace) -> Dict[str, Any]:
     except ValueError as error:
         raise _in_a_sentence(error) from error
     if comm.is_main_process():
-        _report(cfg, results)
+        _report(cfg, results, made_by)
     return results
 
 
@@ -381,10 +383,11 @@ def _check_processes(cfg: CfgNode, args: argparse.Namespace, processes: int) -> 
         raise InputError(f'SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide into {total} processes.')
 
 
-def _report(cfg: CfgNode, results: Dict[str, Any]) -> None:
+def _report(cfg: CfgNode, results: Dict[str, Any], made_by: Dict[str, Optional[str]]) -> None:
     """Write results.json, and say what was left out."""
+    content = {'metrics': _plain(results), 'unit': 'percent', 'versions': made_by}
     with atomic_write(Path(cfg.OUTPUT_DIR) / 'results.json') as part:
-        part.write_text(json.dumps({'metrics': _plain(results), 'unit': 'percent'}, indent=1))
+        part.write_text(json.dumps(content, indent=1))
     skipped = skipped_images(unreadable_images(cfg))
     if skipped:
         _LOGGER.warning(

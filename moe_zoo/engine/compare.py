@@ -1,10 +1,8 @@
 """Several runs of one recipe: seeds, and the dense twin that is trained on the same batches."""
 import argparse
-import importlib.metadata
 import json
 import re
 import statistics
-import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
@@ -15,9 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-import moe_zoo
-
 from ..analysis.cost import count
+from ..analysis.origin import versions
 from ..analysis.timing import alternate, machine, ratio
 from ..cards import card, dense_twin
 from ..errors import InputError, atomic_write, counted
@@ -26,7 +23,6 @@ from .config import load_config
 from .log import duration
 
 MEASURES = ('top1', 'top5', 'loss', 'seconds')
-DIRTY = '-dirty'  # ends the name of a commit that was changed
 
 
 def run_all(
@@ -200,28 +196,6 @@ def _tell(results: Mapping[str, List[Dict[str, Any]]], folder: Path, made_by: Ma
     with atomic_write(folder / 'results.json') as temporary:
         temporary.write_text(json.dumps(figures, indent=1) + '\n')
     out.print(f"results in '{folder / 'results.json'}'", markup=False)
-
-
-def versions() -> Dict[str, Optional[str]]:
-    """What produces a number: this package and its commit where it is a checkout (marked `DIRTY`), torch and timm."""
-    commit = _git('rev-parse', 'HEAD')
-    commit = commit and commit + DIRTY * uncommitted()
-    return {'moe_zoo': moe_zoo.__version__, 'commit': commit, 'torch': torch.__version__,
-            'timm': importlib.metadata.version('timm')}
-
-
-def uncommitted() -> bool:
-    """Whether the package or its recipes differ from the commit that is checked out."""
-    return bool(_git('status', '--porcelain', '--', 'moe_zoo', 'configs'))
-
-
-def _git(*words: str) -> Optional[str]:
-    source = Path(moe_zoo.__file__).resolve().parents[1]
-    try:
-        found = subprocess.run(['git', '-C', str(source), *words], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() if found.returncode == 0 else None
 
 
 def hardware(found: Mapping[str, Any]) -> str:

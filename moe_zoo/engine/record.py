@@ -13,13 +13,14 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import yaml
 
+from ..analysis.origin import DIRTY, uncommitted
 from ..analysis.runs import SEEDLESS, Run, read_runs
 from ..card_writer import checkout, write_measured
 from ..cards import card_path
 from ..errors import InputError
 from ..resources import folder
 from .build import model_keywords
-from .compare import DIRTY, hardware, uncommitted
+from .compare import hardware
 from .config import OPTIONS, load_config
 from .data import holds_out, open_dataset
 from .difference import evaluate_run

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 import moe_zoo
-from moe_zoo.engine.compare import versions
+from moe_zoo.analysis.origin import versions
 from moe_zoo.engine.log import Clock, Reporter, track
 from moe_zoo.errors import InputError, atomic_write
 
