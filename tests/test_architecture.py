@@ -26,7 +26,7 @@ MAY_IMPORT = {
     'checkpoints': {'errors', 'routing', 'losses', 'layers'},
     'models': CORE,
     'data': {'errors', 'resources'},
-    'analysis': {'errors', 'routing', 'losses', 'layers', 'data', 'resources', 'cards'},
+    'analysis': {'errors', 'routing', 'losses', 'layers', 'data', 'resources', 'cards', 'version'},
     'engine': CORE | {'models', 'analysis', 'data', 'resources', 'cards', 'card_writer'},
     'detection': CORE | {'models', 'analysis', 'data', 'resources', 'cards'},
     '__init__': {'models', 'version'},

@@ -6,7 +6,7 @@ from typing import Dict, Optional
 
 import torch
 
-import moe_zoo
+from ..version import __version__
 
 DIRTY = '-dirty'  # ends the name of a commit that was changed
 
@@ -15,7 +15,7 @@ def versions() -> Dict[str, Optional[str]]:
     """What produces a number: this package and its commit where it is a checkout (marked `DIRTY`), torch and timm."""
     commit = _git('rev-parse', 'HEAD')
     commit = commit and commit + DIRTY * uncommitted()
-    return {'moe_zoo': moe_zoo.__version__, 'commit': commit, 'torch': torch.__version__,
+    return {'moe_zoo': __version__, 'commit': commit, 'torch': torch.__version__,
             'timm': importlib.metadata.version('timm')}
 
 
@@ -25,7 +25,7 @@ def uncommitted() -> bool:
 
 
 def _git(*words: str) -> Optional[str]:
-    source = Path(moe_zoo.__file__).resolve().parents[1]
+    source = Path(__file__).resolve().parents[2]
     try:
         found = subprocess.run(['git', '-C', str(source), *words], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
