@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from moe_zoo.analysis import origin
 from moe_zoo.cards import cards
 from moe_zoo.errors import InputError
 from moe_zoo.reproduce import FILES, Arm, Claim, Experiment, cli, find_experiment, report, runner, training
@@ -184,10 +185,12 @@ def test_results_name_their_commit_and_changes_since(tmp_path, monkeypatch, chan
     (tmp_path / 'README.md').write_text('published')  # is no change of what computes
     if changed:
         (package / 'new.py').touch()
-    monkeypatch.setattr(runner.moe_zoo, '__file__', str(package / '__init__.py'))
+    monkeypatch.setattr(origin, '__file__', str(package / 'analysis' / 'origin.py'))
     head = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout[:12]
-    assert runner._made_by()['commit'] == head + ' with local changes' * changed
+    assert runner._made_by()['commit'] == head + '-dirty' * changed
     assert set(runner._made_by()) == {'moe_zoo', 'commit', 'torch', 'timm'}
+    monkeypatch.setattr(origin, '__file__', str(package / 'venv' / 'moe_zoo' / 'analysis' / 'origin.py'))
+    assert runner._made_by()['commit'] is None  # installed inside another's repository
 
 
 def test_a_pilot_never_sees_the_test_images():

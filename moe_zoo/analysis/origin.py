@@ -12,11 +12,23 @@ DIRTY = '-dirty'  # ends the name of a commit that was changed
 
 
 def versions() -> Dict[str, Optional[str]]:
-    """What produces a number: this package and its commit where it is a checkout (marked `DIRTY`), torch and timm."""
-    commit = _git('rev-parse', 'HEAD')
-    commit = commit and commit + DIRTY * uncommitted()
-    return {'moe_zoo': __version__, 'commit': commit, 'torch': torch.__version__,
+    """What produces a number: this package, its commit as `commit` tells it, torch and timm."""
+    return {'moe_zoo': __version__, 'commit': commit(), 'torch': torch.__version__,
             'timm': importlib.metadata.version('timm')}
+
+
+def commit() -> Optional[str]:
+    """The commit of the checkout that runs, marked `DIRTY` where its package or recipes were changed since; None where
+    the package was installed, be it into an environment inside somebody else's repository."""
+    if _git('rev-parse', '--show-toplevel') != str(_root()):
+        return None
+    name = _git('rev-parse', 'HEAD')
+    return name and name + DIRTY * uncommitted()
+
+
+def short_commit(name: str) -> str:
+    """Twelve digits of a commit, and the mark of one that was changed."""
+    return name.removesuffix(DIRTY)[:12] + DIRTY * name.endswith(DIRTY)
 
 
 def uncommitted() -> bool:
@@ -24,10 +36,13 @@ def uncommitted() -> bool:
     return bool(_git('status', '--porcelain', '--', 'moe_zoo', 'configs'))
 
 
+def _root() -> Path:
+    return Path(__file__).resolve().parents[2]
+
+
 def _git(*words: str) -> Optional[str]:
-    source = Path(__file__).resolve().parents[2]
     try:
-        found = subprocess.run(['git', '-C', str(source), *words], capture_output=True, text=True, timeout=10)
+        found = subprocess.run(['git', '-C', str(_root()), *words], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() if found.returncode == 0 else None

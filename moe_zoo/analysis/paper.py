@@ -14,12 +14,13 @@ from typing import Any, Optional, Union
 from ..cards import card, cards
 from ..errors import InputError, atomic_write, counted
 from .figures import import_matplotlib, save
+from .origin import short_commit
 from .page import Figure
 from .paper_charts import redraw
 from .paper_figures import STYLE, WIDTHS, learning_curves, looks_of, score_against, usage_map
-from .report_page import _analyses, macs
+from .report_page import analyses_of, macs
 from .runs import KINDS, Run, by_data
-from .tables import TEX, _unit
+from .tables import TEX, unit_of
 
 SOFTWARE = {  # key -> entry; as their projects ask to be cited
     'rw2019timm': """@misc{rw2019timm,
@@ -119,7 +120,7 @@ def _drawings(group: Sequence[Run], names: dict[Run, str]) -> Iterator[Drawing]:
     joined = 'a line joins a routed model to its dense twin (hollow)'
     costs = {run: macs(run) for run in scored if macs(run)}
     if costs:
-        size, letter, _ = _unit(list(costs.values()))
+        size, letter, _ = unit_of(list(costs.values()))
         places = {run: _bar(x, run.measured.macs_sd if run.measured else 0., size) for run, x in costs.items()}
         which, label = 'MACs an image that ran', 'MACs an image'
         if not all(run.measured for run in costs):
@@ -157,7 +158,7 @@ def _drawings(group: Sequence[Run], names: dict[Run, str]) -> Iterator[Drawing]:
 
 def _of_analyses(run: Run) -> list[Figure]:
     """The charts of what analyze-experts and analyze-object-sizes left in the folders of a run; no pictures."""
-    return [block for section in _analyses(run, []) for block in section.blocks
+    return [block for section in analyses_of(run, []) for block in section.blocks
             if isinstance(block, Figure) and isinstance(block.image, str) and '<image' not in block.image]
 
 
@@ -221,7 +222,7 @@ def latex_table(runs: Sequence[Run]) -> str:
     costs, heads = {run: [] for run in runs}, []
     for pair in ({'parameters': 'Params', 'active_parameters': 'Active'},
                  {'macs_at_most': 'MACs at most', 'macs_executed': 'MACs run'}):  # each pair in one unit
-        size, letter, decimals = _unit([row[key] for row in rows.values() for key in pair if row[key]])
+        size, letter, decimals = unit_of([row[key] for row in rows.values() for key in pair if row[key]])
         heads += [f'{head} ({letter})' if letter else head for head in pair.values()]
         for run, row in rows.items():
             costs[run] += [f'{row[key] / size:.{decimals}f}' if row[key] else '--' for key in pair]
@@ -324,7 +325,7 @@ def index(runs: Sequence[Run], drawings: Sequence[Drawing]) -> str:
         lacks = [] if run.measured else ['not measured: MACs at most, no time, no use of its experts']
         lacks += [problem.rstrip('.') for problem in run.problems]
         note = f': {"; ".join(lacks)}' if lacks else ''
-        commit = f', commit {run.versions["commit"][:12]}' if run.versions.get('commit') else ''
+        commit = f', commit {short_commit(run.versions["commit"])}' if run.versions.get('commit') else ''
         lines.append(f'- `{name}` ({run.name}; seeds {seeds}{commit}){note}.')
     return '\n'.join([*lines, ''])
 

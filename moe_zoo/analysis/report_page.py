@@ -6,7 +6,6 @@ and its dense twin share a colour and a shape; the twin is hollow, its lines are
 Letters: E experts.
 """
 import json
-import re
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from .charts import Mark, curves, heat_map, trade_offs
 from .consistency import consistency_section
 from .expert_page import LEFT_OUT, expert_sections
 from .expert_words import listing
+from .origin import short_commit
 from .page import Block, Cell, Data, Figure, Page, Section, Sorted, Table
 from .runs import KINDS, Found, LayerUse, Run, by_data
 from .size_page import size_section
@@ -55,7 +55,7 @@ def report_page(found: Found, facts: Sequence[tuple[str, str]] = ()) -> Page:
         found_parts = [part(data, group) for data, group in groups.items()]
         sections += _explained([section for section in found_parts if section is not None], meaning)
     for run in runs:
-        sections += _analyses(run, broken)
+        sections += analyses_of(run, broken)
     sections.append(_left_out(found, broken))
     names = listing(list(dict.fromkeys(data for _, data in groups)))
     return Page(
@@ -412,7 +412,7 @@ def _use_figure(run: Run) -> Figure:
 
 # ---- what the analyses of a run said
 
-def _analyses(run: Run, broken: list[str]) -> list[Section]:
+def analyses_of(run: Run, broken: list[str]) -> list[Section]:
     """Sections from experts.json and object_sizes.json in the folders of a run, or one below."""
     sections = []
     for training in run.trainings:
@@ -462,8 +462,9 @@ def _left_out(found: Found, broken: Sequence[str]) -> Optional[Section]:
 def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
     facts = []
     for name in ('moe_zoo', 'commit', 'torch', 'timm'):
-        values = list(dict.fromkeys(_short_commit(run.versions[name]) for run in runs if run.versions.get(name)))
+        values = list(dict.fromkeys(run.versions[name] for run in runs if run.versions.get(name)))
         if values:
+            values = list(map(short_commit, values)) if name == 'commit' else values
             facts.append(('Trained by commit' if name == 'commit' else f'Trained with {name}', listing(values)))
     machines = {json.dumps(run.measured.machine, sort_keys=True): run.measured for run in runs if run.measured}
     for measured in list(machines.values())[:1]:
@@ -475,11 +476,6 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 # ---- small things
-
-def _short_commit(version: str) -> str:
-    """Twelve digits of a commit, and whether it was changed; other versions as they are."""
-    return re.sub(r'^([0-9a-f]{12})[0-9a-f]+', r'\1', version)
-
 
 def _end(layer: str, length: int = 18) -> str:
     """The end of a long module name, which tells layers apart."""

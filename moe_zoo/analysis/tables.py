@@ -156,7 +156,7 @@ def _drawn(grid: Grid) -> tuple[list[str], list[tuple[str, ...]]]:
 
 def _draw(column: Column, values: list[Value], sizes: list[float]) -> tuple[str, list[str]]:
     forms = {'text': '{}', 'mark': '{}', 'percent': '{:.2f} %', 'ratio': '{:,.3f}'}
-    size, prefix, decimals = _unit(sizes)
+    size, prefix, decimals = unit_of(sizes)
     unit, heading = prefix + ('B' if column.kind == 'bytes' else ''), column.heading
     if unit:  # on a line of its own, so that columns stay narrow
         heading += f'\n({unit})'
@@ -166,7 +166,7 @@ def _draw(column: Column, values: list[Value], sizes: list[float]) -> tuple[str,
     return heading, [missing if value is None else form.format(value) for value in numbers]
 
 
-def _unit(sizes: list[float]) -> tuple[float, str, int]:
+def unit_of(sizes: list[float]) -> tuple[float, str, int]:
     """One unit for a column, in which the largest value has at most four digits before the point, and as many behind it
     as give the smallest three, unless it is a ten-thousandth of the largest."""
     largest = max(sizes, default=0)

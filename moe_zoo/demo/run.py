@@ -13,7 +13,6 @@ import platform
 import re
 import resource
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -297,10 +296,11 @@ def terminal_table(table: Table) -> TerminalTable:
 
 def facts(settings: Settings) -> dict[str, str]:
     """What the numbers of a stage depend on, as it ends."""
+    from ..analysis.origin import commit, short_commit
     return {
         'Date': time.strftime('%Y-%m-%d'),
         'Seed': str(settings.seed),
-        'Commit': commit(),
+        'Commit': short_commit(found) if (found := commit()) else 'not a git checkout',
         'Versions': ', '.join(versions()),
         'Hardware': hardware(),
     }
@@ -328,21 +328,6 @@ def versions() -> list[str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def commit() -> str:
-    """The commit of the checkout that runs, and whether files were changed since."""
-    root = Path(moe_zoo.__file__).resolve().parents[1]
-    try:
-        git = ['git', '-C', str(root)]
-        short = subprocess.run([*git, 'rev-parse', '--short=12', 'HEAD'], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, 'status', '--porcelain', '-uno'], capture_output=True, text=True, check=True)
-        top = subprocess.run([*git, 'rev-parse', '--show-toplevel'], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return 'not a git checkout'
-    if Path(top.stdout.strip()).resolve() != root:
-        return 'not a git checkout'
-    return short.stdout.strip() + (' with local changes' if changed.stdout.strip() else '')
 
 
 def hardware() -> str:

@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import yaml
 
-from ..analysis.origin import DIRTY, uncommitted
+from ..analysis.origin import DIRTY, short_commit, uncommitted
 from ..analysis.runs import SEEDLESS, Run, read_runs
 from ..card_writer import checkout, write_measured
 from ..cards import card_path
@@ -210,7 +210,7 @@ def _commit(run: Run) -> str:
         print('warning: moe_zoo has uncommitted changes; the row is marked as such', file=sys.stderr)
     elif dirty:
         print(f"warning: '{run.name}' was trained with uncommitted changes; the row is marked as such", file=sys.stderr)
-    return ', '.join(commit[:12] for commit in commits) + DIRTY * dirty
+    return ', '.join(short_commit(commit.removesuffix(DIRTY)) for commit in commits) + DIRTY * dirty
 
 
 def main(flags: argparse.Namespace, overrides: Dict[str, Any]) -> int:

@@ -13,7 +13,6 @@ import random
 import re
 import signal
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 
 import moe_zoo
-from moe_zoo.analysis.origin import versions
+from moe_zoo.analysis.origin import short_commit, versions
 from moe_zoo.engine.log import Clock, Reporter, track
 from moe_zoo.errors import InputError, atomic_write
 
@@ -199,12 +198,8 @@ def _planned(experiment: Experiment, seeds: list[int], data: Data, folder: Path)
 
 def _made_by() -> dict[str, Optional[str]]:
     """Versions; the commit says whether the package was changed since. (README and cards change by publishing.)"""
-    found, package = versions(), Path(moe_zoo.__file__).parent
-    if found['commit']:
-        command = ['git', '-C', str(package), 'status', '--porcelain', '--', '.']
-        changed = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        found['commit'] = found['commit'][:12] + (' with local changes' if changed else '')
-    return found
+    found = versions()
+    return found | {'commit': found['commit'] and short_commit(found['commit'])}
 
 
 def fingerprint(experiment: Experiment, data: Data) -> str:
