@@ -256,6 +256,15 @@ def test_the_cheapest_of_each_accuracy_is_recommended_with_its_command(tmp_path)
     assert f'moe-zoo train-imagenet --config {tmp_path / "a" / "args.yaml"} experiment=again' in text
 
 
+def test_of_equals_the_cheapest_reaches_most(tmp_path):
+    found = measured_run(tmp_path)
+    write_classifier(tmp_path / 'b', epochs(10., 80.), model='resnet34')
+    cheap = read_runs([tmp_path / 'b']).runs[0]
+    cheap.measured = found.runs[1].measured
+    report_page(type(found)([*found.runs, cheap], [])).write(tmp_path / 'index.html')
+    assert 'b reaches most, 80.00 %, with 100 MACs an image' in text_of(tmp_path)
+
+
 def test_live_channels_are_drawn_where_gates_switch_them_off(tmp_path):
     rows = [{**row, 'live_layer1.0': .9 - row['epoch'] / 10} for row in epochs(10., 30.)]
     found = read_runs([write_classifier(tmp_path / 'a', rows, model='deepmoe_resnet18')])

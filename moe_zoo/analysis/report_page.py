@@ -184,7 +184,7 @@ def _costs(data: tuple[str, str], runs: Sequence[Run]) -> Optional[Section]:
     known = [run for run in runs if run.mean() is not None and macs(run)]
     if not known:
         return None
-    best = max(known, key=lambda run: run.mean())
+    best = max(known, key=lambda run: (run.mean(), -macs(run)))  # of equals the cheapest
     headline = (f'**{best.name}** reaches most, {score_text(best)} %, with {quantity(macs(best))} MACs an image'
                 f'{_pixels(best)}{_beside_twins(known)}.')
     blocks: list[Block] = [*_cost_figures(known, kind, name), *_budgets(known, kind)]
