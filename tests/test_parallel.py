@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import moe_zoo  # noqa: F401  registers the models
+from moe_zoo.checkpoints.parts import join_sharded
 from moe_zoo.engine import parallel
 from moe_zoo.engine.checkpoint import read_checkpoint
 from moe_zoo.engine.config import load_config
@@ -342,7 +343,7 @@ def test_parts_are_joined_and_loaded_on_other_numbers_of_ranks(ranks, tmp_path):
         check(state, second, key)
     check(load(ranks / 'whole.pt')['model'], first, 'gathered')
 
-    parallel.join_sharded(ranks / 'parts', tmp_path / 'joined.safetensors')
+    join_sharded(ranks / 'parts', tmp_path / 'joined.safetensors')
     joined = load_file(tmp_path / 'joined.safetensors')
     check(joined, first, 'joined')
     tiny('vmoe').load_state_dict(joined)
@@ -431,12 +432,12 @@ def test_options_are_checked_where_they_are_read():
 
 def test_parts_that_are_not_there_are_refused(tmp_path):
     for read in (lambda: parallel.load_sharded(tmp_path, nn.Linear(1, 1)),
-                 lambda: parallel.join_sharded(tmp_path, tmp_path / 'x.safetensors')):
+                 lambda: join_sharded(tmp_path, tmp_path / 'x.safetensors')):
         with pytest.raises(InputError, match='is no sharded checkpoint'):
             read()
     (tmp_path / '.metadata').touch()
     with pytest.raises(InputError, match='name it so'):
-        parallel.join_sharded(tmp_path, tmp_path / 'x.pth')
+        join_sharded(tmp_path, tmp_path / 'x.pth')
 
 
 @pytest.fixture

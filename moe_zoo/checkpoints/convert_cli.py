@@ -28,6 +28,7 @@ from ..layers import MoEMlp
 from ..models.pretrained import misfit
 from ..models.vmoe import resize_table
 from . import LazyTensor, plan_vmoe, read_vmoe, token_features, upcycle, write_safetensors
+from .parts import join_sharded, plan_parts
 from .swin_moe import plan_swin_moe
 from .upcycle import METHODS, ROUTERS
 
@@ -58,6 +59,14 @@ examples:
 FOLDER has NAME.pth.rank0, NAME.pth.rank1 and so on and NAME.pth.master, as in Swin-Transformer's archives; where it has
 several NAMEs, say which: FOLDER/NAME.pth. Exit code 2: the input cannot be used, and nothing was written.
 """
+JOIN_EXAMPLES = """
+examples:
+  %(prog)s runs/vmoe_h/step1000 vmoe_h.safetensors --model vmoe_vit_h
+  %(prog)s step1 small.safetensors --model vmoe_vit_s --model-kwargs num_classes=10 img_size=32
+
+FOLDER has .metadata and __0_0.distcp and so on, as torch.distributed.checkpoint writes them; weights are the entries
+model.*, the optimiser stays behind. Nothing in it is run. Exit code 2: it cannot be used, and nothing was written.
+"""
 
 
 @exit_on_input_error
@@ -68,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
         print(convert_vmoe(args.prefix, args.out, args.model, args.img_size))
     elif args.format == 'swin-moe':
         print(convert_swin_moe(args.folder, args.out))
+    elif args.format == 'join':
+        print(join(args.folder, args.out, args.model, parse_overrides(args.model_kwargs)))
     else:
         print(convert_dense(
             args.dense, args.out, args.model, parse_overrides(args.model_kwargs),
@@ -145,6 +156,39 @@ def convert_swin_moe(folder: str | Path, out: str | Path) -> str:
         f"timm.create_model('moefied', pretrained=True, base='{SWIN}'{words}, pretrained_cfg_overlay={overlay}).")
 
 
+def join(folder: str | Path, out: str | Path, model: str | None = None, kwargs: dict[str, Any] | None = None) -> str:
+    """Join a checkpoint in parts, as torch.distributed.checkpoint writes it, into a safetensors file.
+
+    Tensors are read and written one by one, and nothing in the folder is run.
+
+    Args:
+        folder: Of the parts.
+        out: File to write, `*.safetensors`.
+        model: Registered name of the model that has to take it.
+        kwargs: Its keywords.
+
+    Returns:
+        What was written, and the call that loads it.
+
+    Raises:
+        InputError: The folder cannot be used, or is of another model; nothing is written then.
+    """
+    out, kwargs = _output(out), kwargs or {}
+    if model is None and kwargs:
+        raise InputError('--model-kwargs are those of --model NAME: give it, too.')
+    if model is not None:
+        _check_known(model)
+        wanted = _create(model, kwargs, device='meta').state_dict()
+        different = misfit(
+            {key: value.shape for key, value in plan_parts(folder).items()},
+            {key: tuple(value.shape) for key, value in wanted.items()})
+        if different:
+            raise InputError(f"FOLDER '{folder}' holds weights that are not for {model}: {different}.")
+    plan = join_sharded(folder, out)
+    usage = _usage(model or 'NAME', kwargs, out)
+    return f"'{out}': {len(plan)} tensors, {_parameters(plan):,} numbers. {usage}"
+
+
 def _rank_files(folder: Path) -> tuple[list[Path], Path | None]:
     """Files of the ranks in order, and the master's where there is one.
 
@@ -202,16 +246,11 @@ def convert_dense(
             is written then.
     """
     out = _output(out)
-    if not timm.is_model(name):
-        raise InputError(f'--model {name!r} is unknown.{nearest(name, timm.list_models())}')
+    _check_known(name)
     if (images is None) != (options.get('router') != 'kmeans'):
         raise InputError('--router kmeans and --images DIR belong together: clusters are those of tokens of images.')
     weights = find_weights(read_checkpoint(dense), dense)
-    try:
-        model = timm.create_model(name, **kwargs)
-    except TypeError as error:
-        hint = nearest_keyword(error, lambda **more: timm.create_model(name, device='meta', **more))
-        raise InputError(f'The model {name!r} cannot be built with these --model-kwargs: {error}{hint}') from error
+    model = _create(name, kwargs)
     _check_parts(model, options)
     if images is not None:
         # With any router that keeps the function, the routed model's tokens are those of the dense one.
@@ -222,6 +261,20 @@ def convert_dense(
         save_file(state, part, {'format': 'pt', 'source': Path(dense).name, 'note': 'upcycled, not trained'})
     size = sum(p.numel() for p in model.parameters())
     return f"'{out}': {len(state)} tensors, {size:,} parameters, upcycled, not trained. {_usage(name, kwargs, out)}"
+
+
+def _check_known(name: str) -> None:
+    if not timm.is_model(name):
+        raise InputError(f'--model {name!r} is unknown.{nearest(name, timm.list_models())}')
+
+
+def _create(name: str, kwargs: dict[str, Any], **more: Any) -> nn.Module:
+    """Raises: InputError: The model has no such keywords."""
+    try:
+        return timm.create_model(name, **kwargs, **more)
+    except TypeError as error:
+        hint = nearest_keyword(error, lambda **others: timm.create_model(name, device='meta', **others))
+        raise InputError(f'The model {name!r} cannot be built with these --model-kwargs: {error}{hint}') from error
 
 
 def _check_parts(model: nn.Module, options: dict[str, Any]) -> None:
@@ -253,7 +306,7 @@ def _token_features(model: nn.Module, kwargs: dict[str, Any], folder: Path) -> d
     transform = create_transform(**resolve_data_config(kwargs, model=model), is_training=False)
     mode = 'L' if model.in_chans == 1 else 'RGB'
     return token_features(model, names, torch.stack([
-        transform(read_image(found[i * len(found) // count]).convert(mode)) for i in range(count)]))
+        transform(read_image(found[i * len(found) // count], mode)) for i in range(count)]))
 
 
 def _output(out: str | Path) -> Path:
@@ -319,6 +372,14 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     swin.add_argument('folder', metavar='FOLDER', help='of the files of all ranks')
     swin.add_argument('out', metavar='OUT', help='safetensors file to write')
+    parts = formats.add_parser(
+        'join', help='a checkpoint in parts, of torch.distributed.checkpoint, joined', epilog=JOIN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts.add_argument('folder', metavar='FOLDER', help='of the parts')
+    parts.add_argument('out', metavar='OUT', help='safetensors file to write')
+    parts.add_argument('--model', metavar='NAME', help='refuse what this model does not take')
+    parts.add_argument(
+        '--model-kwargs', metavar='KEY=VALUE', nargs='+', default=(), help='its keywords, such as num_classes=10')
     dense = formats.add_parser(
         'upcycle', help="a dense network's weights, as the start of a routed model", epilog=UPCYCLE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter)

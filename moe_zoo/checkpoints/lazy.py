@@ -13,7 +13,9 @@ import torch
 from ..errors import atomic_write
 
 # Names of the safetensors format.
-DTYPES = {torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16'}
+DTYPES = {
+    torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16', torch.int64: 'I64',
+    torch.int32: 'I32', torch.int16: 'I16', torch.int8: 'I8', torch.uint8: 'U8', torch.bool: 'BOOL'}
 
 
 class LazyTensor(NamedTuple):
@@ -70,4 +72,5 @@ def write_safetensors(
     with atomic_write(path) as part, open(part, 'wb') as file:
         file.write(struct.pack('<Q', len(text)) + text)
         for tensor in tensors.values():
-            file.write(memoryview(tensor.load().numpy()).cast('B'))
+            # Of bytes, because NumPy has no bfloat16, and of one axis, because a view of none cannot become bytes.
+            file.write(tensor.load().reshape(-1).view(torch.uint8).numpy().data)

@@ -23,7 +23,6 @@ from typing import Any, Dict, Iterable, List, Optional, Union
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -37,7 +36,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
-from ..errors import InputError, atomic_write
+from ..checkpoints.parts import PlainPlanner, PlainReader
+from ..errors import InputError
 from ..layers.expert_mlps import ExpertLinear, ExpertMlps
 from ..routing import ExpertExchange
 
@@ -277,14 +277,18 @@ def load_sharded(
 ) -> None:
     """Read what `save_sharded` wrote, on any number of ranks, spread in any of these ways or not at all.
 
-    The folder's index is a pickle, as torch writes it: open folders of your own only.
+    Nothing in the folder is run: see `moe_zoo.checkpoints.parts`.
 
     Raises:
-        InputError: There is no such checkpoint.
+        InputError: There is no such checkpoint, it is damaged, or it is of another model.
     """
-    _check_folder(folder)
+    reader = PlainReader(folder)
     state = _state(model, optimizer)
-    dcp.load(state, checkpoint_id=str(folder))
+    try:
+        dcp.load(state, storage_reader=reader, planner=PlainPlanner())
+    except dcp.CheckpointException as error:
+        first, _ = next(iter(error.failures.values()))
+        raise InputError(f"'{folder}' does not fit the model: {' '.join(str(first).split())[:300]}") from error
     set_model_state_dict(model, state['model'])
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, state['optimizer'])
@@ -295,31 +299,6 @@ def _state(model: nn.Module, optimizer: Optional[torch.optim.Optimizer]) -> Dict
     if optimizer is not None:
         state['optimizer'] = get_optimizer_state_dict(model, optimizer)
     return state
-
-
-def join_sharded(folder: Union[str, Path], path: Union[str, Path]) -> None:
-    """The weights in a folder of `save_sharded` as one .safetensors file, which loads into the plain model.
-
-    Needs neither the model nor other processes, and the memory of the weights. As `load_sharded`, it reads a pickle.
-
-    Raises:
-        InputError: There is no such checkpoint, or `path` does not end in .safetensors.
-    """
-    _check_folder(folder)
-    if Path(path).suffix != '.safetensors':
-        raise InputError(f"'{path}': the joined file is a .safetensors file, name it so.")
-    entries = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
-    weights = {
-        key.removeprefix('model.'): torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in entries.items() if key.startswith('model.')}
-    dcp.load({'model': weights}, checkpoint_id=str(folder), no_dist=True)
-    with atomic_write(path) as temporary:
-        save_file(weights, temporary)
-
-
-def _check_folder(folder: Union[str, Path]) -> None:
-    if not (Path(folder) / '.metadata').is_file():
-        raise InputError(f"'{folder}' is no sharded checkpoint: it holds no file '.metadata'.")
 
 
 # ---- options of a run
