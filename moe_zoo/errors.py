@@ -16,6 +16,11 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Union
 
+try:
+    import fcntl
+except ImportError:  # Windows, which has no such locks
+    fcntl = None
+
 PATIENCE = 10.0  # seconds
 
 
@@ -95,24 +100,40 @@ def exit_on_input_error(main: Callable) -> Callable:
     return wrapped
 
 
+# ---- files
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_BROKEN = (errno.EROFS, errno.EIO, errno.ESTALE, errno.EISDIR)
+_LEFTOVER = re.compile(r'\..+\.\w{8}\.part')
+
+
 @contextlib.contextmanager
 def atomic_write(path: Union[str, os.PathLike], shown: Union[str, os.PathLike] = '') -> Iterator[Path]:
     """Yield a temporary path beside `path` that is renamed onto it when the block ends without an error.
 
-    A reader sees the old file or the new one, never a part. On failure the old file stays and the temporary one goes.
+    A reader sees the old file or the new one, never a part. On failure the old file stays and the temporary one goes;
+    that of a process which was killed goes when the file is next written.
 
     Args:
         path: The file.
-        shown: What the sentence about a full disk calls it, where that is not `path`.
+        shown: What sentences call it, where that is not `path`.
 
     Raises:
-        InputError: The disk is full (the old file is intact).
+        InputError: The disk is full, or the place cannot be written to (the old file is intact).
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.part')
-    os.close(handle)
+    make_folder(path.parent)
+    remove_leftovers(path.parent, path.name)
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.part')
+    except OSError as error:
+        raise InputError(unwritten(error, shown or path) or cannot_write(shown or path, error.errno)) from error
     temporary = Path(name)
+    if fcntl:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)  # while this process lives, the file is no leftover
+    else:
+        os.close(handle)
     try:
         umask = os.umask(0)
         os.umask(umask)
@@ -121,11 +142,53 @@ def atomic_write(path: Union[str, os.PathLike], shown: Union[str, os.PathLike] =
         with open(temporary, 'rb') as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise InputError(
-                f"No space left to write '{shown or path}': free some and run again; what was there before is intact."
-            ) from error
-        raise
+    except Exception as error:
+        sentence = unwritten(error, shown or path)
+        if not sentence:
+            raise
+        raise InputError(sentence) from error
     finally:
         temporary.unlink(missing_ok=True)
+        if fcntl:
+            os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those that it lies in.
+
+    Raises:
+        InputError: It cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(cannot_write(path, error.errno)) from error
+
+
+def remove_leftovers(folder: Path, name: str = '') -> None:
+    """Remove what killed processes left of files that they wrote by `atomic_write`; living ones have theirs locked.
+
+    Args:
+        folder: Where to look.
+        name: Of the file that was written; empty for any.
+    """
+    if fcntl is None:
+        return
+    with contextlib.suppress(OSError):  # a folder may be written to and not listed
+        for entry in list(os.scandir(folder)):
+            if _LEFTOVER.fullmatch(entry.name) and entry.name.startswith(f'.{name}.' if name else '.'):
+                with contextlib.suppress(OSError), open(entry.path, 'rb') as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(entry.path)
+
+
+def unwritten(error: Exception, path: Any) -> str:
+    """Why a file was not written, where the disk is the reason: with an error of Python, or of Rust (safetensors)."""
+    number = getattr(error, 'errno', None) or int((re.search(r'\(os error (\d+)\)', str(error)) or ['', 0])[1])
+    if number in _FULL:
+        return f"No space left to write '{path}': free some and run again; what was there before is intact."
+    return cannot_write(path, number) if number in _BROKEN else ''
+
+
+def cannot_write(path: Any, number: int) -> str:
+    return f"Cannot write to '{path}': {os.strerror(number)}; choose another place."

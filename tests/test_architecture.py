@@ -17,6 +17,7 @@ MAY_IMPORT = {
     'errors': set(),
     'resources': set(),
     'version': set(),
+    'faults': {'errors'},
     'cards': {'errors', 'resources'},
     'card_tables': {'errors', 'cards'},
     'card_writer': {'errors', 'cards', 'card_tables'},
@@ -27,8 +28,8 @@ MAY_IMPORT = {
     'models': CORE,
     'data': {'errors', 'resources'},
     'analysis': {'errors', 'routing', 'losses', 'layers', 'data', 'resources', 'cards', 'version'},
-    'engine': CORE | {'models', 'analysis', 'data', 'resources', 'cards', 'card_writer'},
-    'detection': CORE | {'models', 'analysis', 'data', 'resources', 'cards'},
+    'engine': CORE | {'faults', 'models', 'analysis', 'data', 'resources', 'cards', 'card_writer'},
+    'detection': CORE | {'faults', 'models', 'analysis', 'data', 'resources', 'cards'},
     '__init__': {'models', 'version'},
 }
 DOORS = {'cli', '__main__', 'run', 'demo', 'reproduce'}
@@ -40,6 +41,7 @@ THIRD_PARTY = {
     'version': set(),
     'card_tables': set(),
     'card_writer': set(),
+    'faults': {'torch'},
     'routing': {'torch'},
     'losses': {'torch'},
     'layers': {'torch', 'timm'},

@@ -12,9 +12,11 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.data.samplers import InferenceSampler
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
+from detectron2.utils import comm
 from tabulate import tabulate
 
 from ..errors import InputError
+from ..faults import interruptible
 from .coco import ReadableMapper, load_datasets, unreadable_images
 
 _LOGGER = logging.getLogger(__name__)
@@ -114,20 +116,25 @@ def build_test_loader(cfg: CfgNode, name: str) -> 'NonEmpty':
         sampler=InferenceSampler(len(dataset)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=_readable,
-    ))
+    ), checks=len(dataset) // comm.get_world_size())
 
 
 class NonEmpty:
-    """A loader without the batches that hold no readable image."""
+    """A loader without the batches that hold no readable image; between two, a training may be asked to leave.
 
-    def __init__(self, loader):
-        self.loader = loader
+    Args:
+        loader: Of one rank.
+        checks: Batches that all ranks have.
+    """
+
+    def __init__(self, loader, checks: Optional[int] = None):
+        self.loader, self.checks = loader, checks
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self):
-        return (batch for batch in self.loader if batch)
+        return (batch for batch in interruptible(self.loader, self.checks) if batch)
 
 
 def _readable(batch):

@@ -7,18 +7,20 @@ A run that was killed and resumed is the uninterrupted one, to the last bit on t
 what the model draws in iteration n follow from the seed, n and the rank.
 """
 import argparse
+import contextlib
 import json
 import logging
 import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import warnings
 import weakref
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, NoReturn, Optional
 
 import torch
 from detectron2 import modeling
@@ -34,6 +36,7 @@ from torch.utils.checkpoint import CheckpointError
 from ..analysis.origin import versions
 from ..data.random_state import seed_stream
 from ..errors import InputError, atomic_write, exit_on_input_error, nearest
+from ..faults import Leave, Leaving, leave, listening, locked, one_sentence, received, what_died
 from .checkpoint import SafeCheckpointer
 from .coco import (
     ReadableMapper,
@@ -54,7 +57,7 @@ from .upstream import create_ddp_model, leave_group_at_exit
 _LOGGER = logging.getLogger(__name__)
 
 
-class Diverged(InputError):
+class Stopped(InputError):
     """A run that stopped by itself; what it wrote is worth keeping."""
 
 
@@ -82,10 +85,12 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self._last_eval_results: Dict[str, Any] = {}
+        self.leaving = Leaving()
+        self.ranks: Optional[List[Dict[str, Any]]] = None  # what each holds that the checkpoint of one does not tell
         epoch = len(dataset) / cfg.SOLVER.IMS_PER_BATCH
         self.register_hooks([
             EpochHook(epoch), OneRanksBuffers(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD), *self.build_hooks(),
-            StarvedExperts(epoch)])
+            StarvedExperts(epoch), AskedToLeave()])
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As detectron2's; a checkpoint to resume from must be whole, weights to start from need not be."""
@@ -98,16 +103,34 @@ class Trainer(DefaultTrainer):
         super().run_step()
 
     def state_dict(self) -> Dict[str, Any]:
+        ranks = {} if self.ranks is None else {'ranks': self.ranks}
         return {**super().state_dict(), 'seed': self.data_loader.seed, 'classes': self.classes,
-                'loss_normalizer': _normalizer(self.model)}
+                'loss_normalizer': _normalizer(self.model), **ranks}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.data_loader.seed = state_dict.get('seed', self.data_loader.seed)
         _set_normalizer(self.model, state_dict.get('loss_normalizer'))
+        ranks = state_dict.get('ranks', ())
+        if len(ranks) == comm.get_world_size():
+            _set_normalizer(self.model, ranks[comm.get_rank()]['loss_normalizer'])
+            own = dict(self.model.named_buffers())
+            for name, value in ranks[comm.get_rank()]['buffers'].items():
+                own[name].copy_(value)
         if state_dict.get('classes', self.classes) != self.classes:
             raise InputError(f'it was trained on the categories {_some(state_dict["classes"])}, '
                              f'and DATASETS.TRAIN has {_some(self.classes)}')
+
+    def save_and_leave(self, request: Leave) -> NoReturn:
+        """A checkpoint after the iteration that was the last, and the end of this process."""
+        if self.iter + 1 < self.max_iter:  # else it is the final one, and what is left is an evaluation
+            self.ranks = comm.all_gather({
+                'loss_normalizer': _normalizer(self.model),
+                'buffers': {name: buffer.cpu() for name, buffer in self.model.named_buffers()}})
+            self.checkpointer.save('model_recovery', iteration=self.iter)
+        _LOGGER.info('%s: left after iteration %d of %d; --resume goes on from there.', request,
+                     min(self.iter + 1, self.max_iter), self.max_iter)
+        leave(request.number)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -220,6 +243,15 @@ def _set_normalizer(model: nn.Module, value: Optional[float]) -> None:
         getattr(model, 'module', model).loss_normalizer = value
 
 
+class AskedToLeave(HookBase):
+    """Raise `Leave` between two iterations where a process of the run was asked to leave; before the final evaluation,
+    that asks by itself."""
+
+    def after_step(self) -> None:
+        if self.trainer.iter + 1 < self.trainer.max_iter:
+            self.trainer.leaving.check()
+
+
 class StarvedExperts(HookBase):
     """Warn once a layer where an expert gets less than a tenth of its fair share over an epoch.
 
@@ -278,7 +310,7 @@ def run(argv: Optional[List[str]] = None) -> Dict[str, Any]:
             return work(args)
         return _launch(cfg, args, processes)
     except InputError as error:
-        if new and not isinstance(error, Diverged) and not any(Path(cfg.OUTPUT_DIR).glob('*.pth')):
+        if new and not isinstance(error, Stopped) and not any(Path(cfg.OUTPUT_DIR).glob('*.pth')):
             shutil.rmtree(cfg.OUTPUT_DIR, ignore_errors=True)
         raise
 
@@ -289,19 +321,47 @@ def _launch(cfg: CfgNode, args: argparse.Namespace, processes: int) -> Dict[str,
     sentences = multiprocessing.get_context('spawn').SimpleQueue()
     address = args.dist_url or ('auto' if args.num_machines == 1 else None)
     try:
-        launch(_rank, processes, args.num_machines, args.machine_rank, address, args=(args, processes, sentences))
-    except (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException):
-        if sentences.empty():
+        with contextlib.nullcontext() if args.eval_only else listening(_forward):
+            try:
+                launch(_rank, processes, args.num_machines, args.machine_rank, address,
+                       args=(args, processes, sentences))
+            finally:
+                asked = received()
+    except (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException) as error:
+        killed = getattr(error, 'signal_name', None)
+        if killed and not asked:
+            raise Stopped(f'Process {error.error_index} of {processes} was killed ({killed}), most often because memory'
+                          f' ran out, and the others were ended; {_kept(cfg)}.') from None
+        if not sentences.empty():
+            kind, sentence = sentences.get()
+            raise {'Stopped': Stopped}.get(kind, InputError)(sentence) from None
+        if not asked:
             raise
-        kind, sentence = sentences.get()
-        raise {'Diverged': Diverged}.get(kind, InputError)(sentence) from None
+    if asked:
+        leave(asked)
     results = Path(cfg.OUTPUT_DIR) / 'results.json'
     return json.loads(results.read_text())['metrics'] if results.exists() else {}
+
+
+def _forward(number: int) -> None:
+    """To the processes of the run, which a terminal or a scheduler may have told by itself: once more does no harm."""
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGUSR1)
 
 
 def work(args: argparse.Namespace) -> Dict[str, Any]:
     """What one process does: everything, or its share of it."""
     cfg = _config(args)
+    with contextlib.ExitStack() as held:
+        if not args.eval_only:
+            held.enter_context(listening())
+        if comm.is_main_process() and not args.eval_only:
+            held.enter_context(locked(cfg.OUTPUT_DIR, 'name another OUTPUT_DIR'))
+        comm.synchronize()  # nobody writes before
+        return _work(cfg, args)
+
+
+def _work(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Any]:
     cfg.freeze()
     made_by = versions()  # before: the checkout may change meanwhile
     _forget_loggers()
@@ -319,9 +379,10 @@ def work(args: argparse.Namespace) -> Dict[str, Any]:
             stale.unlink(missing_ok=True)
     comm.synchronize()
     try:
-        results = _evaluate(cfg, args.resume) if args.eval_only else _train(cfg, args.resume)
+        with one_sentence(lambda: _kept(cfg), Stopped, cfg.OUTPUT_DIR):
+            results = _evaluate(cfg, args.resume) if args.eval_only else _train(cfg, args.resume)
     except FloatingPointError as error:
-        raise Diverged(_divergence(cfg, error)) from error
+        raise Stopped(_divergence(cfg, error)) from error
     except CheckpointError as error:
         raise InputError('Gradient checkpointing recomputed a routed layer without the true image sizes: checkpoint '
                          'through moe_zoo.routing.checkpoint_routed, which keeps them.') from error
@@ -336,8 +397,11 @@ def _train(cfg: CfgNode, resume: bool) -> Dict[str, Any]:
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
     # The scripted losses of detectron2 are compiled anew in every process, after a first call that rounds otherwise.
-    with torch.jit.optimized_execution(cfg.MODEL.DEVICE != 'cpu'):
-        trainer.train()
+    with trainer.leaving, torch.jit.optimized_execution(cfg.MODEL.DEVICE != 'cpu'):
+        try:
+            trainer.train()
+        except Leave as request:
+            trainer.save_and_leave(request)
     return trainer._last_eval_results
 
 
@@ -404,11 +468,14 @@ def _plain(value: Any) -> Any:
 
 
 def _divergence(cfg: CfgNode, error: FloatingPointError) -> str:
-    mark = Path(cfg.OUTPUT_DIR) / 'last_checkpoint'
-    kept = f"the last good checkpoint is '{mark.with_name(mark.read_text())}'" if mark.exists() \
-        else 'no checkpoint was written before'
-    return (f'Training stopped because {" ".join(str(error).split())}; {kept}; lower SOLVER.BASE_LR or lengthen '
+    return (f'Training stopped because {" ".join(str(error).split())}; {_kept(cfg)}; lower SOLVER.BASE_LR or lengthen '
             'SOLVER.WARMUP_ITERS, or look at these images.')
+
+
+def _kept(cfg: CfgNode) -> str:
+    mark = Path(cfg.OUTPUT_DIR) / 'last_checkpoint'
+    return f"the last good checkpoint is '{mark.with_name(mark.read_text())}'" if mark.exists() \
+        else 'no checkpoint was written before'
 
 
 def _in_a_sentence(error: ValueError) -> ValueError:
@@ -427,7 +494,7 @@ def _no_traceback(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, ValueError):
         error = _in_a_sentence(error)
-    return not isinstance(error, (InputError, FloatingPointError, CheckpointError))
+    return not isinstance(error, (InputError, FloatingPointError, CheckpointError)) and not what_died(error)
 
 
 def _refusal(error: Exception) -> str:

@@ -15,13 +15,14 @@ from timm.data import resolve_data_config, resolve_input_data_config
 from timm.models import is_model
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from ..analysis.cost import count
 from ..analysis.timing import machine
 from ..analysis.usage import measure_usage
 from ..data.random_state import iterate_apart
 from ..errors import InputError, counted
+from ..faults import interruptible
 from ..layers import RoutedLayer
 from .build import mixed_precision, model_keywords, open_device
 from .checkpoint import classes_in, find_weights, read_checkpoint
@@ -60,7 +61,9 @@ def evaluate_loader(
     model.eval()
     dtype = getattr(torch, args.model_dtype or 'float32')
     limit, seen = evaluation_sample_limit(loader), 0
-    for images, target in iterate_apart(loader, args.seed, 0, args.rank):
+    # Of a stream, processes may read unequally many batches.
+    checks = 0 if args.distributed and isinstance(loader.dataset, IterableDataset) else None
+    for images, target in interruptible(iterate_apart(loader, args.seed, 0, args.rank), checks):
         if not args.prefetcher:
             images, target = images.to(device, dtype), target.to(device)
         if args.channels_last:

@@ -28,6 +28,7 @@ class EpochLog:
         self.weight = 0.0
         self.losses: Dict[str, torch.Tensor] = {}
         self.layers: Dict[str, Dict[str, torch.Tensor]] = {}
+        self.reduced = False
 
     def add(self, result: Mapping[str, Any], images: int) -> None:
         """Add one forward of the task: its losses and balance, weighted by the images it saw."""
@@ -41,9 +42,10 @@ class EpochLog:
                 sums[name] = sums.get(name, 0.0) + _wide(value) * images
 
     def reduce(self) -> None:
-        """Sum over the ranks; called once, at the end of the epoch."""
-        if not self.losses or not (dist.is_available() and dist.is_initialized()):
+        """Sum over the ranks, at the end of the epoch; again, nothing, also after a restart."""
+        if self.reduced or not self.losses or not (dist.is_available() and dist.is_initialized()):
             return
+        self.reduced = True
         sums = [*self.losses.values(), *(v for layer in self.layers.values() for v in layer.values())]
         device = sums[0].device
         weight = torch.tensor([self.weight], device=device, dtype=sums[0].dtype)
@@ -65,10 +67,11 @@ class EpochLog:
         return {layer: {name: (v / weight).cpu() for name, v in sums.items()} for layer, sums in self.layers.items()}
 
     def state_dict(self) -> Dict[str, Any]:
-        return {'weight': self.weight, 'losses': self.losses, 'layers': self.layers}
+        return {'weight': self.weight, 'losses': self.losses, 'layers': self.layers, 'reduced': self.reduced}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.weight, self.losses, self.layers = state['weight'], dict(state['losses']), dict(state['layers'])
+        self.reduced = state.get('reduced', False)
 
 
 def describe_losses(losses: Mapping[str, float]) -> str:

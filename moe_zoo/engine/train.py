@@ -10,7 +10,7 @@ import time
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Mapping, NoReturn, Optional, Sequence, Union
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from timm.utils import dispatch_clip_grad, unwrap_model
 
 from ..data.random_state import get_random_state, iterate_apart, seed_stream, set_random_state
 from ..errors import InputError, atomic_write, counted, exit_on_input_error
+from ..faults import Leave, Leaving, leave, listening, locked, one_sentence
 from ..layers import ChannelGate, RoutedLayer, ShallowEmbedding
 from . import parallel
 from .build import (
@@ -168,25 +169,35 @@ class Trainer:
                 self.schedule.step_update(self.epoch * self.updates + self.batch // args.grad_accum_steps)
             else:
                 self.schedule.step(self.epoch)
-        self.folder = folder
+        self.folder, self.leaving = folder, Leaving()
         if not self.reporter.primary:
             return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"Cannot write to '{folder}': {error.strerror}; choose a folder by output=DIR.") from error
         self.saver = AtomicCheckpointSaver(
             unwrap_model(self.task.trainable_module), self.optimizer, args=args, amp_scaler=self.scaler, task=self.task,
             checkpoint_dir=str(folder), recovery_dir=str(folder), decreasing=args.eval_metric == 'loss',
             max_history=args.checkpoint_hist, run_state=self._run_state)
         if resumed is not None and resumed.resolve().parent == folder.resolve():
-            self.saver.load_state_dict_from_checkpoint(str(resumed))
+            self.saver.continue_from(resumed)
+            if resumed.name == 'last.pth.tar' and self.epoch in (args.save_epochs or ()):
+                self.saver.save_milestone(self.epoch)
         with atomic_write(folder / 'args.yaml') as temporary:
             temporary.write_text(yaml.safe_dump({k: v for k, v in vars(args).items() if k in OPTIONS}))
         self.reporter.open(folder, self.epoch)
 
     def fit(self) -> None:
-        """Train from the current epoch to the last, evaluating and saving after each."""
+        """Train from the current epoch to the last, evaluating and saving after each.
+
+        Raises:
+            SystemExit: A scheduler asked a process of the run to leave, by a signal; the run was saved.
+            KeyboardInterrupt: Ctrl-C did.
+        """
+        with self.leaving:
+            try:
+                self._fit()
+            except Leave as request:
+                self._save_and_leave(request)
+
+    def _fit(self) -> None:
         args = self.args
         self.clock = Clock(self.stop * self.batches, self.epoch * self.batches + self.batch)
         self.optimizer.zero_grad(set_to_none=True)
@@ -220,10 +231,13 @@ class Trainer:
             for message in self.watch.check(balance, self.routed, self.epoch):
                 self.reporter.warn(message)
             row['seconds'] = time.monotonic() - started
-            self._save(row, metric, milestone)
+            # Told before it is saved: what a killed run has told too early, a resumed one drops.
             self._tell(row, losses, metrics, experts)
             if live:
                 self.reporter.say(f'  live channels  {describe_live(live)}')
+            self._save(row, metric, milestone)
+            if self.epoch < self.stop:
+                self.leaving.check()
 
     def train_epoch(self) -> None:
         """One pass over the training data, or what is left of one."""
@@ -238,7 +252,7 @@ class Trainer:
         self._freeze_gates_from(args.freeze_gates)
         self.task.set_epoch(self.epoch)
         self.task.trainable_module.train()
-        batches = iterate_apart(loader, args.seed, self.epoch, args.rank)
+        batches = iterate_apart(loader, args.seed, self.epoch, args.rank) if first < self.batches else ()
         title = f'epoch {self.epoch + 1}/{self.stop}'
         for index, (images, target) in enumerate(track(self.reporter, batches, self.batches, title)):
             if index < first:
@@ -254,6 +268,7 @@ class Trainer:
                     self._tell_progress(title, update)
                 if saves:
                     self._save_recovery(index)
+                self.leaving.check()
         self._check_finite(True)
         if hasattr(self.optimizer, 'sync_lookahead'):
             self.optimizer.sync_lookahead()
@@ -415,6 +430,16 @@ class Trainer:
         else:
             self._take_part_in_saving()
 
+    def _save_and_leave(self, request: Leave) -> NoReturn:
+        """A checkpoint of where the run is, between two updates or in an evaluation, and the end of this process."""
+        if self.batch:  # else it is that of the end of an epoch
+            self._check_finite(True)
+            self._save_recovery(self.batch - 1)
+        self.reporter.say(
+            f"{request}: left in epoch {self.epoch + 1} of {self.stop}, after {self.batch} of {self.batches} batches;"
+            f" --resume goes on from '{newest_checkpoint(self.folder)}'")
+        leave(request.number)
+
     def _take_part_in_saving(self) -> None:
         """On the other ranks: hand over what they hold, while the first one writes."""
         if self.spread:
@@ -483,24 +508,35 @@ def train(
     trainer = Trainer(args, reporter, strict_data)
     if not expect_routing:
         trainer.watch.seen.add('')
-    folder, checkpoint = _folder_and_checkpoint(trainer, output, resume or args.resume or None)
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-        reporter.say(f"continuing from '{checkpoint}' at epoch {trainer.epoch + 1} of {trainer.stop}")
-    try:
-        trainer.start(folder, checkpoint)
-        _introduce(trainer)
-        trainer.fit()
-    finally:
-        reporter.close()
-    return _result(trainer)
+    with listening(), contextlib.ExitStack() as held:
+        folder, checkpoint = _folder_and_checkpoint(trainer, output, resume or args.resume or None, held)
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+            reporter.say(f"continuing from '{checkpoint}' at epoch {trainer.epoch + 1} of {trainer.stop}")
+        try:
+            with one_sentence(lambda: _kept(folder), folder=folder):
+                trainer.start(folder, checkpoint)
+                _introduce(trainer)
+                trainer.fit()
+        finally:
+            reporter.close()
+        return _result(trainer)
 
 
-def _folder_and_checkpoint(trainer: Trainer, output: Optional[Union[str, Path]], resume: Optional[Union[str, Path]]):
-    """Where the run writes, and what it continues (None: it starts anew). The first rank decides for all."""
+def _kept(folder: Path) -> str:
+    checkpoint = newest_checkpoint(folder)
+    return f"--resume goes on from '{checkpoint}'" if checkpoint else 'no checkpoint had been written yet'
+
+
+def _folder_and_checkpoint(trainer: Trainer, output: Any, resume: Any, held: contextlib.ExitStack):
+    """Where the run writes, and what it continues (None: it starts anew). The first rank decides for all, and locks the
+    folder until `held` is closed."""
     chosen: List[Any] = [None, None, None]
     if trainer.reporter.primary:
-        chosen = list(_choose_folder(trainer.args, trainer.data_config['input_size'][-1], output, resume))
+        try:
+            chosen = list(_choose_folder(trainer.args, trainer.data_config['input_size'][-1], output, resume, held))
+        except InputError as error:
+            chosen[2] = str(error)
     if trainer.args.distributed:
         dist.broadcast_object_list(chosen)
     folder, checkpoint, problem = chosen
@@ -509,24 +545,28 @@ def _folder_and_checkpoint(trainer: Trainer, output: Optional[Union[str, Path]],
     return folder, checkpoint
 
 
-def _choose_folder(args: argparse.Namespace, size: int, output: Any, resume: Any) -> tuple:
-    """(folder, checkpoint or None, sentence for the user where neither can be)."""
+def _choose_folder(args: argparse.Namespace, size: int, output: Any, resume: Any, held: contextlib.ExitStack) -> tuple:
+    """(folder, which is locked, checkpoint or None, sentence for the user where neither can be).
+
+    Raises: InputError: The folder cannot be written to, another run writes to it, or there is no such checkpoint.
+    """
     base, stem = Path(args.output or 'output/train'), f'{safe_model_name(args.model)}-{size}'
     named = Path(output) if output else base / args.experiment if args.experiment else None
-    if resume and str(resume) != 'auto':
-        path = Path(resume)
-        return named or path.parent, path, None
-    if resume and named is None:
+    given = Path(resume) if resume and str(resume) != 'auto' else None
+    if given is not None and not given.is_file():
+        raise InputError(f"There is no checkpoint file '{given}'.")
+    if named is None and given is not None:
+        named = given.parent
+    elif named is None and resume:
         newest = newest_checkpoint(*base.glob(f'*-{stem}'))
         named = newest.parent if newest else None
     folder = named or base / f'{datetime.now():%Y%m%d-%H%M%S}-{stem}'
-    last = newest_checkpoint(folder)
-    if resume:
-        return folder, last, None
+    held.enter_context(locked(folder, 'name another experiment=NAME'))
+    last = given or newest_checkpoint(folder)
     problem = None
-    if last:
+    if last and not resume:
         problem = f"'{folder}' already holds a run: add --resume to continue it, or name another experiment=NAME."
-    return folder, None, problem
+    return folder, last, problem
 
 
 def newest_checkpoint(*folders: Path) -> Optional[Path]:
@@ -589,6 +629,8 @@ def parser() -> argparse.ArgumentParser:
                         help='several processes: each has the whole model (ddp, the default) or a part of it (fsdp)')
     result.add_argument('--expert-parallel', type=int, metavar='N',
                         help='spread the experts over N processes each; divides their number and that of the experts')
+    result.add_argument('--per-image-groups', action='store_true', default=None,
+                        help='routing groups of one image each: capacity then depends on no other image')
     result.add_argument('--route-consistency', metavar='jsd|prc',
                         help='train on two views of every image, at twice the compute, and pull the routes of their'
                              ' patches together')
@@ -612,7 +654,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; returns the exit code."""
     flags, overrides = parse_command_line(argv, parser())
-    for name in ('route_consistency', 'parallel', 'expert_parallel'):
+    for name in ('route_consistency', 'per_image_groups', 'parallel', 'expert_parallel'):
         if getattr(flags, name) is not None:
             overrides[name] = getattr(flags, name)
     if not flags.config and 'model' not in overrides:
@@ -631,11 +673,20 @@ def run(flags: argparse.Namespace, overrides: Dict[str, Any]) -> int:
         seeds = None if flags.seeds is None else [int(seed) for seed in flags.seeds]
     except ValueError:
         raise InputError(f'--seeds {" ".join(flags.seeds)}: seeds are whole numbers.') from None
-    run_all(
-        flags.config or {}, overrides, seeds=seeds, twin=flags.twin, resume=flags.resume, strict_data=flags.strict_data)
+    try:
+        with listening():
+            run_all(flags.config or {}, overrides, seeds=seeds, twin=flags.twin, resume=flags.resume,
+                    strict_data=flags.strict_data)
+    except SystemExit:  # asked to leave, as all processes were
+        _leave_group()
+        raise
+    _leave_group()
+    return 0
+
+
+def _leave_group() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-    return 0
 
 
 if __name__ == '__main__':

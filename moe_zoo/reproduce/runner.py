@@ -13,6 +13,7 @@ import random
 import re
 import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,6 +30,7 @@ import moe_zoo
 from moe_zoo.analysis.origin import short_commit, versions
 from moe_zoo.engine.log import Clock, Reporter, track
 from moe_zoo.errors import InputError, atomic_write
+from moe_zoo.faults import locked
 
 from .experiment import Arm, Experiment
 from .training import Data
@@ -73,7 +75,7 @@ def reproduce(
         What results.json holds.
 
     Raises:
-        InputError: The data or `seeds` cannot be used, or a run says so.
+        InputError: The data or `seeds` cannot be used, or a run says so; or another process runs the experiment.
         RuntimeError: A run failed; it is named. Those that finished are kept.
     """
     count = experiment.seeds if seeds is None else seeds
@@ -85,6 +87,18 @@ def reproduce(
         experiment = replace(experiment, load=partial(experiment.load, files=folder))
     if pilot:
         experiment = replace(experiment, load=partial(_without_test, experiment.load))
+    with locked(folder, 'choose another --output'):
+        return _reproduce(experiment, folder, seeds, data_dir, jobs, on_change)
+
+
+def _reproduce(
+        experiment: Experiment,
+        folder: Path,
+        seeds: list[int],
+        data_dir: Optional[str],
+        jobs: Optional[int],
+        on_change: Callable[[], None],
+) -> dict[str, Any]:
     data = experiment.load(data_dir)
     code, reporter = fingerprint(experiment, data), Reporter()
     plan = _planned(experiment, seeds, data, folder)
@@ -98,7 +112,7 @@ def reproduce(
         return results
 
     results = write()
-    reporter.say(f'{experiment.name}: {len(experiment.arms)} arms x {count} seeds on {plan["data"]}'
+    reporter.say(f'{experiment.name}: {len(experiment.arms)} arms x {len(seeds)} seeds on {plan["data"]}'
                  + (f'; {len(done)} runs kept from before' if done else ''))
     clock = Clock(len(todo), 0)
     with contextlib.closing(_parallel(experiment, data_dir, todo, jobs)) as finished:
@@ -308,8 +322,15 @@ def _parallel(
 
 def _start_worker(run: Callable, together: bool, load: Callable, data_dir: Optional[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _WORK[:] = run, together, load(data_dir)
+
+
+def _end_with_parent() -> None:
+    """A killed parent leaves its pool behind, which would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _run(arms: list[Arm], seed: int) -> list[Run]:
