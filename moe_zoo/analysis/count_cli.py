@@ -16,7 +16,6 @@ from typing import Any
 
 import timm
 import torch
-from PIL import Image
 from rich.console import Console
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
@@ -33,6 +32,7 @@ from moe_zoo.errors import (
     nearest_keyword,
 )
 
+from ..data.images import UnreadableImage, read_image
 from ..layers.routed import RoutedLayer
 from .cost import Cost, CountError, count, count_images
 from .cost_check import check_with_fvcore
@@ -264,8 +264,7 @@ def _count_named(name: str, kwargs: dict[str, Any], args: argparse.Namespace) ->
     transform = create_transform(**resolve_model_data_config(model, {'input_size': size}), is_training=False)
 
     def read(path: Path) -> torch.Tensor:
-        with Image.open(path) as image:
-            return transform(image.convert('RGB' if size[0] == 3 else 'L')).unsqueeze(0)
+        return transform(read_image(path, 'RGB' if size[0] == 3 else 'L')).unsqueeze(0)
 
     return _on_images(result, model, read, args)
 
@@ -325,7 +324,7 @@ def _on_images(result: Result, model: nn.Module, read: Callable[[Path], Any], ar
         for path in paths:
             try:
                 x = read(path)
-            except (OSError, ValueError, SyntaxError) as error:  # what PIL raises for broken files
+            except UnreadableImage as error:
                 skipped.append(str(path))
                 print(f'skipped {path}: {_first_line(error)}', file=sys.stderr)
                 continue

@@ -16,6 +16,7 @@ from .coco import register_coco, register_digit_scenes
 from .config import add_moe_config, load_config
 from .evaluation import use_fast_metrics
 from .heads import MoERetinaNetHead
+from .images import use_careful_reading
 from .meta_arch import EpochHook, MoEFCOS, MoEGeneralizedRCNN, MoERetinaNet, with_moe_losses
 from .pyramid import SimplePyramid
 from .resnet_backbone import build_moe_resnet_fpn_backbone, route_resnet
@@ -41,4 +42,5 @@ __all__ = [
 
 add_moe_config(_C)
 use_fast_metrics()
+use_careful_reading()
 register_digit_scenes()

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, transforms
-from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
 from torch import nn
 
+from ..data.images import UnreadableImage
 from ..errors import InputError
 from .checkpoint import SafeCheckpointer
 from .coco import class_names, classes_of_model
 from .config import load_config
+from .images import read_image
 
 
 def load(config_file: str, opts: list[str], weights: str | None = None) -> tuple[CfgNode, nn.Module]:
@@ -67,10 +68,13 @@ def read(cfg: CfgNode, path: Path) -> list[dict[str, Any]]:
     """Input of one image file, resized as the config says for testing.
 
     Raises:
-        OSError: The file is no image.
+        UnreadableImage: The file is no image, or so long and thin that its shorter side vanishes.
     """
     image = read_image(str(path), format=cfg.INPUT.FORMAT)
     height, width = image.shape[:2]
     resize = transforms.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
-    image = resize.get_transform(image).apply_image(image)
+    transform = resize.get_transform(image)
+    if min(transform.new_h, transform.new_w) < 1:
+        raise UnreadableImage(f'of its {width} x {height} pixels, the shorter side vanishes when it is resized')
+    image = transform.apply_image(image)
     return [{'image': torch.as_tensor(image.astype('float32').transpose(2, 0, 1)), 'height': height, 'width': width}]

@@ -12,7 +12,6 @@ from typing import Any, Dict, Iterable, List, Optional, Tuple
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import read_image
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from pycocotools import mask as mask_util
@@ -20,12 +19,13 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
+from ..data.images import UnreadableImage
 from ..errors import InputError, atomic_write, counted, exit_on_input_error
 from .config import load_config
 from .count_inputs import load_weights, read
+from .images import read_image
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 SATURATION, LIGHTNESS = 90, 45  # of the colours of classes, in percent
 
 
@@ -51,7 +51,7 @@ def detect(cfg: CfgNode, model: nn.Module, path: Path, classes: List[str], thres
     """Objects in an image file: class, score, box [x, y, width, height] in its pixels, and a mask where there is one.
 
     Raises:
-        OSError: The file is no image, as other errors of `UNREADABLE`.
+        UnreadableImage: The file is no image.
     """
     found = model(read(cfg, path))[0]['instances'].to('cpu')
     objects = []
@@ -104,8 +104,8 @@ def predict(
         try:
             objects = detect(cfg, model, path, about['classes'], threshold)
             image = Image.fromarray(read_image(str(path), format='RGB'))
-        except UNREADABLE as error:
-            unreadable.append(f"The image '{path}' cannot be read: {' '.join(str(error).split()) or 'it is damaged'}.")
+        except UnreadableImage as error:
+            unreadable.append(f"The image '{path}' cannot be read: {error}.")
             continue
         with atomic_write(copy) as part:
             draw(image, objects, about['classes']).save(part, format=Image.registered_extensions()[copy.suffix.lower()])

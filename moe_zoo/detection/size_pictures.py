@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data.detection_utils import read_image
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
@@ -12,6 +11,7 @@ from ..analysis.figures import COLOURS
 from ..analysis.object_gates import SIZES, Objects, size_classes
 from ..analysis.object_sizes import LayerSizes, SizeCollector
 from ..analysis.usage import evaluation_mode
+from .images import read_image
 
 CONFIDENT = 0.5  # score from which a detection is drawn; where none has it, the best ones up to as many as objects
 SIDE = 480  # pixels of the longer side of a picture, at least

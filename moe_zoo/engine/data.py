@@ -5,21 +5,21 @@
 import argparse
 import copy
 import logging
+import pickle
 import random
-import struct
 import tarfile
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, Mixup, create_dataset, create_loader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 
 from ..data import collate_two_views
+from ..data.images import read_image
 from ..errors import InputError, counted, nearest
 from .consistency import check_options, two_view_transform
 from .labels import read_class_map
@@ -33,8 +33,6 @@ SYNONYMS = {
     'validation': ('val', 'valid', 'eval', 'evaluation'),
     'val': ('validation', 'valid', 'eval', 'evaluation'),
 }
-# What PIL raises on bad files.
-UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
 
 class Loaders(NamedTuple):
@@ -64,6 +62,8 @@ class CheckedImages(ImageDataset):
         self.corrupt = torch.zeros(len(reader), dtype=torch.bool).share_memory_()
 
     def __getitem__(self, index: int):
+        if not 0 <= index < len(self.reader):
+            raise IndexError(f'image {index} of {len(self.reader)}')
         for step in range(len(self.reader)):
             position = (index + step) % len(self.reader)
             if self.corrupt[position]:
@@ -71,8 +71,8 @@ class CheckedImages(ImageDataset):
             try:
                 file, target = self.reader[position]
                 with file:
-                    image = Image.open(file).convert(self.input_img_mode)
-            except UNREADABLE:
+                    image = read_image(file, self.input_img_mode)
+            except Exception:  # the readers of files and tars have no error in common; this one is not to be had
                 self.corrupt[position] = True
                 if self.strict:
                     break
@@ -151,7 +151,7 @@ def open_dataset(args: argparse.Namespace, training: bool, strict: bool = False,
     except ImportError as error:
         raise InputError(
             f'dataset={args.dataset} needs {error.name!r}, which is not installed: pip can install it.') from error
-    except (AssertionError, RuntimeError, FileNotFoundError, ValueError, tarfile.TarError) as error:
+    except (AssertionError, RuntimeError, OSError, EOFError, ValueError, tarfile.TarError, pickle.PickleError) as error:
         empty = 'Found 0 images' in str(error)
         folders = f"folders that the class map '{args.class_map}' names" if args.class_map else 'folders of classes'
         reason = f"The data folder '{root}' has no images in {folders}." if empty else str(error)
