@@ -90,5 +90,5 @@ def _paths(registry: Path | None) -> dict[str, Path]:
 def _read(path: Path) -> dict:
     try:
         return tomllib.loads(path.read_text(encoding='utf-8'))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"The card '{path}' is not valid TOML: {error}") from error
+    except (ValueError, RecursionError, OSError) as error:  # numbers and dates are wrong in ways of their own
+        raise InputError(f"The card '{path}' is not valid TOML: {' '.join(str(error).split())}") from error

@@ -8,6 +8,7 @@ import importlib
 import json
 import shutil
 import sys
+from collections.abc import Callable
 
 from .card_tables import COLUMNS, SHOWN, card_text, columns_of, find, listing, values
 from .cards import card, cards
@@ -67,9 +68,9 @@ def main(argv: list[str] | None = None) -> int:
     elif command == '--version':
         print(f'moe_zoo {__version__}')
     elif command == 'list':
-        print(list_cards(arguments))
+        print(_of_cards(list_cards, arguments))
     elif command == 'show':
-        print(show_card(arguments))
+        print(_of_cards(show_card, arguments))
     elif command in TOOLS:
         return _run_tool(command, arguments)
     else:
@@ -102,6 +103,15 @@ def list_cards(arguments: list[str]) -> str:
     if args.json:
         return json.dumps(values(found, columns), indent=1, ensure_ascii=False)
     return listing(found, columns or SHOWN, _width())
+
+
+def _of_cards(tell: Callable[[list[str]], str], arguments: list[str]) -> str:
+    try:
+        return tell(arguments)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise InputError(
+            f'A card is not what it should be ({type(error).__name__}: {error}): `moe-zoo cards --check` names it, and '
+            'what it lacks.') from error
 
 
 def show_card(arguments: list[str]) -> str:

@@ -16,6 +16,7 @@ CORE = {'errors', 'routing', 'losses', 'layers', 'checkpoints'}
 MAY_IMPORT = {
     'errors': set(),
     'resources': set(),
+    'documents': set(),
     'version': set(),
     'faults': {'errors'},
     'cards': {'errors', 'resources'},
@@ -26,10 +27,10 @@ MAY_IMPORT = {
     'layers': {'errors', 'routing', 'losses'},
     'checkpoints': {'errors', 'routing', 'losses', 'layers'},
     'models': CORE,
-    'data': {'errors', 'resources'},
-    'analysis': {'errors', 'routing', 'losses', 'layers', 'data', 'resources', 'cards', 'version'},
-    'engine': CORE | {'faults', 'models', 'analysis', 'data', 'resources', 'cards', 'card_writer'},
-    'detection': CORE | {'faults', 'models', 'analysis', 'data', 'resources', 'cards'},
+    'data': {'errors', 'resources', 'documents'},
+    'analysis': {'errors', 'routing', 'losses', 'layers', 'data', 'resources', 'documents', 'cards', 'version'},
+    'engine': CORE | {'faults', 'models', 'analysis', 'data', 'resources', 'documents', 'cards', 'card_writer'},
+    'detection': CORE | {'faults', 'models', 'analysis', 'data', 'resources', 'documents', 'cards'},
     '__init__': {'models', 'version'},
 }
 DOORS = {'cli', '__main__', 'run', 'demo', 'reproduce'}
@@ -37,6 +38,7 @@ DOORS = {'cli', '__main__', 'run', 'demo', 'reproduce'}
 THIRD_PARTY = {
     'errors': set(),
     'resources': set(),
+    'documents': {'yaml'},
     'cards': set(),
     'version': set(),
     'card_tables': set(),

@@ -2,13 +2,13 @@
 
 Letters: E experts, K chosen.
 """
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ..documents import parse_json
 from ..errors import InputError, counted
 from ..layers import ChannelGated
 from ..layers.cond_conv import CondConv2d, CondLinear
@@ -82,7 +82,7 @@ class Timings:
             InputError: The file is missing or of another program.
         """
         try:
-            self.report = json.loads(Path(path).read_text(encoding='utf-8'))
+            self.report = parse_json(Path(path).read_text(encoding='utf-8'))
             self.notes = [(_timed(row), _sentence(row, self.report['machine'])) for row in self.report['rows']]
         except FileNotFoundError:
             raise InputError(f"--times: there is no file '{path}'; tools/benchmark.py --json writes one.") from None

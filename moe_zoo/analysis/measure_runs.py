@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..documents import parse_json
 from ..errors import InputError, atomic_write
 from ..layers import ChannelGate, RoutedLayer, ShallowEmbedding
 from .cost import count, count_images
@@ -200,7 +201,7 @@ def _stamp(run: Run) -> list[int]:
 def _known(kept: Path) -> dict[str, dict[str, Any]]:
     """What the file holds; nothing where it is missing or not ours: it can be measured again."""
     try:
-        content = json.loads(kept.read_text(encoding='utf-8'))
+        content = parse_json(kept.read_text(encoding='utf-8'))
         return {key: {**entry, 'measured': Measured.from_json(entry['measured'])} for key, entry in content.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Optional
 
+from ..documents import parse_json
 from ..errors import counted
 from .charts import Mark, curves, heat_map, trade_offs
 from .consistency import consistency_section
@@ -421,7 +422,7 @@ def analyses_of(run: Run, broken: list[str]) -> list[Section]:
         for name, build in (('experts.json', _expert_section), ('object_sizes.json', _size_section)):
             for path in (folder / name for folder in own if (folder / name).is_file()):
                 try:
-                    sections.append(build(run, json.loads(path.read_text(encoding='utf-8'))))
+                    sections.append(build(run, parse_json(path.read_text(encoding='utf-8'))))
                 except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
                     reason = f'it lacks {error}' if isinstance(error, KeyError) else str(error)
                     broken.append(f"'{path}' is no analysis that can be read: {reason}.")

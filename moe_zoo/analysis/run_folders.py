@@ -4,7 +4,6 @@ A classifier leaves args.yaml and summary.csv, and above it results.json; a dete
 results.json.
 """
 import csv
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from typing import Any, Optional
 import yaml
 
 from ..cards import card
+from ..documents import parse_json, parse_yaml
 from ..errors import InputError
 
 MARKS = {'args.yaml': 'summary.csv', 'config.yaml': 'metrics.json'}  # what marks a training, and its log
@@ -74,7 +74,7 @@ def read_training(folder: Path) -> Training:
     read = _classifier if (folder / 'args.yaml').is_file() else _detector
     try:
         return _of_numbers(read(folder))
-    except (OSError, UnicodeDecodeError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, csv.Error) as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise Unusable(f"'{folder}' is damaged: {reason}.") from error
 
@@ -219,7 +219,7 @@ def _network(options: Mapping[str, Any]) -> tuple[str, str, bool]:
 def _lines(path: Path) -> list[dict[str, float]]:
     if not path.is_file():
         return []
-    lines = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
+    lines = [parse_json(line) for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
     if not all(isinstance(line, dict) and 'iteration' in line for line in lines):
         raise ValueError(f'{path.name} has a line without an iteration')
     return lines
@@ -267,7 +267,7 @@ def evenness(shares: list[float]) -> float:
 
 def _mapping(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding='utf-8'))
+        content = parse_yaml(path.read_text(encoding='utf-8'))
     except yaml.YAMLError as error:
         mark = getattr(error, 'problem_mark', None)
         where = f' in line {mark.line + 1}' if mark else ''
@@ -279,7 +279,7 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
+        return parse_json(path.read_text(encoding='utf-8'))
     except ValueError as error:
         raise ValueError(f"'{path}' is not JSON: {error}") from error
 

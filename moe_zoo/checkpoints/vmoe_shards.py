@@ -195,7 +195,7 @@ def _opened(path: Path, without: str) -> Iterator[BinaryIO]:
             raise
         except EOFError:
             raise _truncated(path) from None
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, struct.error):
             raise _wrong(path, 'its msgpack holds something else') from None
 
 
@@ -281,6 +281,8 @@ def _decode_sized(file: BinaryIO, kind: str, length: int) -> Any:
 
 
 def _exactly(file: BinaryIO, size: int) -> bytes:
+    if size > 64 and size > os.fstat(file.fileno()).st_size - file.tell():
+        raise EOFError  # before memory is taken for what is not there
     data = file.read(size)
     if len(data) != size:
         raise EOFError

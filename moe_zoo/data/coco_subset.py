@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Union
 
+from ..documents import parse_json
 from ..errors import InputError, atomic_write
 
 
@@ -19,7 +20,7 @@ def write_subset(json_file: Union[str, Path], numbers: Iterable[int], path: Unio
         InputError: `json_file` is no COCO JSON, or has no image at a position.
     """
     try:
-        content = json.loads(Path(json_file).read_text(encoding='utf-8'))
+        content = parse_json(Path(json_file).read_text(encoding='utf-8'))
         images = [content['images'][number] for number in numbers]
         annotations = content['annotations']
     except (OSError, ValueError, KeyError, TypeError) as error:

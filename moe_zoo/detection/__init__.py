@@ -1,9 +1,9 @@
 """moe_zoo in detectron2: backbones, meta-architectures, and data sets, registered on import.
 
-The only package that imports detectron2, whose defaults it extends by the config node MOE and whose COCO metrics it
-computes by faster-coco-eval. Backbones: `build_timm_fpn_backbone`, `build_moe_resnet_fpn_backbone`;
-meta-architectures: `MoERetinaNet`, `MoEFCOS`, `MoEGeneralizedRCNN`, others by `with_moe_losses`; data sets:
-`digit_scenes_train`, `digit_scenes_val`.
+The only package that imports detectron2, whose defaults it extends by the config node MOE, whose COCO metrics it
+computes by faster-coco-eval, and whose images it reads by `moe_zoo.data.images`. Backbones: `build_timm_fpn_backbone`,
+`build_moe_resnet_fpn_backbone`; meta-architectures: `MoERetinaNet`, `MoEFCOS`, `MoEGeneralizedRCNN`, others by
+`with_moe_losses`; data sets: `digit_scenes_train`, `digit_scenes_val`.
 """
 import warnings
 

@@ -1,8 +1,6 @@
 """COCO-style data: sets registered by name or from a user's own files, checked, and read past unreadable images."""
-import json
 import logging
 import os
-import struct
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -11,7 +9,9 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, get_
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.transforms import RandomFlip
 
+from ..documents import parse_json
 from ..errors import InputError, nearest
+from .coco_check import check_content
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def load_datasets(cfg: CfgNode, names: Sequence[str], filter_empty: bool) -> Lis
         dicts = get_detection_dataset_dicts(list(names), filter_empty=filter_empty, check_consistency=len(names) > 1)
     except KeyError as error:
         raise InputError(f"'{label}': {_sentence(error)}") from error
-    except (AssertionError, ValueError, TypeError, IndexError) as error:
+    except (AssertionError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
         raise InputError(f"'{label}' is not usable COCO JSON: {_sentence(error)}") from error
     key, num_classes = classes_of_model(cfg)
     for name in names:
@@ -142,7 +142,7 @@ class ReadableMapper(DatasetMapper):
         empty dictionary in evaluation, where none may stand in for another."""
         try:
             return super().__call__(dataset_dict)
-        except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:  # as Pillow and detectron2 raise
+        except ValueError as error:  # an UnreadableImage, or another size than the annotations say
             name = dataset_dict['file_name']
             reason = f"image '{name}' cannot be read ({_sentence(error)})"
             if self.strict:
@@ -188,27 +188,10 @@ def _check_files(name: str) -> None:
         raise InputError(f"Data set {name!r} has no images: '{images}' is missing or empty; {where}.")
     if Path(json_file).stat().st_size < 50e6:  # COCO's own training file takes 10 s and needs no such check
         try:
-            content = json.loads(Path(json_file).read_text())
+            content = parse_json(Path(json_file).read_text())
         except (ValueError, OSError) as error:
             raise InputError(f"'{json_file}' is not JSON: {_sentence(error)}.") from error
-        _check_content(json_file, content)
-
-
-def _check_content(json_file: str, content: Any) -> None:
-    lacking = [key for key in ('images', 'annotations', 'categories')
-               if not isinstance(content, dict) or not isinstance(content.get(key), list)]
-    if lacking or not content['images']:
-        raise InputError(f"'{json_file}' is not COCO JSON: it lacks the list {' and '.join(lacking or ['of images'])}.")
-    known = {category.get('id') for category in content['categories']}
-    for annotation in content['annotations']:
-        if annotation.get('category_id') not in known:
-            raise InputError(
-                f"'{json_file}': annotation {annotation.get('id')} has category_id {annotation.get('category_id')}, "
-                f'which is not among the {len(known)} ids in categories (from {min(known)} to {max(known)}).')
-        box = annotation.get('bbox', ())
-        if len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
-            raise InputError(f"'{json_file}': annotation {annotation.get('id')} has bbox {list(box)}, which is not "
-                             'four numbers x, y, width, height.')
+        check_content(json_file, content)
 
 
 def _sentence(error: BaseException) -> str:

@@ -6,12 +6,13 @@
 """
 import functools
 from pathlib import Path
-from typing import Iterator, Sequence, Union
+from typing import Iterator, Sequence, Tuple, Union
 
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
+from ..documents import parse_yaml
 from ..errors import InputError, nearest
 from ..resources import folder
 from .coco import register_user_data
@@ -114,6 +115,7 @@ def load_config(config_file: Union[str, Path], opts: Sequence[str] = ()) -> CfgN
     path = _find(config_file)
     cfg = get_cfg()
     with sentences(cfg, f"'{path}'"):
+        check_yaml(path)
         cfg.merge_from_file(str(path), allow_unsafe=False)
     if len(opts) % 2:
         raise InputError(f'Overrides come as KEY VALUE pairs, but there are {len(opts)} words: {" ".join(opts)}.')
@@ -124,6 +126,22 @@ def load_config(config_file: Union[str, Path], opts: Sequence[str] = ()) -> CfgN
         cfg.MODEL.DEVICE = 'cpu'
     register_user_data(cfg)
     return cfg
+
+
+def check_yaml(path: Path, above: Tuple[Path, ...] = ()) -> None:
+    """Look at a config, and at those that it builds on by `_BASE_`, before yacs copies what is in them.
+
+    Raises:
+        YAMLError: One of them is more than its text should be, as `moe_zoo.documents.parse_yaml` says.
+        InputError: One builds on itself.
+    """
+    if path.resolve() in above:
+        raise InputError(f"'{path}' builds on itself by _BASE_.")
+    content = parse_yaml(path.read_text(encoding='utf-8'))
+    bases = content.get('_BASE_', []) if isinstance(content, dict) else []
+    for base in bases if isinstance(bases, list) else [bases]:
+        if isinstance(base, str) and '://' not in base:
+            check_yaml(path.parent / Path(base).expanduser(), (*above, path.resolve()))
 
 
 def _open_free_nodes(cfg: CfgNode, keys: Sequence[str]) -> None:
@@ -157,7 +175,9 @@ class sentences:
         pass
 
     def __exit__(self, kind, error, traceback) -> None:
-        text = str(error.args[0]) if error is not None and error.args else ''
+        if error is None or isinstance(error, InputError) or not isinstance(error, Exception):
+            return
+        text = str(error.args[0]) if len(error.args) == 1 else str(error)
         if isinstance(error, (KeyError, AssertionError)) and 'Non-existent' in text:
             key = text.rsplit(': ', 1)[1]
             raise InputError(f'Unknown config key {key!r} in {self.where}.{nearest(key, _keys(self.cfg))}') from error
@@ -170,9 +190,8 @@ class sentences:
                              f'{f" in line {line.line + 1}" if line else ""}.') from error
         if isinstance(error, OSError):
             raise InputError(f"{self.where} cannot be read: {error.strerror or error} ('{error.filename}').") from error
-        if isinstance(error, (ValueError, KeyError, AssertionError, AttributeError, TypeError)):
-            text = ' '.join(text.split()) or repr(error)
-            raise InputError(f'{self.where} cannot be used as a config: {text}.') from error
+        text = ' '.join(text.split()) or repr(error)
+        raise InputError(f'{self.where} cannot be used as a config: {text}.') from error
 
 
 def _keys(node: CfgNode, prefix: str = '') -> Iterator[str]:

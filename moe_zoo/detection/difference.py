@@ -8,7 +8,6 @@ Letters: I images, D detections of a category, T thresholds of overlap, R resamp
 """
 import contextlib
 import io
-import json
 import sys
 from pathlib import Path
 from typing import Any, List, Sequence, Tuple
@@ -21,6 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from ..analysis.bootstrap import Difference, between, check_resamples, interval
 from ..analysis.run_folders import Training
 from ..analysis.runs import Run
+from ..documents import parse_json
 from ..errors import InputError
 from .config import load_config
 
@@ -161,7 +161,7 @@ def _check_same(first: COCO, other: COCO, training: Training) -> None:
 def _detections(training: Training) -> List[dict]:
     path = training.folder / DETECTIONS
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
+        return parse_json(path.read_text(encoding='utf-8'))
     except FileNotFoundError:
         raise InputError(f"'{training.folder}' keeps no {DETECTIONS}: evaluate it by train-coco --eval-only.") from None
     except ValueError as error:

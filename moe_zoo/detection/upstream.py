@@ -1,7 +1,6 @@
 """What detectron2's own scripts want besides our parts, which `moe_zoo.run` gives them: see `prepare`."""
 import atexit
 import functools
-import pickle
 from typing import Any, Dict
 
 import detectron2.engine
@@ -54,8 +53,9 @@ def with_plain_pickles(load_file):
             return load_file(self, filename)
         try:
             return read_pickle(filename)
-        except pickle.UnpicklingError as error:
-            raise InputError(f"Checkpoint '{filename}' is not read: {error}.") from error
+        except Exception as error:  # a stranger's pickle fails in every way
+            reason = ' '.join(str(error).split()) or type(error).__name__
+            raise InputError(f"Checkpoint '{filename}' is not read: {reason}.") from error
     return load_file_safely
 
 

@@ -5,6 +5,7 @@ A file is written beside and renamed into place; a full disk leaves the old one.
 """
 import argparse
 import os
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -18,9 +19,12 @@ from timm.task import TrainingTask
 from timm.utils import CheckpointSaver
 from torch import nn
 
+from ..checkpoints.archive import refuse_packed
 from ..errors import InputError, atomic_write
 
 PathLike = Union[str, os.PathLike]
+
+SPARE = 2 ** 20  # bytes that a tensor may seem to have beyond those in its file
 
 
 class AtomicCheckpointSaver(CheckpointSaver):
@@ -81,6 +85,12 @@ def tensors_of_run(task: TrainingTask, optimizer: torch.optim.Optimizer) -> Dict
 
 
 def save_atomically(state: Any, path: PathLike, shown: PathLike = '') -> None:
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """As timm's; what is listed there, and will be removed in its turn, are checkpoints in this folder alone."""
+        own = re.compile(rf'{re.escape(self.save_prefix)}-\d+{re.escape(self.extension)}')
+        listed = [entry for entry in state_dict.get('checkpoint_files', ()) if own.fullmatch(str(entry[0]))]
+        super().load_state_dict({**state_dict, 'checkpoint_files': listed})
+
     """`torch.save` to a file beside `path`, then rename; a full disk is told of by the name `shown`, if any.
 
     Raises:
@@ -139,8 +149,11 @@ def _damage(path: Path) -> str:
 
 
 def find_weights(checkpoint: Dict[str, Any], path: PathLike, use_ema: bool = False) -> Dict[str, torch.Tensor]:
+        refuse_packed(path)
     """The state dict inside a checkpoint, wrapper prefixes removed.
 
+    except InputError:
+        raise
     Raises:
         InputError: There is none, or `use_ema` asks for averaged weights that were not saved.
     """
@@ -148,11 +161,29 @@ def find_weights(checkpoint: Dict[str, Any], path: PathLike, use_ema: bool = Fal
         raise InputError(f"The checkpoint '{path}' has no averaged (EMA) weights.")
     for key in ('state_dict_ema',) if use_ema else ('state_dict', 'model'):
         if isinstance(checkpoint.get(key), dict):
-            return clean_state_dict(checkpoint[key])
-    tensors = {key: value for key, value in checkpoint.items() if isinstance(value, torch.Tensor)}
-    if not tensors or len(tensors) < len(checkpoint):
-        raise InputError(f"The checkpoint '{path}' holds no weights by name, only: {', '.join(list(checkpoint)[:5])}.")
-    return clean_state_dict(tensors)
+            return clean_state_dict(_tensors(checkpoint[key], path))
+    if not any(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        held = ', '.join(map(str, list(checkpoint)[:5]))
+        raise InputError(f"The checkpoint '{path}' holds no weights by name, only: {held}.")
+    return clean_state_dict(_tensors(checkpoint, path))
+
+
+def _tensors(weights: Dict[Any, Any], path: PathLike) -> Dict[str, torch.Tensor]:
+    """The same; a few bytes can call themselves a tensor of any size, which is not let in.
+
+    Raises:
+        InputError: A name is no text, a value no tensor, or a tensor larger than its bytes in the file.
+    """
+    for name, value in weights.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise InputError(
+                f"The checkpoint '{path}' holds no weights by name: {str(name)[:60]!r} is a {type(value).__name__}.")
+        if value.layout != torch.strided or value.device.type != 'cpu' or value.is_quantized or (
+                value.numel() * value.element_size() > value.untyped_storage().nbytes() + SPARE):
+            raise InputError(
+                f"The checkpoint '{path}' cannot be used: the values of {name[:60]!r}, of shape {tuple(value.shape)}, "
+                'are not in it one by one.')
+    return weights
 
 
 def check_fits(model: nn.Module, weights: Dict[str, torch.Tensor], path: PathLike, name: str) -> None:

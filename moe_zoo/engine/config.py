@@ -10,6 +10,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import yaml
 
+from ..documents import parse_yaml
 from ..errors import InputError, nearest
 from ..resources import folder
 
@@ -158,7 +159,7 @@ def options_help() -> str:
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding='utf-8'))
+        content = parse_yaml(path.read_text(encoding='utf-8'))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = ' '.join(str(error).split())
         raise InputError(f"The config '{path}' is not valid YAML: {reason}") from error
@@ -183,7 +184,7 @@ def _split_override(text: str) -> tuple:
     if not separator or not key:
         raise InputError(f'Cannot read {text!r}: options are given as key=value, for example epochs=10.')
     try:
-        return key.lstrip('-'), yaml.safe_load(value) if value else ''
+        return key.lstrip('-'), parse_yaml(value) if value else ''
     except yaml.YAMLError:
         return key.lstrip('-'), value
 
@@ -212,7 +213,7 @@ def _convert(name: str, value: Any, where: str) -> Any:
             items = value if isinstance(value, (list, tuple)) else str(value).replace(',', ' ').split()
             return [_scalar(kind[0], item) for item in items]
         return _mapping(value) if kind is dict else _scalar(kind, value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         wanted = f'a list of {kind[0].__name__}' if isinstance(kind, list) else kind.__name__
         raise InputError(f'{name}={value!r} in {where} must be {wanted}.') from None
 
@@ -240,7 +241,7 @@ def _mapping(value: Any) -> Dict[str, Any]:
     pairs = [item.partition('=') for item in items]
     if not all(separator for _, separator, _ in pairs):
         raise ValueError
-    return {key: yaml.safe_load(text) for key, _, text in pairs}
+    return {key: parse_yaml(text) for key, _, text in pairs}
 
 
 def _settle(args: argparse.Namespace) -> argparse.Namespace:

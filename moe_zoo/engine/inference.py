@@ -19,14 +19,16 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import InputError
-from .build import build_model, mixed_precision, open_device, prepare_model
+from .build import build_model, create_on_meta, mixed_precision, open_device, prepare_model
 from .checkpoint import check_fits, find_weights, read_checkpoint
 from .config import OPTIONS, load_config
 from .data import LEFT_OUT, class_list, class_names, image_mode, open_dataset, settle_num_classes
 from .labels import imagenet_classes, synsets
 
 # What of a recipe describes the process that trained, and does not carry over to this machine.
-ELSEWHERE = ('device', 'resume', 'initial_checkpoint', 'pretrained', 'pretrained_path', 'device_modules')
+# Nor does leave to run code of a data set's author: whoever evaluates gives it anew.
+ELSEWHERE = ('device', 'resume', 'initial_checkpoint', 'pretrained', 'pretrained_path', 'device_modules',
+             'dataset_trust_remote_code')
 
 
 def recipe_of(config: Any, content: Mapping[str, Any], overrides: Mapping[str, Any], checkpoint: Any) -> Any:
@@ -40,7 +42,7 @@ def recipe_of(config: Any, content: Mapping[str, Any], overrides: Mapping[str, A
     if config is not None:
         return config
     saved = content.get('args')
-    saved = vars(saved) if isinstance(saved, argparse.Namespace) else saved
+    saved = vars(saved) if isinstance(saved, argparse.Namespace) else saved if isinstance(saved, dict) else None
     if not saved and checkpoint and 'model' not in overrides:
         raise InputError(
             f"The checkpoint '{checkpoint}' does not say what it was trained with: give --config FILE or"
@@ -60,11 +62,18 @@ def load_model(
         device: torch.device,
 ) -> nn.Module:
     """The model of a recipe with the weights of a checkpoint (None: its own), in evaluation mode."""
+    if not checkpoint:
+        return prepare_model(args, build_model(args), device).eval()
+    weights = find_weights(content, checkpoint, use_ema)
+    try:
+        blank = create_on_meta(args)
+    except Exception:  # building it in earnest tells what is wrong in a sentence
+        blank = None
+    if blank is not None:  # a checkpoint cannot ask for a model of more memory than its own weights have
+        check_fits(blank, weights, checkpoint, args.model)
     model = build_model(args)
-    if checkpoint:
-        weights = find_weights(content, checkpoint, use_ema)
-        check_fits(model, weights, checkpoint, args.model)
-        model.load_state_dict(weights)
+    check_fits(model, weights, checkpoint, args.model)
+    model.load_state_dict(weights)
     return prepare_model(args, model, device).eval()
 
 
@@ -93,10 +102,15 @@ class Classifier:
         keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
         return create_transform(**{key: self.data_config[key] for key in keys}, use_prefetcher=True)
 
+    @property
+    def mode(self) -> str:
+        """Mode of Pillow's that images are converted to."""
+        grey = self.data_config['input_size'][0] == 1 and not self.args.input_img_mode
+        return 'L' if grey else image_mode(self.args)
+
     def pixels(self, image: Image.Image) -> torch.Tensor:
         """(C, H, W) uint8: what the model will see of an image."""
-        grey = self.data_config['input_size'][0] == 1 and not self.args.input_img_mode
-        return torch.as_tensor(self.transform(image.convert('L' if grey else image_mode(self.args))))
+        return torch.as_tensor(self.transform(image.convert(self.mode)))
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) uint8 to the model's input, on its device."""
@@ -156,7 +170,7 @@ def known_classes(content: Mapping[str, Any]) -> Dict[str, int]:
     """Class name to index as the checkpoint tells it, or nothing."""
     run = content.get('moe_zoo')
     names = run.get('classes') if isinstance(run, dict) else None
-    return {str(name): index for index, name in enumerate(names or ())}
+    return {str(name): index for index, name in enumerate(names if isinstance(names, (list, tuple)) else ())}
 
 
 def open_evaluation(args: argparse.Namespace, known: Mapping[str, int], strict_data: bool) -> Dataset:

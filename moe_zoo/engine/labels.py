@@ -4,7 +4,6 @@ ReaL: Beyer et al., Are we done with ImageNet?, arXiv 2006.07159; its real.json 
 ILSVRC 2012's validation set in the order of their names, the list of its labels, which may be empty.
 """
 import functools
-import json
 import re
 from pathlib import Path
 from typing import Any, Collection, Dict, List, Sequence, Union
@@ -12,6 +11,7 @@ from typing import Any, Collection, Dict, List, Sequence, Union
 from timm.data import ImageNetInfo
 from timm.data.readers.class_map import load_class_map
 
+from ..documents import parse_json
 from ..errors import InputError
 
 IMAGE = re.compile(r'ILSVRC2012_val_(\d{8})\.\w+$')
@@ -38,7 +38,7 @@ def read_class_map(path: Union[str, Path], root: Union[str, Path, None] = None) 
     try:
         if file.suffix.lower() != '.json':
             return load_class_map(str(file))
-        found = _class_index(json.loads(file.read_text(encoding='utf-8')))
+        found = _class_index(parse_json(file.read_text(encoding='utf-8')))
     except Exception as error:  # a pickle that timm refuses has many
         raise InputError(f"The class map '{file}' cannot be read: {' '.join(str(error).split())}.") from error
     indices = sorted(found.values())
@@ -88,7 +88,7 @@ def read_real_labels(path: Union[str, Path]) -> List[List[int]]:
         InputError: The file is missing, or no list of lists of classes.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding='utf-8'))
+        content = parse_json(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError:
         raise InputError(f"There is no file '{path}' of ReaL labels.") from None
     except (ValueError, OSError) as error:

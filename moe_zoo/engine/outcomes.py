@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
+from ..documents import parse_json
 from ..errors import InputError, atomic_write
 from .inference import name_of_image
 
@@ -74,7 +75,7 @@ def read_outcomes(path: Union[str, Path]) -> Outcomes:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding='utf-8'))
+        content = parse_json(path.read_text(encoding='utf-8'))
         arrays = {name: np.asarray(content[name]) for name in ('targets', 'likeliest', 'confidence', 'losses')}
         found = Outcomes(list(content['images']), about=dict(content['about']), **arrays)
         whole = found.likeliest.ndim == 2 and {len(found), *map(len, arrays.values())} == {len(found)}

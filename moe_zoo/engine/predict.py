@@ -16,9 +16,10 @@ from PIL import Image
 from ..analysis.expert_records import kind_of, numbered
 from ..analysis.force import routed_layers
 from ..analysis.usage import image_shares
+from ..data.images import UnreadableImage
+from ..data.images import read_image as decode
 from ..errors import InputError, exit_on_input_error
 from ..routing import Routing, trace_routing
-from .data import UNREADABLE
 from .inference import Classifier, open_classifier
 from .train import newest_checkpoint
 
@@ -42,21 +43,18 @@ def find_run(run: Path) -> Path:
     return found
 
 
-def read_image(path: Path) -> Image.Image:
-    """An image file, decoded to its end.
+def read_image(path: Path, mode: str = 'RGB') -> Image.Image:
+    """An image file, decoded to its end, in a mode of Pillow's.
 
     Raises:
         InputError: It is missing, or no image.
     """
+    if not path.exists():
+        raise InputError(f"There is no image '{path}'.")
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except FileNotFoundError:
-        raise InputError(f"There is no image '{path}'.") from None
-    except UNREADABLE as error:
-        raise InputError(f"The image '{path}' cannot be read: {' '.join(str(error).split()) or 'it is damaged'}.") \
-            from error
+        return decode(path, mode)
+    except UnreadableImage as error:
+        raise InputError(f"The image '{path}' cannot be read: {error}.") from error
 
 
 @torch.no_grad()
@@ -135,7 +133,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     results, failed = [], False
     for path in flags.images:
         try:
-            found = {'image': path, **predict(classifier, read_image(Path(path)))}
+            found = {'image': path, **predict(classifier, read_image(Path(path), classifier.mode))}
         except InputError as error:
             print(f'error: {error}', file=sys.stderr)
             failed, found = True, {'image': path, 'error': str(error)}

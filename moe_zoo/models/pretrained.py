@@ -12,6 +12,7 @@ from timm.models import adapt_input_conv, build_model_with_cfg, get_pretrained_c
 from torch import nn
 
 from ..checkpoints import is_routed, upcycle
+from ..checkpoints.archive import refuse_packed
 from ..errors import InputError
 from ..layers import RoutedLayer, ShallowEmbedding
 
@@ -108,29 +109,51 @@ def build(
     local = cfg.state_dict or cfg.file or cfg.source == 'local-dir'
     if cfg.file and not cfg.state_dict and not Path(cfg.file).exists():
         raise InputError(f"pretrained=True: there is no file '{cfg.file}'.")
+    if cfg.file and not cfg.state_dict:
+        refuse_packed(cfg.file)
     loaded: List[Mapping[str, Any]] = []  # weights as timm is going to load them, and those of the model
+    built: List[nn.Module] = []
+
+    def make(*args, **keywords) -> nn.Module:
+        built.append(model_cls(*args, **keywords))
+        return built[-1]
 
     def filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
         loaded[:] = [pretrained_filter_fn(state_dict, model), model.state_dict()]
         return loaded[0]
 
     try:
-        return build_model_with_cfg(model_cls, variant, True, pretrained_filter_fn=filter_fn, **kwargs)
+        return build_model_with_cfg(make, variant, True, pretrained_filter_fn=filter_fn, **kwargs)
     except (RuntimeError, AttributeError) as error:  # the latter where the first convolution has another name
         shapes = [{k: tuple(v.shape) for k, v in weights.items() if not k.endswith('num_batches_tracked')}
                   for weights in loaded]
         different = misfit(*shapes) if shapes else ''
+        if cfg.file and built and not loaded:
+            raise _unreadable(cfg.file, error) from error
         if not different:
             raise
         raise InputError(
             f'pretrained=True: the weights are not those of {variant} with these keywords: {different}.') from error
     except OSError as error:
         if local:
+            if built and not loaded:
+                raise _unreadable(cfg.file, error) from error
             raise
         raise InputError(
             f'pretrained=True: the weights of {variant} are those of {cfg.hf_hub_id or cfg.url}, which cannot be '
             f'fetched ({type(error).__name__}); pass its model.safetensors {HOW}.'
         ) from error
+    except InputError:
+        raise
+    except Exception as error:  # a stranger's file fails in every way
+        if not (cfg.file and built and not loaded):
+            raise
+        raise _unreadable(cfg.file, error) from error
+
+
+def _unreadable(file: str, error: BaseException) -> InputError:
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip('.:')
+    return InputError(f"pretrained=True: the file '{file}' is truncated, or no checkpoint: {said}.")
 
 
 def misfit(found: Mapping[str, Tuple[int, ...]], wanted: Mapping[str, Tuple[int, ...]]) -> str:
