@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError, nearest
 from ..routing import SigmoidRouter, SoftmaxRouter, check_num_selected, record
+from ..routing.routers import becomes_onnx
 from .routed import RoutedLayer, masked_mean
 
 # Where the decision of a block comes from. The paper compares such functions; their exact definitions were not at hand,
@@ -165,6 +166,9 @@ class CondConv2d(TimmCondConv2d):
                 return self.forward_experts(x, routing_weights)
         if self.dynamic_padding:
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+        if not torch.jit.is_scripting():
+            if becomes_onnx():
+                return self._convolve_windows(x, routing_weights)
         return self._convolve_in_calls(x, routing_weights, self.stride)
 
     def _few_positions(self, x: torch.Tensor) -> bool:
@@ -277,6 +281,24 @@ class CondConv2d(TimmCondConv2d):
         out = F.conv2d(
             x.reshape(1, B * C, H, W), weight, bias, stride, self.padding, self.dilation, self.groups * B)
         return out.reshape(B, out.shape[1] // B, out.shape[2], out.shape[3])
+
+    def _convolve_windows(self, x: torch.Tensor, routing_weights: torch.Tensor) -> torch.Tensor:
+        """Every position of a kernel as a shifted map, then one matrix product an image and group; x as above.
+
+        For ONNX, whose convolutions have a number of groups that is written down, and so would the batch be.
+        """
+        (height, width), (down, right), (rows, columns) = self.kernel_size, self.stride, self.dilation
+        x = F.pad(x, (self.padding[1], self.padding[1], self.padding[0], self.padding[0]))
+        B, C = x.shape[:2]
+        H = (x.shape[2] - rows * (height - 1) - 1) // down + 1
+        W = (x.shape[3] - columns * (width - 1) - 1) // right + 1
+        shifted = torch.stack([
+            x[:, :, i:i + down * (H - 1) + 1:down, j:j + right * (W - 1) + 1:right]
+            for i in range(0, rows * height, rows) for j in range(0, columns * width, columns)], dim=2)
+        weight = torch.matmul(routing_weights, self.weight).reshape(
+            B * self.groups, self.out_channels // self.groups, -1)
+        out = torch.bmm(weight, shifted.reshape(B * self.groups, -1, H * W)).reshape(B, self.out_channels, H, W)
+        return out if self.bias is None else out + torch.matmul(routing_weights, self.bias).view(B, -1, 1, 1)
 
     def forward_reference(self, x: torch.Tensor, routing_weights: torch.Tensor) -> torch.Tensor:
         """Mix, then convolve, one image after the other: the definition."""

@@ -219,8 +219,8 @@ class ImageMoE(RoutedLayer):
 
 
 def must_be_static(x: torch.Tensor) -> bool:
-    """Whether shapes must not depend on what is chosen: on the meta device and under export."""
-    return x.device.type == 'meta' or torch.compiler.is_exporting()
+    """Whether shapes must not depend on what is chosen: on the meta device, under compilation and export."""
+    return x.is_meta or torch.compiler.is_compiling()
 
 
 def weigh(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

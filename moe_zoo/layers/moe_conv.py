@@ -25,7 +25,8 @@ class MoEConv2d(ImageMoE):
     """y_b = sum over the K experts chosen for image b of weight_bk * (W_k * x_b + bias_k).
 
     An expert meets only the images that chose it, all of them in one library call; one that no image chose runs
-    nothing and gets zero gradients. On meta tensors, under export and in TorchScript every expert meets every image.
+    nothing and gets zero gradients. On meta tensors, under compilation and export, and in TorchScript every expert
+    meets every image.
 
     The weights of a dense convolution, found under this layer's name, become those of every expert, each moved a little
     (`perturb`), because equal experts would stay equal.
@@ -128,9 +129,8 @@ class MoEConv2d(ImageMoE):
         """The same for a record: shape-static, E / K times the cost."""
         return self.convolve_all(x, routing.combine_matrix())
 
-    @torch.compiler.disable
     def convolve_sparse(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Every expert on the images that chose it. Which ones is data: a compiled graph breaks here."""
+        """Every expert on the images that chose it. Which ones is data: not for compiled graphs."""
         parts, position = self.group(x, routing)
         run_all = torch.jit.is_tracing() or x.shape[0] == 0
         # One unbind, whose backward is one stack with zeros for idle experts: indexing weight[e] would make every

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..errors import InputError
 from ..routing import Routing
 from .image_moe import ImageMoE, must_be_static, weigh
-from .routed import single_value_batch_norm
+from .routed import batch_norm_of_images, single_value_batch_norm
 
 
 @register_notrace_module
@@ -28,8 +28,9 @@ class MoEStage(ImageMoE):
     top-k with the softmax after the choice (Shazeer et al. 2017). An expert runs only on the images that chose it; one
     that no image chose runs nothing, and its parameters get zero gradients.
 
-    With BatchNorm inside the experts the statistics of a training step are those of the images an expert sees, so that
-    there, and only there, the numbers differ from running every expert on every image.
+    With BatchNorm inside the experts the statistics of a training step are those of the images an expert sees. Where
+    shapes must be static (meta tensors, compilation, export) every expert meets every image, and the others are left
+    out of its statistics: the numbers are the same.
 
     Args:
         experts: E modules from (B, C, H, W) to maps of one common shape; whole residual stages, usually.
@@ -113,14 +114,20 @@ class MoEStage(ImageMoE):
         return torch.stack(parts).sum(dim=0)
 
     def combine_reference(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """The same for a record: shape-static, E / K times the cost."""
-        return self.combine_all(x, routing.combine_matrix())
+        """The same for a record: shape-static, E / K times the cost. BatchNorm heeds the images of its expert alone."""
+        matrix = routing.combine_matrix()
+        if not self.training:
+            return self.combine_all(x, matrix)
+        self._check_ranks()
+        parts = []
+        for expert, weights in zip(self.experts, matrix.unbind(1)):
+            with batch_norm_of_images(weights.detach() > 0):
+                parts.append(weigh(expert(x), weights))
+        return torch.stack(parts).sum(dim=0)
 
-    @torch.compiler.disable
     def combine_sparse(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Every expert on the images that chose it. Which ones is data: a compiled graph breaks here."""
-        if dist.is_available() and dist.is_initialized() and self.training:
-            _refuse_sync_batch_norm(self.experts)  # a loop may have converted them after construction
+        """Every expert on the images that chose it. Which ones is data: not for compiled graphs."""
+        self._check_ranks()
         parts, position = self.group(x, routing)
         tracing = torch.jit.is_tracing()
         busy = [expert for expert, part in enumerate(parts) if tracing or len(part)] or [0]  # one, for the shape
@@ -132,6 +139,10 @@ class MoEStage(ImageMoE):
         if self.training and len(busy) < len(self.experts):
             weights = weights + _touch([e for i, e in enumerate(self.experts) if i not in busy], weights)
         return self.combine(outputs, position, weights)
+
+    def _check_ranks(self) -> None:
+        if self.training and dist.is_available() and dist.is_initialized():
+            _refuse_sync_batch_norm(self.experts)  # a loop may have converted them after construction
 
     def expert_parameters(self) -> List[List[nn.Parameter]]:
         """One list of E parameters for every parameter of an expert; experts of unlike build are listed one by one."""

@@ -9,6 +9,7 @@ from typing import Iterator, List, Optional, Sequence, Set, Tuple
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from ..routing import current_image_sizes, routing_context
 
@@ -217,3 +218,55 @@ def single_value_batch_norm(module: nn.Module, enabled: bool) -> Iterator[None]:
             hook.remove()
         for norm in frozen:
             norm.train()
+
+
+class batch_norm_of_images(TorchFunctionMode):
+    """Let BatchNorm in training take its statistics, and the running ones, from some images of a batch only.
+
+    For experts that meet images which did not choose them, because shapes must be static: what comes out for the others
+    is what would come out without these. As in `single_value_batch_norm`, where the images have no more than one value
+    a channel the running statistics are used; they then stay as they are. `num_batches_tracked` counts every call.
+
+    Args:
+        images: (B,) bool.
+    """
+
+    def __init__(self, images: torch.Tensor):
+        super().__init__()
+        self.images = images
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.batch_norm:
+            return _batch_norm_of_images(self.images, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _batch_norm_of_images(
+        images: torch.Tensor,
+        x: torch.Tensor,
+        running_mean: Optional[torch.Tensor],
+        running_var: Optional[torch.Tensor],
+        weight: Optional[torch.Tensor] = None,
+        bias: Optional[torch.Tensor] = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+) -> torch.Tensor:
+    """F.batch_norm, of whose (B, C, H, W) maps some are not there to the statistics."""
+    if not training:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    inside = images.to(wide.dtype).view(-1, 1, 1, 1)
+    count = inside.sum() * (x.shape[2] * x.shape[3])
+    mean = (wide * inside).sum(dim=(0, 2, 3)) / count.clamp(min=1)
+    var = ((wide - mean.view(-1, 1, 1)).square() * inside).sum(dim=(0, 2, 3)) / count.clamp(min=1)
+    if running_mean is not None:
+        before = running_mean.clone(), running_var.clone()
+        with torch.no_grad():
+            unbiased = var * (count / (count - 1).clamp(min=1))
+            for running, of_batch in ((running_mean, mean), (running_var, unbiased)):
+                running.lerp_(of_batch.to(running.dtype), momentum * (count > 1).to(running.dtype))
+        mean, var = (torch.where(count > 1, now, old.to(now.dtype)) for now, old in zip((mean, var), before))
+    scale = torch.rsqrt(var + eps) if weight is None else torch.rsqrt(var + eps) * weight
+    out = (wide - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1)
+    return (out if bias is None else out + bias.view(-1, 1, 1)).to(x.dtype)

@@ -8,6 +8,7 @@ from typing import Optional
 import torch
 
 from ..errors import InputError
+from .routers import top_k
 
 
 def compute_capacity(
@@ -88,7 +89,7 @@ def keep_within_capacity(
     """
     if not batch_priority:
         return _keep_first(indices, num_experts, capacity)
-    order = torch.argsort(weights.amax(dim=-1), dim=-1, descending=True, stable=True)  # (G, S)
+    order = top_k(weights.amax(dim=-1), indices.shape[1])[1]  # (G, S)
     index = order.unsqueeze(-1).expand_as(indices)
     kept = _keep_first(indices.gather(1, index), num_experts, capacity)
     return torch.zeros_like(kept).scatter(1, index, kept)
@@ -108,7 +109,7 @@ def keep_chosen_by_experts(indices: torch.Tensor, gates: torch.Tensor, capacity:
     Returns:
         (G, S, E) bool beside `indices`.
     """
-    best = torch.argsort(gates, dim=1, descending=True, stable=True)[:, :capacity]  # (G, C, E)
+    best = top_k(gates.transpose(1, 2), min(capacity, gates.shape[1]))[1].transpose(1, 2)  # (G, C, E)
     taken = torch.zeros_like(gates, dtype=torch.bool).scatter(1, best, torch.ones_like(best, dtype=torch.bool))
     return taken.gather(2, indices)
 

@@ -59,11 +59,22 @@ def linear_float32(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.T
             return F.linear(x.float(), weight.float(), bias)
 
 
+def becomes_onnx() -> bool:
+    """Whether a graph for ONNX is being made. Elsewhere torch.onnx, slow to load, is not asked."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
 def top_k(values: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
     """The k largest of the last axis and their indices, best first, ties to the lower index.
 
-    `torch.topk` breaks ties as it likes, and gates that underflow to zero do tie.
+    `torch.topk` breaks ties as it likes, and gates that underflow to zero do tie. ONNX has one sort only, which
+    is stable.
     """
+    if not torch.jit.is_scripting():
+        if becomes_onnx():
+            values = values.int() if values.dtype == torch.int8 else values  # of which onnxruntime has no sort
+            values, indices = torch.sort(values, dim=-1, descending=True)
+            return values[..., :k], indices[..., :k]
     values, indices = torch.sort(values, dim=-1, descending=True, stable=True)
     return values[..., :k], indices[..., :k]
 
