@@ -58,6 +58,17 @@ class Evaluator(COCOEvaluator):
             class_names, table, self._counts(iou_type)))
         return results
 
+    def evaluate(self, img_ids: Optional[Sequence[int]] = None) -> Dict[str, Any]:
+        """As detectron2's.
+
+        Raises:
+            InputError: No image was read; detectron2 would go on with no metrics at all.
+        """
+        found = super().evaluate(img_ids)
+        if not found and comm.is_main_process():
+            raise InputError(f"No image of the test set '{self._metadata.name}' can be read; the log names them.")
+        return found
+
     def _counts(self, iou_type: str) -> Dict[int, np.ndarray]:
         """Objects of each category (by position), all and by size; crowds are none."""
         position = {category: i for i, category in enumerate(sorted(self._coco_api.getCatIds()))}

@@ -5,6 +5,7 @@
 """
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Tuple
@@ -43,7 +44,8 @@ def find_images(path: Path, output: Path) -> List[Tuple[Path, Path]]:
         raise InputError(f"--output '{output}' is the folder of the images, which the drawings would replace: give "
                          'another.')
     inside = output.resolve()
-    return [(p, output / p.relative_to(folder)) for p in found if inside not in p.resolve().parents]
+    real = {p: Path(os.path.realpath(p)) for p in found}  # a link may lead to itself, where Path.resolve raises
+    return [(p, output / p.relative_to(folder)) for p in found if inside not in real[p].parents]
 
 
 @torch.no_grad()
