@@ -3,6 +3,7 @@
     moe-zoo report runs/vmoe_digits runs/condconv_digits --out runs/report
 """
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,32 +11,40 @@ from typing import Optional
 
 from .. import __version__
 from ..errors import counted, exit_on_input_error
+from ..layers.expert_mlps import group_by_image
 from .measure_runs import Opened, measure_runs, recall
 from .report_page import report_page
 from .run_folders import Training
 from .runs import Found, read_runs
 
 
-def reopen(training: Training) -> Opened:
+def reopen(training: Training, per_image_groups: bool = False) -> Opened:
     """The model of a training and its data, by the package that trained it.
+
+    Args:
+        per_image_groups: Make routing groups of one image each.
 
     Raises:
         InputError: They cannot be had.
     """
     if training.kind == 'classification':
-        from ..engine.reopen import reopen as reopen_classifier
-        return reopen_classifier(training)
-    from ..detection.reopen import reopen as reopen_detector
-    return reopen_detector(training)
+        from ..engine.reopen import reopen as reopen_of_kind
+    else:
+        from ..detection.reopen import reopen as reopen_of_kind
+    opened = reopen_of_kind(training)
+    if per_image_groups:
+        group_by_image(opened.model)
+    return opened
 
 
-def report(paths: Sequence[Path], out: Path, measure: bool = True) -> Found:
+def report(paths: Sequence[Path], out: Path, measure: bool = True, per_image_groups: bool = False) -> Found:
     """Read runs, measure what their folders do not tell, and write `out`/index.html.
 
     Args:
         paths: Folders of runs, or folders that hold such.
         out: Receives the page, and measured.json, from which a second report takes what did not change.
         measure: Whether to measure; otherwise only what measured.json knows is shown.
+        per_image_groups: Measure with routing groups of one image each; what was so measured has a file of its own.
 
     Returns:
         What is on the page.
@@ -46,9 +55,9 @@ def report(paths: Sequence[Path], out: Path, measure: bool = True) -> Found:
     found = read_runs(paths)
     for sentence in found.left_out:
         _say(f'left out: {sentence}')
-    kept = out / 'measured.json'
+    kept = out / ('measured_by_image.json' if per_image_groups else 'measured.json')
     if measure:
-        measure_runs(found.runs, reopen, kept, _say)
+        measure_runs(found.runs, functools.partial(reopen, per_image_groups=per_image_groups), kept, _say)
     else:
         recall(found.runs, kept)
     report_page(found, [('Written by', f'moe_zoo {__version__}')]).write(out / 'index.html')
@@ -79,6 +88,8 @@ def parser() -> argparse.ArgumentParser:
     add('--out', metavar='DIR', type=Path, required=True, help='where to write index.html and measured.json')
     add('--no-measure', action='store_true',
         help='build no model: show MACs at most, without time and expert use, or what measured.json knows')
+    add('--per-image-groups', action='store_true',
+        help='measure with routing groups of one image each: what capacity drops then depends on no batch size')
     add('--paper', metavar='DIR', type=Path,
         help='also write every figure as PDF and SVG at the width of one and of two columns, the table as LaTeX and '
              'CSV, and the BibTeX of the families')
@@ -89,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; returns the exit code."""
     flags = parser().parse_args(argv)
-    found = report(flags.runs, flags.out, not flags.no_measure)
+    found = report(flags.runs, flags.out, not flags.no_measure, flags.per_image_groups)
     if flags.paper:
         from .paper import write_paper
         write_paper(found.runs, flags.paper)

@@ -144,6 +144,8 @@ def parser() -> argparse.ArgumentParser:
                                           'data of the recipe')
     add('--use-ema', action='store_true', help='take the averaged weights of the checkpoint')
     add('--strict-data', action='store_true', help='refuse corrupt images instead of skipping them')
+    add('--per-image-groups', action='store_true',
+        help='routing groups of one image each: where capacity drops tokens, nothing then depends on the batch')
     add('--out', metavar='DIR', type=Path, help='folder of the results (default: runs/analyze/NAME)')
     add('--classes', metavar='A,B', help='classes to single out in the gates and images (default: the first four)')
     add('--images', metavar='N', type=int, default=6, help='images over which patches are drawn (default: 6)')
@@ -175,6 +177,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     _check(flags)
     if flags.model:
         overrides['model'] = flags.model
+    if flags.per_image_groups:
+        overrides['per_image_groups'] = True
     classifier, dataset = open_classifier(
         flags.checkpoint, flags.config, overrides, flags.use_ema, strict_data=flags.strict_data)
     classes = parse_classes(flags.classes, classifier.classes)

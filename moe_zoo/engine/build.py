@@ -21,6 +21,7 @@ from torch import nn
 
 from ..checkpoints import is_routed
 from ..errors import InputError, nearest, nearest_keyword
+from ..layers.expert_mlps import group_by_image
 from ..models.pretrained import HOW
 from .checkpoint import check_fits, find_weights, read_checkpoint
 
@@ -95,7 +96,10 @@ def build_model(args: argparse.Namespace) -> nn.Module:
 
 def create_on_meta(args: argparse.Namespace) -> nn.Module:
     """The model that `build_model` has built, without weights."""
-    return timm.create_model(device='meta', **model_keywords(args)).eval()
+    model = timm.create_model(device='meta', **model_keywords(args)).eval()
+    if args.per_image_groups:
+        group_by_image(model)
+    return model
 
 
 def model_keywords(args: argparse.Namespace) -> Dict[str, Any]:
@@ -179,7 +183,9 @@ def _size_of_base(args: argparse.Namespace) -> Dict[str, int]:
 
 
 def prepare_model(args: argparse.Namespace, model: nn.Module, device: torch.device) -> nn.Module:
-    """Everything that changes a model before it trains: head, checkpointing, batch norm, dtype, device, layout."""
+    """Everything that changes a model before it trains: groups, head, checkpointing, batch norm, dtype, layout."""
+    if args.per_image_groups:
+        group_by_image(model)
     if args.fast_norm:
         set_fast_norm()
     with torch.no_grad():

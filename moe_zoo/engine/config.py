@@ -76,6 +76,8 @@ OPTIONS: Dict[str, tuple] = {
     # Every image of a batch is trained in two views, which doubles the compute; `view_areas` replaces `scale`.
     'route_consistency': (str, None), 'route_consistency_weight': ([float], None),
     'view_areas': ([float], [0.05, 0.7, 0.6, 1.0]),
+    # groups of routed tokens are of one image each, so that capacity depends on no other image; ours, too
+    'per_image_groups': (bool, False),
     # several processes: 'ddp' or 'fsdp', the ranks that share the experts, balance losses of the whole batch; ours, too
     'parallel': (str, 'ddp'), 'expert_parallel': (int, 1), 'balance_over_ranks': (bool, False),
     # the rest

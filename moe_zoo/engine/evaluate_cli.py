@@ -46,6 +46,8 @@ def parser() -> argparse.ArgumentParser:
     add('--real-labels', metavar='FILE', help='real.json of google-research/reassessed-imagenet')
     add('--bins', type=int, default=BINS, metavar='N', help=f'bins of the calibration error (default {BINS})')
     add('--strict-data', action='store_true', help='refuse corrupt images instead of skipping them')
+    add('--per-image-groups', action='store_true',
+        help='routing groups of one image each: where capacity drops tokens, the figures depend on no batch size')
     add('--no-usage', action='store_true', help='leave out the second pass that measures expert use')
     add('--no-time', action='store_true', help='leave out the time beside that of the dense twin')
     add('--json', metavar='OUT', help='also write the figures to this file')
@@ -64,7 +66,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     flags, overrides = parse_command_line(argv, parser())
     if flags.record:
         return record(flags, overrides)
-    for name in ('model', 'pretrained', 'class_map'):
+    for name in ('model', 'pretrained', 'class_map', 'per_image_groups'):
         if getattr(flags, name):
             overrides[name] = getattr(flags, name)
     result = evaluate(flags.config, overrides, checkpoint=flags.checkpoint, use_ema=flags.use_ema,

@@ -121,6 +121,8 @@ def parser() -> argparse.ArgumentParser:
     add('run', metavar='RUN', type=Path, help='folder of train-imagenet (its best checkpoint), or a checkpoint file')
     add('images', metavar='IMAGE', nargs='+', help='image files')
     add('--use-ema', action='store_true', help='take the averaged weights of the checkpoint')
+    add('--per-image-groups', action='store_true',
+        help='routing groups of one image each, also where the model was built with a group_size')
     add('--json', action='store_true', help='print everything as JSON: a list with one entry for each image')
     return result
 
@@ -129,7 +131,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; returns the exit code."""
     flags = parser().parse_args(argv)
-    classifier, _ = open_classifier(find_run(flags.run), use_ema=flags.use_ema, with_data=False)
+    overrides = {'per_image_groups': True} if flags.per_image_groups else {}
+    classifier, _ = open_classifier(
+        find_run(flags.run), overrides=overrides, use_ema=flags.use_ema, with_data=False)
     results, failed = [], False
     for path in flags.images:
         try:

@@ -194,6 +194,14 @@ class ExpertMlps(RoutedLayer):
         return f'group_size={self.group_size}' if self.group_size else f'group_images={self.group_images}'
 
 
+def group_by_image(model: nn.Module) -> None:
+    """Make the tokens of every image a group of their own: capacity, priority and losses then count image by image, and
+    no image depends on what else is in its batch. Afterwards `group_images` is 1, whatever the model was built with."""
+    for module in model.modules():
+        if isinstance(module, ExpertMlps):
+            module.group_images, module.group_size = 1, None
+
+
 def check_at_least_one(**values: Optional[int]) -> None:
     """Raises: InputError: A keyword is below 1, or no whole number."""
     for name, value in values.items():
