@@ -2,6 +2,7 @@
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from torch import nn  # noqa: E402
 from moe_zoo.data.random_state import get_random_state  # noqa: E402
 from moe_zoo.data.scenes import write_scenes  # noqa: E402
 from moe_zoo.detection import load_config  # noqa: E402
+from moe_zoo.detection.evaluation import Evaluator  # noqa: E402
 from moe_zoo.detection.loader import Batches  # noqa: E402
 from moe_zoo.detection.train import Trainer, main  # noqa: E402
 from moe_zoo.errors import InputError  # noqa: E402
@@ -157,7 +159,7 @@ def wait_for(condition, process, seconds=300):
 
 @pytest.mark.slow
 def test_two_processes_killed_at_any_moment_and_resumed(tiny, scenes, tmp_path, repository):
-    """SIGKILL to both and their loaders, somewhere after the first checkpoint.
+    """SIGKILL to both and their loaders, somewhere after the first checkpoint; SIGTERM to the one that started them.
 
     Their images choose different experts, and they must not wait for each other; both evaluate, and every image once.
     """
@@ -165,21 +167,86 @@ def test_two_processes_killed_at_any_moment_and_resumed(tiny, scenes, tmp_path, 
             'DATALOADER.NUM_WORKERS', '1', 'DATALOADER.ASPECT_RATIO_GROUPING', 'False']
     run = dict(cwd=repository, capture_output=True, check=True, timeout=300)
     subprocess.run(command(repository, argv), **run)
-    argv += ['OUTPUT_DIR', str(tmp_path / 'killed')]
-    with open(tmp_path / 'output', 'w') as output:
-        process = subprocess.Popen(command(repository, argv), cwd=repository, stdout=output, stderr=output,
-                                   start_new_session=True)
-        wait_for((tmp_path / 'killed' / 'last_checkpoint').exists, process)
-        time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert not (tmp_path / 'killed' / 'model_final.pth').exists()
-    subprocess.run(command(repository, [*argv, '--resume']), **run)
-    assert_same_training(tmp_path / 'run' / 'model_final.pth', tmp_path / 'killed' / 'model_final.pth')
-    for folder in ('run', 'killed'):
+    for number, name in ((signal.SIGKILL, 'killed'), (signal.SIGTERM, 'left')):
+        again = [*argv, 'OUTPUT_DIR', str(tmp_path / name)]
+        with open(tmp_path / 'output', 'w') as output:
+            process = subprocess.Popen(command(repository, again), cwd=repository, stdout=output, stderr=output,
+                                       start_new_session=True)
+            wait_for((tmp_path / name / 'last_checkpoint').exists, process)
+            time.sleep(0.1)
+            (os.killpg if number == signal.SIGKILL else os.kill)(process.pid, number)
+            assert process.wait(300) == (-number if number == signal.SIGKILL else 0), (tmp_path / 'output').read_text()
+        assert not (tmp_path / name / 'model_final.pth').exists()
+        assert (tmp_path / name / 'model_recovery.pth').exists() == (name == 'left')
+        subprocess.run(command(repository, [*again, '--resume']), **run)
+        assert_same_training(tmp_path / 'run' / 'model_final.pth', tmp_path / name / 'model_final.pth')
+    for folder in ('run', 'killed', 'left'):
         predictions = torch.load(tmp_path / folder / 'inference' / 'instances_predictions.pth', weights_only=True)
         assert sorted(p['image_id'] for p in predictions) == [1, 2, 3, 4]
         assert 'AP50' in json.loads((tmp_path / folder / 'results.json').read_text())['metrics']['bbox']
+
+
+# --- asked to leave
+
+@pytest.mark.parametrize('opts, where, call, saved', [
+    ([], (Trainer, 'run_step'), 3, 'model_recovery.pth'),
+    (['TEST.EVAL_PERIOD', '3'], (Evaluator, 'process'), 2, 'model_recovery.pth'),
+    pytest.param([], (Evaluator, 'process'), 2, 'model_final.pth', marks=pytest.mark.slow),
+    pytest.param([], (torch, 'save'), 1, 'model_recovery.pth', marks=pytest.mark.slow),
+], ids=['iteration', 'evaluation', 'final evaluation', 'writing'])
+def test_a_scheduler_is_obeyed_and_the_resumed_run_is_the_uninterrupted_one(
+        opts, where, call, saved, tiny, scenes, tmp_path, monkeypatch):
+    argv = [*tiny, *evaluated(scenes), *opts]
+    main(argv)
+    folder = tmp_path / 'left'
+    argv += ['OUTPUT_DIR', str(folder)]
+    owner, name = where
+    original, calls = getattr(owner, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, counted)
+        with pytest.raises(SystemExit) as left:
+            main(argv)
+    assert left.value.code == 0 and not (folder / 'results.json').exists()
+    assert (folder / 'last_checkpoint').read_text() == saved
+    main([*argv, '--resume'])
+    assert_same_training(tmp_path / 'run' / 'model_final.pth', folder / 'model_final.pth')
+    metrics = [json.loads((each / 'results.json').read_text())['metrics'] for each in (tmp_path / 'run', folder)]
+    assert metrics[0] == metrics[1]
+
+
+def test_a_second_run_is_refused_and_an_evaluation_is_not(tiny, scenes, tmp_path, capsys):
+    main([*tiny, 'SOLVER.MAX_ITER', '2'])
+    hold = 'import fcntl, sys, time; file = open(sys.argv[1], "a+"); fcntl.lockf(file, fcntl.LOCK_EX); ' \
+           'print(flush=True); time.sleep(600)'
+    lock = str(tmp_path / 'run' / 'run.lock')
+    with subprocess.Popen([sys.executable, '-c', hold, lock], stdout=subprocess.PIPE) as run:
+        run.stdout.readline()
+        assert f"'{tmp_path / 'run'}' is being written to by a run that is not over (another process): wait for it, " \
+            'end it, or name another OUTPUT_DIR.' in refusal(capsys, [*tiny, '--resume'])
+        main([*tiny, *evaluated(scenes), '--eval-only', 'MODEL.WEIGHTS', str(tmp_path / 'run' / 'model_final.pth')])
+        run.kill()
+    main([*tiny, '--resume'])
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_one_sentence(tiny, tmp_path, capsys, monkeypatch):
+    def run_step(self):
+        original(self)
+        if self.iter == 3:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            time.sleep(1)
+
+    original = Trainer.run_step
+    monkeypatch.setattr(Trainer, 'run_step', run_step)
+    sentence = refusal(capsys, [*tiny, 'DATALOADER.NUM_WORKERS', '1'])
+    assert re.search(r'A process that reads images was killed \(Killed\), PID \d+, .* smaller batches; the last good '
+                     rf"checkpoint is '{tmp_path}/run/model_0000001.pth'\.", sentence)
 
 
 # --- odd images

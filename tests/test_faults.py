@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from image_folders import write_images
+from rank_group import run_ranks
 from safetensors.torch import load_file, save_file
 
 from moe_zoo import faults
@@ -378,3 +379,63 @@ def test_a_place_that_cannot_be_written_to(images, tmp_path):
     with pytest.raises(InputError, match=f"Cannot write to '{tmp_path}/folder': Is a directory"):
         with atomic_write(tmp_path / 'folder') as part:
             part.touch()
+
+
+# ---- several processes
+
+RANKS = dict(RECIPE, batch_size=2, grad_accum_steps=1)
+
+
+def _tell_rank(number: int, batch: int) -> None:
+    """This process gets a signal before it trains a batch of the next run, counted from 1."""
+    train_batch, calls = training.Trainer.train_batch, []
+
+    def counted(self, *args):
+        calls.append(None)
+        if len(calls) == batch:
+            tell(number)
+        return train_batch(self, *args)
+
+    training.Trainer.train_batch = counted
+
+
+def leave_and_resume(rank: int, world: int, folder: Path) -> None:
+    """Only the second rank is told, twice: in the first epoch, and in the evaluation after the second."""
+    common = dict(data_dir=str(folder / 'images'), epochs=2)
+    train(RANKS, common, output=folder / 'whole', quiet=True)
+    original = training.Trainer.train_batch
+    for batch in (2, 3):
+        if rank == 1:
+            _tell_rank(signal.SIGUSR1, batch)
+        with pytest.raises(SystemExit) as left:
+            train(RANKS, common, output=folder / 'parts', resume='auto', quiet=True)
+        assert left.value.code == 0
+        training.Trainer.train_batch = original
+    train(RANKS, common, output=folder / 'parts', resume='auto', quiet=True)
+
+
+def lose_a_rank(rank: int, world: int, folder: Path) -> None:
+    if rank == 1:
+        _tell_rank(signal.SIGKILL, 7)  # in the second epoch of five batches
+    try:
+        train(RANKS, dict(data_dir=str(folder / 'images'), epochs=3), output=folder / 'lost', quiet=True)
+    except InputError as error:
+        (folder / f'said-{rank}').write_text(str(error))
+        os._exit(2)
+
+
+@pytest.mark.slow
+def test_all_ranks_leave_when_one_is_told_and_stop_when_one_dies(tmp_path):
+    write_images(tmp_path / 'images', {'train': 10, 'validation': 8})
+    run_ranks(2, tmp_path, leave_and_resume)
+    assert_same_run(tmp_path / 'parts', tmp_path / 'whole')
+    kept = sorted(path.name for path in (tmp_path / 'parts').glob('recovery-*'))
+    # The others hear of it at the next update: after batch 3 of the first epoch. Then 2 batches are left of it, so that
+    # batch 3 is the first of the second.
+    assert kept == ['recovery-0-2.pth.tar', 'recovery-1-1.pth.tar']
+    with pytest.raises(AssertionError, match='SIGKILL'):
+        run_ranks(2, tmp_path, lose_a_rank)
+    assert (tmp_path / 'said-0').read_text() == (
+        'Another process of this run is gone, or does not answer: its own words, if it had any, say why; --resume goes'
+        f" on from '{tmp_path}/lost/last.pth.tar'.")
+    assert read_checkpoint(tmp_path / 'lost' / 'last.pth.tar')['epoch'] == 0
