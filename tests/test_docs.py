@@ -19,6 +19,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -323,7 +324,11 @@ def check(words: list[str], monkeypatch) -> None:
         check_script(REPOSITORY / program, arguments, monkeypatch)
     elif program.startswith('tools/'):
         assert (REPOSITORY / program).is_file(), f'there is no {program}'
-        check_tool(Path(program).stem.replace('_', '-'), arguments, monkeypatch)
+        name = Path(program).stem.replace('_', '-')
+        if name in cli.TOOLS:
+            check_tool(name, arguments, monkeypatch)
+        elif arguments not in ([], ['--help']):
+            check_developers_tool(REPOSITORY / program, arguments, monkeypatch)
     elif program == 'moe-zoo':
         check_tool(arguments[0] if arguments else '--help', arguments[1:], monkeypatch)
     else:
@@ -353,8 +358,19 @@ def check_script(script: Path, arguments: list[str], monkeypatch) -> None:
         paths = [a for a in rest if a.startswith('tests/')]
         assert not [a for a in paths if a not in NEW and not (REPOSITORY / a).exists()]
         assert not [a for a in rest if a.startswith('-') and a not in ('-k', '-x')]
+    elif script.name == 'gpu_check.sh':
+        assert not [a for a in rest if not a.endswith('.json')]
     else:
         assert not rest, f'{script.name} does not know {rest}'
+
+
+def check_developers_tool(script: Path, arguments: list[str], monkeypatch) -> None:
+    """A script that no installed package has: its options are read."""
+    monkeypatch.syspath_prepend(script.parent)
+    main = runpy.run_path(str(script))['main']
+    stop_after_reading(monkeypatch)
+    with pytest.raises(Parsed):
+        main(arguments)
 
 
 def check_tool(name: str, arguments: list[str], monkeypatch) -> None:
@@ -431,6 +447,7 @@ def test_a_command_that_would_be_refused_fails(small, tmp_path, monkeypatch):
             ['moe-zoo', 'benchmark', 'model', 'condconv_resnet50', '--fast'],
             ['moe-zoo', 'show', 'condconv_resnet5'],
             ['torchrun', '--nproc_per_nodes=8', 'tools/train_imagenet.py', *recipe],
+            ['tools/mutation.py', '--samples=many'],
     ):
         with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
             check(fill(words, small), patched)

@@ -256,6 +256,7 @@ def wait(child: int, until: float) -> Optional[int]:
 def enter(copy: Path, seconds: float) -> None:
     """Make this process one that works in the copy, quietly, and within limits."""
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds) + 5))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -294,9 +295,9 @@ def make_copy(folder: Path, commit: str) -> Path:
 
 # ---- the map
 
-def make_map(copy: Path, kept: Path, slow: bool, only: str) -> None:
+def make_map(copy: Path, kept: Path, slow: bool, only: list[str]) -> None:
     """Measure what each test file reaches, where that is not known or the file has changed."""
-    files = [path for path in sorted((copy / 'tests').glob('test_*.py')) if fnmatch.fnmatch(path.name, only)]
+    files = list(dict.fromkeys(path for name in only for path in sorted((copy / 'tests').glob(f'{name}.py'))))
     for number, path in enumerate(files, 1):
         target = kept / 'map' / f'{path.stem}.json'
         mark = hashlib.sha256(path.read_bytes()).hexdigest()[:12] + (' slow' if slow else '')
@@ -607,7 +608,8 @@ def parse(arguments: Optional[list[str]]) -> argparse.Namespace:
     what.add_argument('--publish', action='store_true', help='write the table into docs/mutation.md')
     what.add_argument('--show', metavar='KEY', help='print one mutant and the tests that reach it')
     parser.add_argument('--only', default='*', metavar='GLOB', help='of these files, as "moe_zoo/losses/*"')
-    parser.add_argument('--tests', default='*', metavar='GLOB', help='map only these test files, as "test_rout*"')
+    parser.add_argument('--tests', nargs='+', default=['test_*'], metavar='NAME',
+                        help='map only these test files, in this order, as: test_routing "test_cost*"')
     parser.add_argument('--slow', action='store_true', help='map tests marked slow too')
     parser.add_argument('--commit', default='HEAD', help='what is mutated; default %(default)s')
     parser.add_argument('--seed', type=int, default=0, help='of the sample; default %(default)s')
@@ -622,6 +624,7 @@ def parse(arguments: Optional[list[str]]) -> argparse.Namespace:
 
 def main(arguments: Optional[list[str]] = None) -> None:
     found = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # tidy up on the way
     commit = git('rev-parse', '--verify', f'{found.commit}^{{commit}}')
     kept = ROOT / 'runs' / 'mutation' / git('rev-parse', f'{commit}:moe_zoo')[:12]
     results = Results(kept / 'results.jsonl')
