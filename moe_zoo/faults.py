@@ -4,9 +4,8 @@ A signal interrupts nothing. `listening` remembers it; a training loop asks `Lea
 raises `Leave`, saves, and ends by `leave`. Of several processes any one may have been told, and all leave at the same
 step.
 """
-import atexit
 import contextlib
-import multiprocessing
+import multiprocessing.util
 import os
 import re
 import signal
@@ -65,8 +64,8 @@ def listening(told: Callable[[int], None] = lambda number: None) -> Iterator[Non
 
     before = {} if _listeners else {number: signal.signal(number, remember) for number in SIGNALS}
     _listeners += 1
-    atexit.unregister(_end_workers)
-    atexit.register(_end_workers)  # after multiprocessing's own, which it has to precede
+    if before:
+        multiprocessing.util.Finalize(None, _end_workers, exitpriority=10)
     try:
         yield
     finally:
@@ -148,7 +147,7 @@ def _shut_ears() -> None:
 
 
 def _end_workers() -> None:
-    """multiprocessing ends those that are left by SIGTERM, which they do not see, and then waits for them."""
+    """When a process ends; multiprocessing would end them by SIGTERM, which they do not see, and wait."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
