@@ -1,9 +1,13 @@
 """Modules that keep a state hear of epochs and steps, and the training tool tells them."""
+import gc
+
 import pytest
+import torch
 from torch import nn
 
 from moe_zoo.errors import InputError
 from moe_zoo.routing import end_step, set_epoch
+from moe_zoo.routing.notices import end_step_after_optimizer
 
 
 class Listener(nn.Module):
@@ -30,3 +34,17 @@ def test_epochs_are_counted_from_0():
     with pytest.raises(InputError, match='epoch=-1: epochs are counted from 0'):
         set_epoch(model, -1)
     assert model.heard == []
+
+
+def test_a_model_hears_of_the_steps_of_its_own_optimiser_while_it_lives():
+    model = nn.Sequential(Listener(), nn.Linear(1, 1))
+    other = nn.Linear(1, 1)
+    end_step_after_optimizer(model)
+    for module in (other, model, other):
+        torch.optim.SGD(module.parameters(), lr=0.).step()
+    listener = model[0]
+    assert listener.heard == ['step']
+    del model, module
+    gc.collect()
+    torch.optim.SGD(other.parameters(), lr=0.).step()
+    assert listener.heard == ['step']

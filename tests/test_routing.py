@@ -159,6 +159,12 @@ def test_temperature_must_be_positive():
 
 # Capacity.
 
+def test_capacity_rounds_half_to_even():
+    # items * K * factor / E with one expert: 2.5 and 3.5 are as far from the number below as from the one above
+    rounded = [compute_capacity(1, 1, 1, factor, multiple_of=1, rounding='round') for factor in (2.4, 2.5, 2.6, 3.5)]
+    assert rounded == [2, 2, 3, 4]
+
+
 def test_capacity_of_the_original():
     # 34 tokens, 2 of 4 experts, factor 0.6: 34 * 2 * 0.6 / 4 = 10.2, up to 11, up to a multiple of 4.
     assert compute_capacity(34, 4, 2, 0.6) == 12

@@ -1,0 +1,83 @@
+"""What a router, a layer or a loss does when nothing is asked for: the values that recipes and cards rely on.
+
+Written out rather than read from the code: a default that moves changes every recipe that leaves it alone, so it has to
+be moved here too. A new keyword needs no line.
+"""
+import inspect
+
+import pytest
+
+from moe_zoo import layers, losses, routing
+
+CONV = {'stride': 1, 'padding': '', 'dilation': 1, 'groups': 1, 'bias': False, 'num_experts': 4}
+VMOE_LOSSES = (('importance', 0.005), ('vmoe_load', 0.005))  # Riquelme et al. 2021, appendix A: 0.005 each
+SHAZEER_LOSSES = (('importance', 0.1), ('load', 0.1))  # Shazeer et al. 2017, section 5.1: 0.1 each
+DEFAULTS = {
+    'routing.AnnealedSoftmaxRouter': {'temperature': 30.0, 'anneal_epochs': 10, 'bias': True, 'losses': ()},
+    'routing.CosineTopKRouter': {
+        'num_selected': 2, 'noise_std': 1.0, 'renormalise': False, 'losses': VMOE_LOSSES, 'projection_features': 256,
+        'temperature': 0.5},
+    'routing.ExpertChoiceRouter': {'noise_std': 1.0, 'losses': ()},
+    'routing.HierarchicalRouter': {
+        'num_selected': 4, 'num_groups': 4, 'groups_selected': 2, 'noise': True, 'noise_epsilon': 0.01,
+        'zero_init': None, 'losses': SHAZEER_LOSSES},
+    'routing.NoisyTopKRouter': {
+        'num_selected': 2, 'noise': True, 'noise_epsilon': 0.01, 'zero_init': None, 'losses': SHAZEER_LOSSES,
+        'constraint': None, 'constraint_value': None},
+    'routing.Routing': {
+        'shape': (), 'group_size': None, 'losses': (), 'by_expert': False, 'inside': None, 'levels': 0},
+    'routing.SigmoidRouter': {'bias': True, 'hidden_features': None, 'losses': ()},
+    'routing.SigmoidTopKRouter': {'num_selected': 2, 'bias_rate': 0.001, 'losses': ()},
+    'routing.SoftRouter': {'num_slots': 1, 'losses': ()},
+    'routing.SoftmaxRouter': {'temperature': 1.0, 'bias': True, 'hidden_features': None, 'losses': ()},
+    'routing.SoftmaxTopKRouter': {
+        'num_selected': 2, 'noise_std': 1.0, 'renormalise': False, 'deterministic': None, 'losses': VMOE_LOSSES},
+    'routing.compute_capacity': {'multiple_of': 4, 'rounding': 'ceil'},
+    'routing.keep_within_capacity': {'batch_priority': False},
+    'routing.routing_context': {'image_sizes': None, 'padded_size': None, 'isolated': False},
+    'layers.ChannelGate': {'init': 'ones', 'l1': 0.001},
+    'layers.CondConv2d': {'kernel_size': 3, **CONV},
+    'layers.CondLinear': {'bias': True, 'num_experts': 8, 'route_fn': 'sigmoid', 'expert_drop_rate': 0.0},
+    'layers.DynamicConv2d': {'kernel_size': 3, **CONV, 'reduction': 4, 'temperature': 30.0, 'anneal_epochs': 10},
+    'layers.LocalExperts': {'num_experts': 4, 'gate_features': None, 'gate_hidden_features': None, 'losses': ()},
+    'layers.MoEConv2d': {
+        'kernel_size': 3, **CONV, 'num_selected': 2, 'gate': 'gap_fc', 'constraint': 'importance',
+        'constraint_value': None, 'noise': None, 'losses': (), 'perturb': 0.1},
+    'layers.MoEMlp': {
+        'bias': True, 'drop': 0.0, 'use_conv': False, 'num_experts': 8, 'num_selected': 2, 'router': 'vmoe',
+        'noise_std': 1.0, 'capacity_factor': 1.05, 'capacity_multiple_of': 4, 'capacity_rounding': 'ceil',
+        'batch_priority': False, 'group_images': 8, 'group_size': None, 'num_shared_experts': 0, 'expert_ratio': 1,
+        'same_init': True, 'bfloat16_dispatch': False},
+    'layers.MoEStage': {
+        'num_selected': 2, 'gate': 'gap_fc', 'constraint': 'importance', 'losses': (), 'perturb': 0.1},
+    'layers.PatchMoE': {
+        'num_filters': 40, 'patch_size': 28, 'num_experts': 8, 'patches_per_expert': 6, 'gate_order': 'after',
+        'init_std': 0.01, 'router_init_std': 0.0001},
+    'layers.PatchMoEConv2d': {
+        'num_experts': 4, 'patches_per_expert': 16, 'patch_size': 1, 'kernel_size': 1, 'gate_order': 'before',
+        'norm_first': False, 'router_init_std': 0.0001},
+    'layers.RoutedConv2d': {'route_fn': 'sigmoid', 'expert_drop_rate': 0.0},
+    'layers.ShallowEmbedding': {
+        'in_chans': 3, 'widths': (64, 128, 256, 512, 512), 'stem_width': 64, 'softmax': True, 'loss_weight': 1.0},
+    'layers.SituationalFusion': {
+        'mode': 'action', 'mix': 'probabilities', 'in_chans': 3, 'goal_dim': 0, 'goal_to_gate': False, 'head_dim': 0,
+        'drop_rate': 0.0, 'representation_drop': 0.0, 'losses': ()},
+    'layers.SoftMoEMlp': {
+        'bias': True, 'drop': 0.0, 'use_conv': False, 'num_experts': 128, 'num_slots': 1, 'group_size': None,
+        'same_init': True, 'bfloat16_dispatch': False},
+    'layers.masked_mean': {'cut': 0},
+    'losses.auxiliary_losses': {'target': None, 'over_ranks': False},
+    'losses.importance_loss': {'unbiased': False},
+    'losses.jsd_loss': {'weight': 1.0, 'eps': 1e-07},
+    'losses.prc_loss': {'diagonal_weight': 0.005, 'off_diagonal_weight': 0.05},
+    'losses.squared_cv': {'unbiased': False, 'eps': 1e-10},
+}
+
+
+@pytest.mark.parametrize('name', DEFAULTS)
+def test_defaults(name):
+    place, _, function = name.partition('.')
+    parameters = inspect.signature(getattr({'routing': routing, 'layers': layers, 'losses': losses}[place], function))
+    found = {key: parameters.parameters[key].default for key in DEFAULTS[name]}
+    assert found == DEFAULTS[name]
+    assert [type(value) for value in found.values()] == [type(value) for value in DEFAULTS[name].values()]  # 1 is True
