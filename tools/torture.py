@@ -24,6 +24,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -93,6 +94,8 @@ def start(job: Job, folder: Path, environment: Optional[dict[str, str]] = None, 
 
 def _work(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
     os.setsid()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    multiprocessing.set_start_method('fork', force=True)  # as everywhere; forkserver is that of this tool
     with open(log, 'wb', buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -100,6 +103,11 @@ def _work(module: str, arguments: list[str], log: str, environment: dict[str, st
     torch.set_num_threads(1)
     code = sys.modules[module].main(arguments)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os.killpg(0, signal.SIGKILL)
 
 
 def end(process, number: int = signal.SIGKILL) -> None:

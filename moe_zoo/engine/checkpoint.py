@@ -39,8 +39,34 @@ class AtomicCheckpointSaver(CheckpointSaver):
     def __init__(self, *args, run_state: Callable[[], Dict[str, Any]], **kwargs):
         super().__init__(*args, **kwargs)
         self.run_state = run_state
+        self.ranking = False  # `save_checkpoint` finds its file written
+
+    def continue_from(self, path: PathLike) -> None:
+        """Go on with the history of a checkpoint of this folder.
+
+        A process that was killed right after it had written the last checkpoint has not ranked it: its copies under its
+        own name and as the best are missing, or an older one is there. That is made good.
+        """
+        state = read_checkpoint(path, mmap=True).get('saver') or {}
+        epoch, metric = state.get('pending', (None, None))
+        if Path(path).name != 'last.pth.tar' or epoch is None:
+            self.load_state_dict(state)
+            return
+        self.load_state_dict({**state, 'pending': (None, None)})
+        self.ranking = True
+        self.save_checkpoint(epoch, metric)
+        self.ranking = False
+
+    def save_recovery(self, epoch: int, batch_idx: int = 0) -> None:
+        """As timm's, which keeps two of this process; here, of all that worked on the run."""
+        super().save_recovery(epoch, batch_idx)
+        found = Path(self.recovery_dir).glob(f'{self.recovery_prefix}-*{self.extension}')
+        for path in sorted(found, key=lambda each: each.stat().st_mtime_ns)[:-2]:
+            path.unlink()
 
     def _save(self, save_path: PathLike, epoch: int, metric: Optional[float] = None) -> None:
+        if self.ranking:
+            return
         state = {
             'epoch': epoch,
             'arch': self.args.model,
@@ -59,8 +85,15 @@ class AtomicCheckpointSaver(CheckpointSaver):
         final = path.name.replace('recovery_tmp', f'{self.recovery_prefix}-{epoch}').replace('tmp.', 'last.')
         save_atomically(state, path, shown=path.with_name(final))
 
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """As timm's; what is listed there, and will be removed in its turn, are checkpoints in this folder alone."""
+        own = re.compile(rf'{re.escape(self.save_prefix)}-\d+{re.escape(self.extension)}')
+        listed = [entry for entry in state_dict.get('checkpoint_files', ()) if own.fullmatch(str(entry[0]))]
+        super().load_state_dict({**state_dict, 'checkpoint_files': listed})
+
     def _replace(self, src: PathLike, dst: PathLike) -> None:
-        os.replace(src, dst)
+        if not self.ranking:
+            os.replace(src, dst)
 
     def _duplicate(self, src: PathLike, dst: PathLike) -> None:
         with atomic_write(dst) as temporary:
@@ -85,12 +118,6 @@ def tensors_of_run(task: TrainingTask, optimizer: torch.optim.Optimizer) -> Dict
 
 
 def save_atomically(state: Any, path: PathLike, shown: PathLike = '') -> None:
-    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """As timm's; what is listed there, and will be removed in its turn, are checkpoints in this folder alone."""
-        own = re.compile(rf'{re.escape(self.save_prefix)}-\d+{re.escape(self.extension)}')
-        listed = [entry for entry in state_dict.get('checkpoint_files', ()) if own.fullmatch(str(entry[0]))]
-        super().load_state_dict({**state_dict, 'checkpoint_files': listed})
-
     """`torch.save` to a file beside `path`, then rename; a full disk is told of by the name `shown`, if any.
 
     Raises:
@@ -122,8 +149,11 @@ def read_checkpoint(path: PathLike, mmap: bool = False) -> Dict[str, Any]:
     try:
         if path.suffix == '.safetensors':
             return load_file(path)
+        refuse_packed(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+    except InputError:
+        raise
     except (SafetensorError, EOFError, RuntimeError, ValueError, KeyError, OSError, AttributeError) as error:
         raise InputError(f"The checkpoint '{path}' cannot be read: {_damage(path)}.") from error
     except Exception as error:  # pickle.UnpicklingError has many shapes
@@ -149,11 +179,8 @@ def _damage(path: Path) -> str:
 
 
 def find_weights(checkpoint: Dict[str, Any], path: PathLike, use_ema: bool = False) -> Dict[str, torch.Tensor]:
-        refuse_packed(path)
     """The state dict inside a checkpoint, wrapper prefixes removed.
 
-    except InputError:
-        raise
     Raises:
         InputError: There is none, or `use_ema` asks for averaged weights that were not saved.
     """
