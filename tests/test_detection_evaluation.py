@@ -334,16 +334,19 @@ def test_metrics_of_two_libraries_are_timed_where_they_are_equal(tmp_path, capsy
 def test_detectors_are_timed_beside_their_macs_and_memory(config, tmp_path, capsys):
     dense = tmp_path / 'dense.yaml'
     dense.write_text(config.read_text().replace('moe_resnet18', 'resnet18'))
-    benchmark(['detector', str(dense), str(config), '--img-size', '64x96', '--rounds', '3', '--json',
+    benchmark(['detector', str(dense), str(config), '--img-size', '128x160', '--rounds', '3', '--json',
                str(tmp_path / 'times.json'), '--opts', 'MODEL.FPN.OUT_CHANNELS', '16'])
-    first, second = json.loads((tmp_path / 'times.json').read_text())['rows']
-    assert first['macs_ratio'] == 1 and second['macs_ratio'] == second['macs'] / first['macs']
-    assert first['input_size'] == [3, 64, 96] and first['memory'] > 64 * 96 * 3 * 4  # more than the normalised image
+    first, second, *steps = json.loads((tmp_path / 'times.json').read_text())['rows']
+    assert [row['mode'] for row in (first, second, *steps)] == ['forward'] * 2 + ['train'] * 2
+    assert [row['memory'] - 4 * row['parameters'] > 0 for row in steps] == [True, True]  # gradients and more
+    assert first['macs_ratio'] == 1
+    assert second['macs_ratio'] == pytest.approx(second['macs'] / first['macs'], rel=1e-3)
+    assert first['input_size'] == [3, 128, 160] and first['memory'] > 128 * 160 * 3 * 4  # the normalised image
     assert second['parameters'] != first['parameters'] and len(second['seconds']) == 3
-    assert re.search(r'dense +64x96 +[0-9,]+ +0\.\d+ ', capsys.readouterr().out)
+    assert re.search(r'dense +forward +128x160 +[0-9,]+ +\d\.\d+ ', capsys.readouterr().out)
 
 
-NARROW = ['--img-size', '64x64', '--rounds', '3', '--opts', 'MODEL.RESNETS.STEM_OUT_CHANNELS', '8',
+NARROW = ['--img-size', '64x64', '--rounds', '3', '--mode', 'forward', '--opts', 'MODEL.RESNETS.STEM_OUT_CHANNELS', '8',
           'MODEL.RESNETS.RES2_OUT_CHANNELS', '8', 'MODEL.FPN.OUT_CHANNELS', '8']
 
 

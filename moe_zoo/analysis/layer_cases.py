@@ -1,4 +1,4 @@
-"""What `tools/benchmark.py layer` times: routed layers beside plain and rival layers, with the ratios aimed at.
+"""What `tools/benchmark.py layer` times: routed layers beside plain and rival layers.
 
 Maps are 14 x 14 unless said otherwise. Images are spread evenly over the experts, which is the hard case: where all
 choose one expert, dispatching is free.
@@ -8,8 +8,9 @@ Letters: B images, C channels, E experts, K chosen experts.
 import fnmatch
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from timm.layers import CondConv2d as TimmCondConv2d
@@ -19,9 +20,12 @@ from torch import nn
 from ..errors import InputError, nearest
 from ..layers import CondConv2d, MoEConv2d, MoEMlp, MoEStage, SoftMoEMlp
 from ..layers.deep_moe import ChannelGate, ChannelGated
+from .model_cases import make_forward, memory_of
 from .peers import make_peer
+from .timing import Settings, comparison, finish
 
 MODES = ('forward', 'train')
+T = TypeVar('T')
 
 
 class Contender(NamedTuple):
@@ -37,35 +41,68 @@ class Case(NamedTuple):
     Attributes:
         about: One line for people: layer, sizes, batch.
         build: Makes the contenders; the first is this package's layer, the others are what it is measured by.
-        at_most: Name of a contender to the ratio of time aimed at, in every mode or by mode.
         modes: Those of `MODES` that are timed.
     """
     about: str
     build: Callable[[], list[Contender]]
-    at_most: dict[str, float | dict[str, float]] = {}
     modes: tuple[str, ...] = MODES
 
-    def aim(self, other: str, mode: str) -> float | None:
-        """The ratio of time to another contender that is aimed at, if any."""
-        aim = self.at_most.get(other)
-        return aim.get(mode) if isinstance(aim, dict) else aim
+
+def make_layer_run(contender: Contender, mode: str) -> Callable[[], None]:
+    """One forward of a layer, or one forward and backward to its inputs and parameters."""
+    _, module, inputs = contender
+    if mode == 'forward':
+        return make_forward(module, inputs)
+    module.train()
+    inputs = tuple(x.clone().requires_grad_() for x in inputs)
+    slope = torch.ones_like(module(*inputs))
+
+    def step() -> None:
+        output = module(*inputs)
+        for leaf in (*inputs, *module.parameters()):
+            leaf.grad = None
+        output.backward(slope)
+        finish(slope)
+
+    return step
+
+
+def benchmark_layer(name: str, mode: str, case: Case, settings: Settings) -> list[dict]:
+    """Time the contenders of one case; those of packages that are not installed are said and left out.
+
+    Returns:
+        One row for each contender after the first: the ratio of time, every timing in seconds, memory in bytes.
+    """
+    contenders = []
+    for contender, module, inputs in case.build():
+        if module is None:
+            print(f'note: {name} goes without {contender}, which `tools/setup.sh --bench` installs', file=sys.stderr)
+        else:
+            inputs = tuple(x.to(settings.device) for x in inputs)
+            contenders.append(Contender(contender, module.to(settings.device), inputs))
+    runs = [make_layer_run(contender, mode) for contender in contenders]
+    timings = settings.alternate(runs)
+    memory = [memory_of(contender.module, run, settings.device) for contender, run in zip(contenders, runs)]
+    row = {'kind': 'layer', 'case': name, 'about': case.about, 'layer': contenders[0].name}
+    return [
+        row | comparison(other.name, mode, timings.seconds[0], seconds, timings.loads, (memory[0], held))
+        for other, seconds, held in zip(contenders[1:], timings.seconds[1:], memory[1:])]
 
 
 def cases() -> dict[str, Case]:
     """Every case by its name."""
     found = _cond_conv_cases()
     for num_selected in (1, 2):
-        aims = {'chosen experts alone': 1.15} if num_selected == 1 else {}
         for kind, layer in (('conv', 'MoEConv2d'), ('stage', 'MoEStage')):
             found[f'moe-{kind}-k{num_selected}-b8'] = Case(
                 f'{layer}, {num_selected} of 4 convolutions 3x3 256-256, map 20x20, 8 images, gate included',
-                functools.partial(choose, layer, num_selected), aims)
+                functools.partial(choose, layer, num_selected))
     found |= _token_cases()
     for batch in (1, 8):
         found[f'deepmoe-half-b{batch}'] = Case(
             'DeepMoE convolution and norm, 3x3 256-256, half of the channels live on both sides, map 14x14, '
             f'{batch} image{"s with one mask" if batch > 1 else ""}',
-            functools.partial(half_live, batch), {'dense': 0.75} if batch == 1 else {}, modes=('forward',))
+            functools.partial(half_live, batch), modes=('forward',))
     return found
 
 
@@ -76,12 +113,6 @@ def _cond_conv_cases() -> dict[str, Case]:
         'dw': dict(in_channels=256, out_channels=256, kernel_size=3, groups=256, size=14),
         'map7': dict(in_channels=512, out_channels=512, kernel_size=3, size=7),  # last stage of condconv_resnet50
     }
-    aims = {
-        'condconv-1x1-e4-b1': {'timm CondConv2d': 1.},
-        'condconv-1x1-e4-b8': {'timm CondConv2d': 1., 'nn.Conv2d': 1.1},
-        'condconv-1x1-e4-b32': {'timm CondConv2d': 1., 'nn.Conv2d': 1.1},
-        'condconv-3x3-e4-b32': {'timm CondConv2d': 1 / 1.5},
-    }
     found = {}
     for (kind, shape), num_experts, batch in itertools.product(shapes.items(), (4, 8), (1, 8, 32)):
         name = f'condconv-{kind}-e{num_experts}-b{batch}'
@@ -89,18 +120,16 @@ def _cond_conv_cases() -> dict[str, Case]:
         about = (
             f'CondConv2d {k}x{k}{" depthwise" if kind == "dw" else ""} {shape["in_channels"]}-{shape["out_channels"]}, '
             f'{num_experts} experts, map {size}x{size}, {batch} image{"s" if batch > 1 else ""}')
-        found[name] = Case(
-            about, functools.partial(cond_conv, num_experts, batch, **shape), aims.get(name, {}))
+        found[name] = Case(about, functools.partial(cond_conv, num_experts, batch, **shape))
     return found
 
 
 def _token_cases() -> dict[str, Case]:
     found = {}
     for num_selected, batch in itertools.product((1, 2), (8, 32)):
-        aims = {'dense Mlp': {'forward': 1.05, 'train': 1.15}, 'pytorch-mixtures': {'train': 1.}}
         found[f'tokens-k{num_selected}-b{batch}'] = Case(
             f'MoEMlp, {num_selected} of 8 experts, width 384, hidden 1536, {batch} x 197 tokens, nothing dropped',
-            functools.partial(tokens, num_selected, batch), aims if batch == 32 else {})
+            functools.partial(tokens, num_selected, batch))
     for num_selected in (1, 2):
         found[f'tokens-dropping-k{num_selected}-b32'] = Case(
             f'MoEMlp, {num_selected} of 8 experts, width 384, hidden 1536, 32 x 197 tokens, capacity factor 1 an image',
@@ -222,12 +251,25 @@ def find_cases(patterns: Iterable[str]) -> dict[str, Case]:
     Raises:
         InputError: A name or pattern that fits no case.
     """
-    known = cases()
-    chosen: dict[str, Case] = {}
+    return select(patterns, cases(), 'layer case', ' `benchmark.py layer --list` shows all.')
+
+
+def select(patterns: Iterable[str], known: dict[str, T], kind: str, otherwise: str) -> dict[str, T]:
+    """What names or shell patterns choose; everything where none is given.
+
+    Args:
+        patterns: The names or patterns.
+        known: What there is, by name.
+        kind: What that is, for the message.
+        otherwise: What the message says where no name is like the one given.
+
+    Raises:
+        InputError: A name or pattern that fits nothing.
+    """
+    chosen: dict[str, T] = {}
     for pattern in patterns:
-        found = {name: case for name, case in known.items() if fnmatch.fnmatchcase(name, pattern)}
+        found = {name: each for name, each in known.items() if fnmatch.fnmatchcase(name, pattern)}
         if not found:
-            hint = nearest(pattern, known) or ' `benchmark.py layer --list` shows all.'
-            raise InputError(f'There is no layer case {pattern!r}.{hint}')
+            raise InputError(f'There is no {kind} {pattern!r}.{nearest(pattern, known) or otherwise}')
         chosen |= found
     return chosen or known

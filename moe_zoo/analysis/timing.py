@@ -12,9 +12,9 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -24,6 +24,24 @@ from ..errors import InputError
 # Seconds. CPU time leaves out what other programs do meanwhile; it counts every thread, waiting ones too unless
 # OMP_WAIT_POLICY=passive lets them sleep, and so shows work, not how well threads share it.
 CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
+
+
+class Settings(NamedTuple):
+    """How a comparison is timed.
+
+    Attributes:
+        rounds: Timings of each contender, in turns.
+        device: cpu or cuda.
+        clock: A key of `CLOCKS`.
+        min_seconds: A timing is the mean over as many calls as take this long.
+    """
+    rounds: int = 9
+    device: str = 'cpu'
+    clock: str = 'wall'
+    min_seconds: float = 0.2
+
+    def alternate(self, runs: Sequence[Callable[[], None]]) -> 'Timings':
+        return alternate(runs, self.rounds, self.min_seconds, CLOCKS[self.clock])
 
 
 @dataclass(frozen=True)
@@ -144,3 +162,31 @@ def machine(device: str) -> dict:
         'cores': os.cpu_count(), 'threads': torch.get_num_threads(), 'load': os.getloadavg()[0],
         'torch': torch.__version__, 'timm': timm.__version__,
     }
+
+
+def comparison(
+        twin: str,
+        mode: str,
+        ours: Sequence[float],
+        theirs: Sequence[float],
+        loads: Sequence[float],
+        memory: Sequence[int] = (),
+) -> dict[str, Any]:
+    """The part of a row that every benchmark has.
+
+    Args:
+        twin: What stands on the other side.
+        mode: What was timed of both.
+        ours, theirs: Seconds a call in every round.
+        loads: Of the machine in every round.
+        memory: Bytes that a call of ours and of theirs holds at most; empty where it was not measured.
+    """
+    row = {'twin': twin, 'mode': mode, 'time_ratio': asdict(ratio(ours, theirs)), 'loads': list(loads),
+           'seconds': list(ours), 'twin_seconds': list(theirs)}
+    return row | (dict(zip(('memory', 'twin_memory'), memory)) if memory else {})
+
+
+def finish(x: Any) -> None:
+    """Wait for a GPU. A detector takes a list, of which it is not known where it went."""
+    if torch.cuda.is_available() and not (isinstance(x, torch.Tensor) and x.device.type == 'cpu'):
+        torch.cuda.synchronize()

@@ -1,8 +1,11 @@
 """What `tools/benchmark.py` times of detectors: one image through each, and COCO's metrics by two libraries."""
 import contextlib
+import copy
 import io
 import json
 import logging
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,16 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.layers import Conv2d
 from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..analysis import count
+from ..analysis.force import rewrite_routing
+from ..analysis.model_cases import make_forward, memory_of, spread_evenly
+from ..analysis.timing import Settings, comparison, finish
 from ..errors import InputError
-from ..layers import MoEStage
+from ..layers import MoEStage, RoutedLayer
 from .coco import register_coco
 from .config import load_config
 from .count_inputs import noise
@@ -24,6 +32,101 @@ from .evaluation import Evaluator
 from .resnet_backbone import convs
 
 CATEGORIES, OBJECTS, DETECTIONS = 80, 7, 100  # COCO's: categories, and of each image
+
+
+def benchmark_detectors(
+        configs: list[str],
+        opts: list[str],
+        mode: str,
+        settings: Settings,
+        size: tuple[int, int] | None = None,
+        equal_macs: bool = False,
+) -> list[dict]:
+    """Time one image through detectors, each beside the first; their MACs and memory.
+
+    Args:
+        configs: Files.
+        opts: Keys and values to change in all of them.
+        mode: 'forward', or 'train': losses and backward of an image with 7 objects.
+        settings: How it is timed.
+        size: Of the image; None for the test size of the config.
+        equal_macs: Time one config, after its dense twin of equal MACs.
+
+    Returns:
+        One row for each config; with `equal_macs` the first is that of the dense twin.
+
+    Raises:
+        InputError: A config cannot be used, or with `equal_macs` there are several, or it has no twin.
+    """
+    warnings.filterwarnings('ignore', category=FutureWarning)  # detectron2's own affair, as the next
+    warnings.filterwarnings('ignore', message='torch.meshgrid')
+    names = list(configs)
+    built = [build_detector(name, opts, settings.device, size) for name in names]
+    if equal_macs:
+        if len(names) > 1:
+            raise InputError(f'--equal-macs compares one config with its dense twin, and there are {len(names)}.')
+        names = [f'{names[0]}, dense and wider', *names]
+        built.insert(0, (build_twin(configs[0], opts, settings.device, size), built[0][1]))
+    costs = [count(model, inputs) for model, inputs in built]
+    runs = [make_run(model, inputs, mode) for model, inputs in built]
+    with contextlib.ExitStack() as spread:
+        for model, _ in built:
+            if any(isinstance(module, RoutedLayer) for module in model.modules()):
+                spread.enter_context(rewrite_routing(model, spread_evenly))
+        timings = settings.alternate(runs)
+        memory = [memory_of(model, run, settings.device) for (model, _), run in zip(built, runs)]
+    return [
+        {'kind': 'detector', 'config': config, 'first': number == 0, 'opts': opts, 'equal_macs': equal_macs,
+         'input_size': list(inputs[0]['image'].shape), 'parameters': cost.parameters, 'macs': cost.macs_max,
+         'macs_ratio': cost.macs_max / costs[0].macs_max}
+        | comparison(names[0], mode, seconds, timings.seconds[0], timings.loads, (held, memory[0]))
+        for number, (config, (_, inputs), cost, held, seconds) in enumerate(
+            zip(names, built, costs, memory, timings.seconds))]
+
+
+def make_run(model: nn.Module, inputs: list[dict[str, Any]], mode: str) -> Callable[[], None]:
+    """One forward, or one training step without the optimiser, of one image, as a function."""
+    if mode == 'forward':
+        return make_forward(model, (inputs,))
+    model.train()
+    inputs = [{**image, 'instances': _objects(*image['image'].shape[1:])} for image in inputs]
+
+    def step() -> None:
+        model.zero_grad()
+        with EventStorage():  # detectron2's heads write into one
+            sum(model(copy.copy(inputs)).values()).backward()
+        finish(inputs)
+
+    return step
+
+
+def _objects(height: int, width: int) -> Instances:
+    """As many as an image of COCO has, in a row, of the first category, each a box and its mask."""
+    left = torch.arange(OBJECTS) * (width // OBJECTS)
+    top = torch.full_like(left, height // 4)
+    boxes = torch.stack([left, top, left + width // OBJECTS, top + height // 2], dim=1)
+    masks = torch.zeros(OBJECTS, height, width, dtype=torch.bool)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes.tolist()):
+        mask[y0:y1, x0:x1] = True
+    classes = torch.zeros(OBJECTS, dtype=torch.int64)
+    return Instances((height, width), gt_boxes=Boxes(boxes.float()), gt_classes=classes, gt_masks=BitMasks(masks))
+
+
+def benchmark_coco(images: int, settings: Settings) -> list[dict]:
+    """Time COCO's metrics on generated objects, through detectron2's evaluator.
+
+    Raises:
+        InputError: The metrics differ, or there is no image.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = runs = coco_runs(images, Path(folder))
+        difference = largest_difference(ours(), theirs())
+        if difference > 1e-9:
+            raise InputError(f'faster-coco-eval and pycocotools differ by {difference:g} %: their times say nothing.')
+        timings = settings._replace(min_seconds=0).alternate(runs)
+    row = {'kind': 'coco-eval', 'case': 'coco-eval', 'about': f'{images} images', 'layer': 'faster-coco-eval',
+           'difference': difference}
+    return [row | comparison('pycocotools', 'evaluate', *timings.seconds, timings.loads)]
 
 
 def build_detector(
