@@ -72,9 +72,11 @@ def build_model(args: argparse.Namespace) -> nn.Module:
         if isinstance(error, InputError):
             raise InputError(str(error).replace(HOW, PATH)) from error
         raise InputError(_mismatch(error, args) or f'The model {args.model!r} cannot be built: {error}') from error
+    except (ArithmeticError, IndexError, AttributeError, MemoryError) as error:  # of a model of timm's
+        raise InputError(f'The model {args.model!r} cannot be built with these options: {error!r}') from error
     except KeyError as error:
         if weights is None:
-            raise
+            raise InputError(f'The model {args.model!r} cannot be built with these options: {error!r}') from error
         raise InputError(
             f"The weights in '{args.pretrained_path}' are of another architecture than the model, which has no"
             f' {error.args[0]}.') from error

@@ -93,13 +93,25 @@ def build(
         takes: What a name without a file to download takes besides weights of its own, where `TAKES` does not tell.
 
     Raises:
-        InputError: There is no file to load, it is missing, it cannot be downloaded, or it is of another model.
+        InputError: There is no file to load, it is missing, truncated or no checkpoint, it cannot be downloaded, or it is
+            of another model; or keywords make no model.
     """
     kwargs = dict(kwargs)
     if kwargs.get('features_only'):
         kwargs.setdefault('num_classes', 0)  # weights of any classes do
+    built: List[nn.Module] = []
+
+    def make(*args, **keywords) -> nn.Module:
+        try:
+            built.append(model_cls(*args, **keywords))
+        except (ArithmeticError, LookupError, AttributeError, AssertionError, RuntimeError, TypeError) as error:
+            if isinstance(error, TypeError) and '\n' not in str(error):  # Python's own; torch's have many lines
+                raise
+            raise InputError(f'{variant} cannot be built with these keywords: {_said(error)}.') from error
+        return built[-1]
+
     if not pretrained:
-        return build_model_with_cfg(model_cls, variant, False, **kwargs)
+        return build_model_with_cfg(make, variant, False, **kwargs)
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     if not (cfg.has_weights or cfg.state_dict or cfg.source):
         others = takes or TAKES.get(variant)
@@ -112,11 +124,6 @@ def build(
     if cfg.file and not cfg.state_dict:
         refuse_packed(cfg.file)
     loaded: List[Mapping[str, Any]] = []  # weights as timm is going to load them, and those of the model
-    built: List[nn.Module] = []
-
-    def make(*args, **keywords) -> nn.Module:
-        built.append(model_cls(*args, **keywords))
-        return built[-1]
 
     def filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
         loaded[:] = [pretrained_filter_fn(state_dict, model), model.state_dict()]
@@ -152,8 +159,11 @@ def build(
 
 
 def _unreadable(file: str, error: BaseException) -> InputError:
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip('.:')
-    return InputError(f"pretrained=True: the file '{file}' is truncated, or no checkpoint: {said}.")
+    return InputError(f"pretrained=True: the file '{file}' is truncated, or no checkpoint: {_said(error)}.")
+
+
+def _said(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip('.:')
 
 
 def misfit(found: Mapping[str, Tuple[int, ...]], wanted: Mapping[str, Tuple[int, ...]]) -> str:
