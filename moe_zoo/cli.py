@@ -22,6 +22,7 @@ TOOLS = {
     'eval-imagenet': ('moe_zoo.engine.evaluate_cli', 'accuracy, calibration, cost and expert use of a model', None),
     'compare': ('moe_zoo.engine.difference_cli', 'two runs, or a run and its twin, on the same images', None),
     'predict': ('moe_zoo.engine.predict', 'the likeliest classes of images, and the experts that saw them', None),
+    'export': ('moe_zoo.engine.export', 'a classifier as an ONNX, pt2 or TorchScript file, checked', None),
     'analyze-experts': ('moe_zoo.engine.analyze_experts', 'what the experts of a trained model do, as a page', None),
     'count-flops': ('moe_zoo.analysis.count_cli', 'parameters and MACs, at most and as executed', None),
     'convert-checkpoint': ('moe_zoo.checkpoints.convert_cli', 'released or dense checkpoints into safetensors', None),

@@ -1,0 +1,97 @@
+"""torch.compile: one graph for every family, in evaluation and training, equal to the model as it is."""
+import copy
+
+import pytest
+import torch
+from graph_cases import CASES, batch, build
+from torch import nn
+
+from moe_zoo.layers.moe_stage import MoEStage
+from moe_zoo.losses import auxiliary_losses
+from moe_zoo.routing import end_step, routing_context, trace_routing
+
+FAST = ('vmoe', 'pmoe_cnn')
+
+
+def step(model: nn.Module, run, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Everything that a training step makes: logits, losses, gradients, buffers."""
+    state = copy.deepcopy(model.state_dict())
+    model.zero_grad()
+    torch.manual_seed(1)  # of noise, dropout and stochastic depth
+    logits, routings = run(x)
+    losses = auxiliary_losses(routings, torch.arange(len(x)))
+    (logits.square().mean() + sum(losses.values())).backward()
+    end_step(model)
+    found = {'logits': logits.detach(), **{f'loss {name}': loss.detach() for name, loss in losses.items()}}
+    found.update({f'gradient of {name}': p.grad for name, p in model.named_parameters() if p.grad is not None})
+    found.update({name: b.clone() for name, b in model.named_buffers() if not name.endswith('num_batches_tracked')})
+    model.load_state_dict(state)
+    return found
+
+
+def check_compiled(case: str, backend: str) -> None:
+    torch._dynamo.reset()
+    model, x = build(case), batch(case, 4)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)  # a break in the graph is an error
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    model.train().set_aux_loss(True)
+    if 'mobilenet' in case:  # dozens of norms in a row over few values make much of the last digit
+        for module in model.modules():
+            module.train(not isinstance(module, nn.BatchNorm2d))
+    wanted, found = step(model, model, x), step(model, compiled, x)
+    assert found.keys() == wanted.keys() and any(name.startswith('gradient') for name in wanted)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f'{n}: {m}')
+
+
+@pytest.mark.parametrize('case', [
+    case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
+def test_one_graph_equals_the_model_in_evaluation_and_training(case):
+    check_compiled(case, 'eager')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', ['moe_resnet', 'vmoe', 'condconv_mobilenetv1'])
+def test_inductor_computes_the_same(case):
+    check_compiled(case, 'inductor')
+
+
+def test_records_leave_a_compiled_model_for_every_context():
+    torch._dynamo.reset()
+    model, x = build('vmoe'), batch('vmoe', 3)
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    compiled(x)  # before anybody listens
+    for run in (model, compiled):
+        with torch.no_grad(), trace_routing(model) as trace, routing_context() as context:
+            run(x)
+        assert list(trace) == ['blocks.1.mlp'] and len(context.records) == 1
+        assert context.records[0][0] is model.blocks[1].mlp
+        torch.testing.assert_close(context.routings[0].indices, trace['blocks.1.mlp'][0].indices)
+    with torch.no_grad(), trace_routing(model) as again:
+        model(x)
+    torch.testing.assert_close(trace['blocks.1.mlp'][0].weights, again['blocks.1.mlp'][0].weights)
+
+
+@pytest.mark.parametrize('images', [(0, 0, 1, 0), (2, 2, 2, 2), (0, 1, 2, 2)])
+@pytest.mark.parametrize('size', [1, 3])
+def test_statistics_of_experts_are_those_of_their_images(images, size):
+    """Also where an expert has no image, and where it has one value a channel, which is no statistic."""
+    experts = [nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, momentum=0.3), nn.ReLU()) for _ in range(3)]
+    stage = MoEStage(experts, 3, num_selected=1, noise=False).double().train()
+    with torch.no_grad():
+        stage.router.weight.copy_(torch.eye(3))
+    x = torch.randn(4, 3, size, size, dtype=torch.float64) / 9
+    for b, expert in enumerate(images):
+        x[b, expert] += 1
+    found = []
+    for combine in (stage.combine_sparse, stage.combine_reference):
+        state = copy.deepcopy(stage.state_dict())
+        stage.zero_grad()
+        y = combine(x, stage.route(x))
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        found.append([y.detach(), *(p.grad for p in stage.parameters()), *(
+            b.clone() for name, b in stage.named_buffers() if not name.endswith('tracked'))])
+        stage.load_state_dict(state)
+    for sparse, static in zip(*found):
+        torch.testing.assert_close(static, sparse, rtol=1e-6, atol=1e-6)  # the weights of a router are float32
