@@ -18,7 +18,7 @@ Letters: E experts, R ranks.
 """
 import warnings
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Union
+from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
 
 import torch
 import torch.distributed as dist
@@ -88,17 +88,8 @@ class SpreadExpertLinear(ExpertLinear):
             local.register_hook(lambda grad: grad / self.ranks)
         return local
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self._local(self.weight).transpose(1, 2)
-        if self.bias is None:
-            return torch.bmm(x, weight)
-        return torch.baddbmm(self._local(self.bias).unsqueeze(1), x, weight)
-
-    def unbind_weights(self) -> List[torch.Tensor]:
-        return list(self._local(self.weight).unbind(0))
-
-    def unbind_biases(self) -> List[Optional[torch.Tensor]]:
-        return [None] * self.num_experts if self.bias is None else list(self._local(self.bias).unbind(0))
+    def local(self) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        return self._local(self.weight), None if self.bias is None else self._local(self.bias)
 
 
 def parallelize_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:

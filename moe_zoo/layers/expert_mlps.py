@@ -9,10 +9,12 @@ from typing import List, Mapping, Optional, Tuple, Type, Union
 import torch
 from timm.layers import to_2tuple
 from torch import nn
+from torch.nn import functional as F
 
 from ..errors import InputError, nearest
 from ..losses import LOSSES
 from ..routing.dispatch import wants_static_shapes
+from .fast_linear import can_group, grouped_linear, linear, uses_onednn
 from .routed import RoutedLayer, tokens_inside, unbind_biases
 
 
@@ -60,19 +62,21 @@ class ExpertLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (E, C, in), row e for expert e. Returns (E, C, out)."""
-        weight = self.weight.transpose(1, 2)
-        bias = self.bias
+        weight, bias = self.local()
         if bias is None:
-            return torch.bmm(x, weight)
-        return torch.baddbmm(bias.unsqueeze(1), x, weight)
+            return torch.bmm(x, weight.transpose(1, 2))
+        return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
 
-    def unbind_weights(self) -> List[torch.Tensor]:
+    def local(self) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """Weight and bias of the experts that this process holds: of all, unless several processes share them."""
+        return self.weight, self.bias
+
+    def unbind(self) -> Tuple[List[torch.Tensor], List[Optional[torch.Tensor]]]:
+        """The weights and the biases of `local`, one by one."""
         # One unbind, whose backward is one stack with zeros for experts that were not run. Indexing weight[e] instead
         # would make every gradient a zero tensor of the whole stack.
-        return list(self.weight.unbind(0))
-
-    def unbind_biases(self) -> List[Optional[torch.Tensor]]:
-        return unbind_biases(self.bias, self.num_experts)
+        weight, bias = self.local()
+        return list(weight.unbind(0)), unbind_biases(bias, weight.shape[0])
 
     def extra_repr(self) -> str:
         experts, outs, ins = self.weight.shape
@@ -151,8 +155,39 @@ class ExpertMlps(RoutedLayer):
         self.fc2 = ExpertLinear(self.num_experts, self.hidden_features, self.out_features, bias[1], same_init, **dd)
         self.drop2 = nn.Dropout(drop[1])
 
+    def run_experts(self, chunks: List[torch.Tensor]) -> List[torch.Tensor]:
+        """Chunk e, (T_e, D), through expert e. Returns (T_e, out_features) for the chunks that are not empty."""
+        nothing = True  # no token at all: run every expert on none, so that gradients exist
+        for chunk in chunks:
+            nothing = nothing and chunk.shape[0] == 0
+        if not torch.jit.is_scripting():
+            if can_group(chunks[0], self.fc1.weight, self.fc2.weight) and not nothing:
+                return self._run_grouped(chunks)
+        weights1, biases1 = self.fc1.unbind()
+        weights2, biases2 = self.fc2.unbind()
+        outputs: List[torch.Tensor] = []
+        for e, chunk in enumerate(chunks):
+            if chunk.shape[0] > 0 or nothing:
+                y = _linear(self._round(chunk), weights1[e], biases1[e])
+                y = self.norm(self.drop1(self.act(y)))
+                y = _linear(y, weights2[e], biases2[e])
+                outputs.append(self._round(self.drop2(y)))
+        return outputs
+
+    @torch.jit.unused
+    def _run_grouped(self, chunks: List[torch.Tensor]) -> List[torch.Tensor]:
+        """The same with each of the two maps of all experts in one product."""
+        sizes = [len(chunk) for chunk in chunks]
+        rows = torch.tensor(sizes, device=chunks[0].device)
+        y = grouped_linear(self._round(torch.cat(chunks)), *self.fc1.local(), rows)
+        y = grouped_linear(self.norm(self.drop1(self.act(y))), *self.fc2.local(), rows)
+        return list(self._round(self.drop2(y)).split([size for size in sizes if size]))
+
     def run_stacked(self, x: torch.Tensor) -> torch.Tensor:
         """(E, C, D), row e through expert e, to (E, C, out_features)."""
+        if not torch.jit.is_scripting():
+            if self.exchange is None and uses_onednn(x[0], self.fc1.weight[0]):
+                return torch.stack(self.run_experts(list(x.unbind(0))))
         y = self.norm(self.drop1(self.act(self.fc1(self._round(x)))))
         return self._round(self.drop2(self.fc2(y)))
 
@@ -200,6 +235,13 @@ def group_by_image(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ExpertMlps):
             module.group_images, module.group_size = 1, None
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    if torch.jit.is_scripting():
+        return F.linear(x, weight, bias)
+    else:
+        return linear(x, weight, bias)
 
 
 def check_at_least_one(**values: Optional[int]) -> None:

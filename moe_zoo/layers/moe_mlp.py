@@ -11,7 +11,6 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Un
 import torch
 from timm.layers import GluMlp, Mlp, register_notrace_module
 from torch import nn
-from torch.nn import functional as F
 
 from ..errors import InputError, nearest
 from ..routing import (
@@ -219,22 +218,6 @@ class MoEMlp(ExpertMlps):
         items, weights, sizes = sort_pairs(indices, weights, kept, self.num_experts)
         outputs = self.run_experts(list(tokens.index_select(0, items).split(sizes)))
         return combine_sorted(outputs, items, weights, tokens.shape[0]).to(tokens.dtype)
-
-    def run_experts(self, chunks: List[torch.Tensor]) -> List[torch.Tensor]:
-        """Chunk e, (T_e, D), through expert e. Returns (T_e, out_features) for the chunks that are not empty."""
-        nothing = True  # no token at all: run every expert on none, so that gradients exist
-        for chunk in chunks:
-            nothing = nothing and chunk.shape[0] == 0
-        weights1, biases1 = self.fc1.unbind_weights(), self.fc1.unbind_biases()
-        weights2, biases2 = self.fc2.unbind_weights(), self.fc2.unbind_biases()
-        outputs: List[torch.Tensor] = []
-        for e, chunk in enumerate(chunks):
-            if chunk.shape[0] > 0 or nothing:
-                y = F.linear(self._round(chunk), weights1[e], biases1[e])
-                y = self.norm(self.drop1(self.act(y)))
-                y = F.linear(y, weights2[e], biases2[e])
-                outputs.append(self._round(self.drop2(y)))
-        return outputs
 
     def _capacity(self, num_tokens: int) -> int:
         """C for a group of that many tokens; 0 where nothing is dropped."""
