@@ -8,6 +8,7 @@ import inspect
 import pytest
 
 from moe_zoo import layers, losses, routing
+from moe_zoo.routing.constraints import STEP_CONSTRAINTS
 
 CONV = {'stride': 1, 'padding': '', 'dilation': 1, 'groups': 1, 'bias': False, 'num_experts': 4}
 VMOE_LOSSES = (('importance', 0.005), ('vmoe_load', 0.005))  # Riquelme et al. 2021, appendix A: 0.005 each
@@ -81,3 +82,7 @@ def test_defaults(name):
     found = {key: parameters.parameters[key].default for key in DEFAULTS[name]}
     assert found == DEFAULTS[name]
     assert [type(value) for value in found.values()] == [type(value) for value in DEFAULTS[name].values()]  # 1 is True
+
+
+def test_constraints():
+    assert {name: cls(2).value for name, cls in STEP_CONSTRAINTS.items()} == {'relative': .5, 'mean': .3, 'bias': 1e-3}

@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 import tomllib
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -50,6 +51,14 @@ MEMORY = 6 << 30  # bytes a process: a fault must not take the machine
 SLACK = 10  # seconds of processor time on top of three times what the tests take
 PATIENCE = 40  # wall-clock seconds for each of those, before a process that waits for ever is ended
 ELSEWHERE = 99  # exit code
+SETTINGS = """[run]
+include = {copy}/moe_zoo/*
+parallel = true
+data_file = {parts}/data
+context = ${{MUTATION_TEST}}
+patch = _exit, fork
+disable_warnings = no-data-collected, module-not-imported
+"""
 NOTICED = ('killed', 'timed out')
 EXAMPLES = """
 examples:
@@ -181,6 +190,7 @@ class Measured(Selected):
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.coverage.switch_context(nodeid)
+        os.environ['MUTATION_TEST'] = nodeid
         self.seconds[nodeid] = -processor_time()
 
     def pytest_runtest_logreport(self, report) -> None:
@@ -223,7 +233,6 @@ def in_child(copy: Path, work: Callable[[], int], seconds: float) -> str:
             enter(copy, seconds)
             code = work()
         except BaseException:
-            import traceback
             traceback.print_exc()
         finally:
             sys.stdout.flush()
@@ -295,56 +304,78 @@ def make_copy(folder: Path, commit: str) -> Path:
 
 # ---- the map
 
-def make_map(copy: Path, kept: Path, slow: bool, only: list[str]) -> None:
-    """Measure what each test file reaches, where that is not known or the file has changed."""
-    files = list(dict.fromkeys(path for name in only for path in sorted((copy / 'tests').glob(f'{name}.py'))))
-    for number, path in enumerate(files, 1):
+def unmapped(copy: Path, kept: Path, slow: bool, names: list[str]) -> list[tuple[str, str]]:
+    """The test files, and marks of their text, of which is not known what they reach."""
+    files = list(dict.fromkeys(path for name in names for path in sorted((copy / 'tests').glob(f'{name}.py'))))
+    found = []
+    for path in files:
         target = kept / 'map' / f'{path.stem}.json'
         mark = hashlib.sha256(path.read_bytes()).hexdigest()[:12] + (' slow' if slow else '')
-        if target.exists() and json.loads(target.read_text())['mark'] in (mark, f'{mark} slow'):
-            continue
-        started = time.monotonic()
-        part = target.with_suffix('.part')
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.unlink(missing_ok=True)
-        ended = in_child(copy, partial(measure, copy, path, part, mark, slow), 3600)
-        if not part.exists():
-            shutil.copy(copy.parent / 'log.txt', target.with_suffix('.log'))
-            part.write_text(json.dumps(dict(
-                file=f'tests/{path.name}', mark=mark, seconds={}, imports=0., failing=[f'the file: {ended}'],
-                lines={}, at_import={})))
-        part.replace(target)
-        reach = Reach.read(target)
-        say(f'map {number}/{len(files)} {path.name}: {len(reach.seconds)} tests, {len(reach.failing)} left out, '
-            f'{time.monotonic() - started:.0f} s')
+        if not target.exists() or json.loads(target.read_text())['mark'] not in (mark, f'{mark} slow'):
+            found.append((path.name, mark))
+    return found
 
 
-def measure(copy: Path, path: Path, target: Path, mark: str, slow: bool) -> int:
+def map_file(kept: Path, copy: Path, number: str, item: tuple[str, str]) -> None:
+    """Measure what a test file reaches and keep it."""
+    started = time.monotonic()
+    path, mark = copy / 'tests' / item[0], item[1]
+    target = kept / 'map' / f'{path.stem}.json'
+    part = target.with_suffix('.part')
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.unlink(missing_ok=True)
+    ended = in_child(copy, partial(measure, copy, path, part, mark), 3600)
+    if not part.exists():
+        shutil.copy(copy.parent / 'log.txt', target.with_suffix('.log'))
+        failing = [f'the file: {ended}']
+        part.write_text(json.dumps(dict(
+            file=f'tests/{path.name}', mark=mark, seconds={}, imports=0., failing=failing, lines={}, at_import={})))
+    part.replace(target)
+    reach = Reach.read(target)
+    say(f'map {number} {path.name}: {len(reach.seconds)} tests, {len(reach.failing)} left out, '
+        f'{time.monotonic() - started:.0f} s')
+
+
+def measure(copy: Path, path: Path, target: Path, mark: str) -> int:
     """In a child: run a test file under coverage and write its `Reach`."""
     import coverage
-    folders = [f'{copy}/{folder}/*' for folder in FOLDERS]
-    measuring = coverage.Coverage(data_file=None, config_file=False, include=folders, messages=False)
+    parts = copy.parent / 'coverage'
+    shutil.rmtree(parts, ignore_errors=True)
+    parts.mkdir()
+    (parts / 'settings').write_text(SETTINGS.format(copy=copy, parts=parts))
+    os.environ['COVERAGE_PROCESS_START'] = str(parts / 'settings')  # of the processes that tests start
+    measuring = coverage.Coverage(data_file=None, config_file=False, include=[f'{copy}/moe_zoo/*'], messages=False)
     measuring.start()
     plugin = Measured(measuring)
-    run_pytest(copy, [str(path)], plugin, '-m', 'not gpu' if slow else 'not slow and not gpu')
+    run_pytest(copy, [str(path)], plugin, '-m', 'not gpu' if mark.endswith('slow') else 'not slow and not gpu')
     measuring.stop()
     names = {name: position for position, name in enumerate(sorted(plugin.passed - plugin.failing))}
-    lines: dict[str, dict[int, list[int]]] = {}
-    at_import: dict[str, list[int]] = {}
-    data = measuring.get_data()
-    for file in data.measured_files():
-        source = Path(file).relative_to(copy).as_posix()
-        for line, contexts in data.contexts_by_lineno(file).items():
-            tests = sorted(names[context] for context in contexts if context in names)
-            if tests:
-                lines.setdefault(source, {})[line] = tests
-            if '' in contexts:
-                at_import.setdefault(source, []).append(line)
+    lines: dict[str, dict[int, set[int]]] = {}
+    at_import: dict[str, set[int]] = {}
+    for data in [measuring.get_data(), *read_parts(parts)]:
+        for file in data.measured_files():
+            source = Path(file).relative_to(copy).as_posix()
+            for line, contexts in data.contexts_by_lineno(file).items():
+                tests = {names[context] for context in contexts if context in names}
+                if tests:
+                    lines.setdefault(source, {}).setdefault(line, set()).update(tests)
+                if '' in contexts:
+                    at_import.setdefault(source, set()).add(line)
     target.write_text(json.dumps(dict(
         file=path.relative_to(copy).as_posix(), mark=mark, imports=round(plugin.imports, 3), lines=lines,
         at_import=at_import, failing=sorted(plugin.failing),
-        seconds={name: round(plugin.seconds[name], 3) for name in names})))
+        seconds={name: round(plugin.seconds[name], 3) for name in names}), default=sorted))
     return 0
+
+
+def read_parts(folder: Path) -> Iterator[Any]:
+    """What processes of the tests left, each with the test as its context; not of one that was killed as it wrote."""
+    import coverage
+    for path in folder.glob('data.*'):
+        data = coverage.CoverageData(str(path))
+        with contextlib.suppress(coverage.CoverageException):
+            data.read()
+            yield data
 
 
 # ---- the mutants
@@ -417,32 +448,42 @@ def try_mutant(copy: Path, mutant: Mutant, tests: Tests, limit: float) -> dict[s
     return entry | dict(result={'passed': 'survived', 'failed': 'killed'}.get(ended, ended))
 
 
-def run_mutants(todo: list[Mutant], tests: Tests, results: Results, commit: str, workers: int, limit: float) -> None:
-    """Share mutants out among forked workers, each with a copy of its own."""
+def run_mutant(tests: Tests, results: Results, limit: float, copy: Path, number: str, mutant: Mutant) -> None:
+    entry = try_mutant(copy, mutant, tests, limit)
+    results.add(entry)
+    say(f'{number} {entry["result"]}: {mutant.path}:{mutant.line} {mutant.kind}')
+
+
+def share_out(items: list, workers: int, commit: str, work: Callable[[Path, str, Any], None]) -> None:
+    """Fork workers, each with a copy of the commit of its own; `work(copy, '3/10', item)` is called once an item."""
     children = []
-    for worker in range(min(workers, len(todo))):
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                with temporary_folder() as folder:
-                    copy = make_copy(folder, commit)
-                    for number, mutant in list(enumerate(todo, 1))[worker::workers]:
-                        entry = try_mutant(copy, mutant, tests, limit)
-                        results.add(entry)
-                        say(f'{number}/{len(todo)} {entry["result"]}: {mutant.path}:{mutant.line} {mutant.kind}')
-                code = 0
-            except BaseException:
-                import traceback
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    codes = [os.waitpid(child, 0)[1] for child in children]
+    try:
+        for worker in range(min(workers, len(items))):
+            child = os.fork()
+            if not child:
+                numbered = [(f'{number}/{len(items)}', item) for number, item in enumerate(items, 1)]
+                os._exit(run_worker(numbered[worker::workers], commit, work))
+            children.append(child)
+        codes = [os.waitpid(child, 0)[1] for child in children]
+    except BaseException:
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGTERM)
+        raise
     if any(codes):
         raise SystemExit('a worker stopped; what was run is kept')
+
+
+def run_worker(items: list[tuple[str, Any]], commit: str, work: Callable[[Path, str, Any], None]) -> int:
+    try:
+        with temporary_folder() as folder:
+            copy = make_copy(folder, commit)
+            for number, item in items:
+                work(copy, number, item)
+        return 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
 
 
 @contextlib.contextmanager
@@ -637,7 +678,8 @@ def main(arguments: Optional[list[str]] = None) -> None:
             return
         if found.map or found.again or found.sample or found.all:
             preload()
-            make_map(copy, kept, found.slow, found.tests)
+            todo = unmapped(copy, kept, found.slow, found.tests)
+            share_out(todo, found.workers, commit, partial(map_file, kept))
         tests = Tests(kept / 'map', copy)
     known = outcomes(mutants, results)
     if found.show:
@@ -653,7 +695,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
             todo, limit = sample(mutants, None if found.all else found.sample, found.seed), found.seconds
             todo = [mutant for mutant in todo if mutant.key not in known]
         say(f'{len(todo)} mutants to run, {len(known)} known')
-        run_mutants(todo, tests, results, commit, found.workers, limit)
+        share_out(todo, found.workers, commit, partial(run_mutant, tests, results, limit))
         results = Results(results.path)
         control(results, mutants, tests, commit)
         print(verdict(outcomes(mutants, results), len(mutants), 0))
