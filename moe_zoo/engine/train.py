@@ -122,6 +122,19 @@ class Trainer:
         check_fits(model, weights, path, args.model)
         if 'optimizer' not in checkpoint or 'epoch' not in checkpoint:
             raise InputError(f"'{path}' holds weights but no state of a run: use initial_checkpoint={path} instead.")
+        try:
+            self._restore(checkpoint, weights, path)
+        except InputError:
+            raise
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"'{path}' holds weights, but no state that a run can go on from ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}): use initial_checkpoint={path} instead.") from error
+        if args.start_epoch is not None:
+            self.epoch, self.batch = args.start_epoch, 0
+
+    def _restore(self, checkpoint: Mapping[str, Any], weights: Mapping[str, torch.Tensor], path: Path) -> None:
+        args = self.args
         self.task.load_checkpoint_state(weights)
         if args.model_ema:
             averaged = find_weights(checkpoint, path, use_ema='state_dict_ema' in checkpoint)
@@ -130,6 +143,8 @@ class Trainer:
             self._load_optimizer(checkpoint, path)
         run = checkpoint.get('moe_zoo') or {'epoch': checkpoint['epoch'] + 1, 'batch': 0}
         self.epoch, self.batch, self.random = run['epoch'], run['batch'], run.get('random')
+        if not all(isinstance(number, int) and number >= 0 for number in (self.epoch, self.batch)):
+            raise TypeError(f'epoch {self.epoch!r}, batch {self.batch!r}')
         self.watch.seen = set(run.get('warned_of', ()))
         if self.batch and self.random is not None:
             if len(self.random) != args.world_size:
@@ -137,8 +152,6 @@ class Trainer:
                     f"'{path}' was written inside an epoch by {len(self.random)} processes, and this is a run of"
                     f' {args.world_size}: use as many, or --resume with a checkpoint from the end of an epoch.')
             self.log.load_state_dict(run['logs'][args.rank])
-        if args.start_epoch is not None:
-            self.epoch, self.batch = args.start_epoch, 0
 
     def _load_optimizer(self, checkpoint: Mapping[str, Any], path: Path) -> None:
         try:
