@@ -332,3 +332,13 @@ def test_the_experts_of_the_language_model():
     # The gate: d n on one level; 16 groups and 2 * 16 experts on two, instead of 256.
     assert (flat.router.macs(1), hierarchical.router.macs(1)) == (512 * 32, 512 * (16 + 32))
     assert sum(p.numel() for p in flat.router.parameters()) == 2 * 512 * 32
+
+
+def test_the_choice_without_a_record_is_that_of_the_record():
+    """What TorchScript computes, which has no records."""
+    router = HierarchicalRouter(D, E, num_groups=A, zero_init=False).eval()
+    x = torch.randn(5, D)
+    logits, gates, weights, indices, _, _ = router.choose(x)
+    routing = router(x)
+    assert torch.equal(logits, routing.logits) and torch.equal(gates, routing.gates)
+    assert torch.equal(weights, routing.weights) and torch.equal(indices, routing.indices)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moe_zoo.errors import InputError
-from moe_zoo.losses import LOSSES, auxiliary_losses, balance, load_loss, squared_cv, vmoe_load_loss
+from moe_zoo.losses import BALANCE_LOSSES, LOSSES, auxiliary_losses, balance, load_loss, squared_cv, vmoe_load_loss
 from moe_zoo.routing import NoisyTopKRouter, Routing, SoftmaxTopKRouter
 
 
@@ -108,6 +108,25 @@ def test_groups_are_averaged_by_their_items():
     assert LOSSES['importance'](routing).item() == pytest.approx(0.75 * 1 + 0.25 * 0)
     # One group: importance (3.5, 0.5), mean 2, CV^2 = 2.25 / 4.
     assert LOSSES['importance'](routing._replace(group_size=None)).item() == pytest.approx(0.5625)
+
+
+@pytest.mark.parametrize('name', [*BALANCE_LOSSES, 'z'])
+def test_a_group_is_judged_as_a_whole_and_by_itself(name):
+    """Of twelve items in two groups: the mean of both, each of which depends on no order of its items or experts."""
+    router = NoisyTopKRouter(4, 5, num_selected=2)
+    torch.nn.init.normal_(router.weight)
+    record = router(torch.randn(12, 4))
+    fields = ('logits', 'gates', 'weights', 'indices', 'noisy_logits', 'noise_std')
+
+    def loss(rows, group_size=None):
+        part = {field: getattr(record, field)[rows] for field in fields}
+        return LOSSES[name](record._replace(**part, shape=(len(rows),), group_size=group_size)).item()
+
+    first, second = torch.arange(6), torch.arange(6, 12)
+    assert loss(torch.arange(12), group_size=6) == pytest.approx((loss(first) + loss(second)) / 2, rel=1e-5)
+    assert loss(first.flip(0)) == pytest.approx(loss(first), rel=1e-5)
+    one_by_one = sum(loss(row) for row in first.split(1)) / 6
+    assert (loss(first) == pytest.approx(one_by_one, rel=1e-5)) == (name == 'z')  # which alone has no group
 
 
 def test_z_loss():

@@ -278,6 +278,17 @@ def test_jsd_numbers():
     assert float(jsd_loss(record(p), torch.tensor([[0], [1]]))) == pytest.approx(0.130812, abs=1e-6)
 
 
+def test_losses_of_routes_that_underflow_and_of_one_expert_are_finite():
+    sure = torch.tensor([[200.0, 0.0], [0.0, 200.0]])  # softmax 1 and 0 in float32
+    pair = torch.tensor([[0], [1]])
+    for logits, jsd, prc in (
+            (sure, math.log(2), 0.005 + 0.05 * 2),  # M = 2 p^T q = 2 at (0, 1): mean (0 - 1)^2, mean of 0 and 4
+            (sure[:1].repeat(2, 1), 0, 0.005),  # 2 at (0, 0): mean of (2 - 1)^2 and (0 - 1)^2
+            (torch.zeros(2, 1), 0, 0)):  # one expert: M = 1, and nothing off the diagonal
+        assert float(jsd_loss(record(logits), pair)) == pytest.approx(jsd, abs=1e-6)
+        assert float(prc_loss(record(logits), pair)) == pytest.approx(prc, abs=1e-6)
+
+
 def test_prc_numbers():
     """M = I of one-hot, balanced, consistent routes; uniform ones M = 1/8: 7/8 squared is 0.765625, 1/8 squared
     0.015625, 5e-3 and 5e-2 of them 0.004609; a collapse M_11 = 8: (7^2 + 7 * 1) / 8 = 7."""
