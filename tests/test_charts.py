@@ -15,6 +15,7 @@ from moe_zoo.analysis.charts import (
     histogram,
     intervals,
     pictures,
+    ratios,
     scatter,
     share_bars,
     strips,
@@ -284,3 +285,16 @@ def test_a_heat_map_of_many_columns_names_some_and_shows_numbers_beside_the_poin
     assert len(cells) == 63 and cells[5].find(SVG + 'title').text == 'layer, 5: 1'
     # 440 - 67.5 units for 64 columns are 5.8 each: every fourth is named
     assert [word for word in words(svg) if word != 'layer'] == [str(n) for n in range(0, 64, 4)]
+
+
+def test_ratios_stand_around_their_median_with_the_one_they_aim_at():
+    svg = ratios({'a model': [('forward', [1., 2., 1.5], 1.25), ('step', [1.], None)]}, 'time')
+    x = [float(circle.get('cx')) for circle in drawn(svg, 'circle')]
+    assert x[2] == pytest.approx((x[0] + x[1]) / 2, abs=.1) and x[3] == x[0]
+    bars = [(float(bar.get('x')) + float(bar.get('width')) / 2, bar.get('fill')) for bar in drawn(svg, 'rect')]
+    expected = [(x[2], 'var(--accent)'), ((x[0] + x[2]) / 2, 'var(--bad)'), (x[0], 'var(--accent)')]
+    assert [fill for _, fill in bars] == [fill for _, fill in expected]
+    assert [at for at, _ in bars] == pytest.approx([at for at, _ in expected], abs=.1)
+    broken, = [line for line in drawn(svg, 'line') if line.get('stroke-dasharray')]
+    assert float(broken.get('x1')) == x[0]  # the line of 1
+    assert {'a model', 'forward', 'step', 'time'} <= set(words(svg))

@@ -7,14 +7,15 @@ import base64
 import html
 import itertools
 import math
+import statistics
 from dataclasses import dataclass
-from typing import Callable, Sequence
+from typing import Callable, Mapping, Sequence
 
 from moe_zoo.errors import InputError
 
 __all__ = [
     'Mark', 'curves', 'estimates', 'expert_colour', 'grid_map', 'heat_map', 'histogram', 'intervals', 'pictures',
-    'scatter', 'share_bars', 'strips', 'ticks', 'trade_offs']
+    'ratios', 'scatter', 'share_bars', 'strips', 'ticks', 'trade_offs']
 
 WIDTH = 440
 LEFT, BOTTOM = 58, 280  # of the plane of scatter and curves
@@ -398,6 +399,42 @@ def estimates(
         parts.append(f'<circle cx="{across(value):.1f}" cy="{y}" r="5" fill="var(--accent)">'
                      f'<title>{html.escape(name)}: {value:.1f}, standard error {error:.1f}</title></circle>')
     return _svg(bottom + 46, parts)
+
+
+def ratios(groups: Mapping[str, Sequence[tuple[str, Sequence[float], float | None]]], x_label: str) -> str:
+    """Ratios in groups, each under its name: a dot a value, a bar at the median, a broken line at 1.
+
+    Args:
+        groups: Name to rows of (label, values, the value aimed at or None).
+        x_label: Written along the axis.
+    """
+    marks = ticks(.5, max([value for rows in groups.values() for _, values, _ in rows for value in values] + [1.5]))
+    left, right, y = 150, WIDTH - 24, 0
+    parts: list[str] = []
+
+    def across(value: float) -> float:
+        return left + (value - marks[0]) / (marks[-1] - marks[0]) * (right - left)
+
+    def bar(value: float, width: int, colour: str) -> str:
+        return (f'<rect x="{across(value) - width / 2:.1f}" y="{y + 2}" width="{width}" height="18" '
+                f'fill="var(--{colour})"/>')
+
+    for name, rows in groups.items():
+        parts.append(_text(0, y + 16, name, 'start'))
+        y += 22
+        for label, values, aim in rows:
+            parts.append(_text(left - 12, y + 15, label, 'end', soft=True))
+            parts += [f'<circle cx="{across(value):.1f}" cy="{y + 11}" r="4" fill="var(--accent)" fill-opacity=".45"/>'
+                      for value in values]
+            parts.append(bar(statistics.median(values), 3, 'accent'))
+            parts += [] if aim is None else [bar(aim, 2, 'bad')]
+            y += 22
+        y += 6
+    parts += [_text(across(mark), y + 16, f'{mark:g}', soft=True) for mark in marks]
+    parts.append(_text(WIDTH / 2, y + 38, x_label))
+    one = (f'<line x1="{across(1):.1f}" y1="0" x2="{across(1):.1f}" y2="{y}" stroke="currentColor" '
+           'stroke-dasharray="4 3"/>')
+    return _svg(y + 46, [*(_line(across(mark), 0, across(mark), y) for mark in marks), one, *parts])
 
 
 def strips(

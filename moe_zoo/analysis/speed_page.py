@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import counted
-from .charts import intervals
+from .charts import ratios
 from .origin import short_commit
 from .page import chart_file
 from .speed_tables import milliseconds, twin_of
-from .targets import TARGETS, Judgement, Target, judge, judged, memory_ratio
+from .targets import TARGETS, Judgement, Target, aim_of, judge, judged, memory_ratio
 from .timing import Ratio
 
 Row = Mapping[str, Any]
@@ -188,12 +188,13 @@ def _text(lines: Sequence[str]) -> str:
 
 def figure(report: Mapping[str, Any]) -> str:
     """The ratio of time of every model to its dense twin, a dot a round, as an SVG file."""
-    ratios = {}
+    groups: dict[str, list[tuple[str, list[float], float | None]]] = {}
     for row in report['rows']:
         if row['kind'] == 'model' and row['live'] is None:
-            images = '' if row['batch_size'] > 1 else ', 1 image'
-            name = f'{row["model"]}, {MODES[row["mode"]]}{images}'
-            ratios[name] = [a / b for a, b in zip(row['seconds'], row['twin_seconds'])]
-    said = '; '.join(f'{name} {statistics.median(values):.2f}' for name, values in ratios.items())
-    chart = intervals(list(ratios.items()), 'time / time of the dense twin', '{:.2f}')
+            label = f'{MODES[row["mode"]]}, {counted(row["batch_size"], "image")}'
+            of_rounds = [a / b for a, b in zip(row['seconds'], row['twin_seconds'])]
+            groups.setdefault(row['model'], []).append((label, of_rounds, aim_of(row)))
+    said = '; '.join(f'{name}, {label} {statistics.median(values):.2f}'
+                     for name, rows in groups.items() for label, values, _ in rows)
+    chart = ratios(groups, 'time / time of the twin; a dot a round, red: at most')
     return chart_file(chart, 'Time of a model to that of its dense twin', f'Median ratio of time: {said}')

@@ -1,5 +1,6 @@
 """What `tools/benchmark.py` prints: rows of comparisons as a table for a terminal, and the conditions below it."""
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,8 +32,9 @@ def _models(rows: Sequence[Row]) -> Table:
     found = _table('model / twin', 'mode', 'images', 'MACs', 'time', 'at most', '', 'ms', 'MB', 'optimiser, ms')
     for row in rows:
         found.add_row(
-            f'{row["model"]} /\n{twin_of(row)}', row['mode'], str(row['batch_size']), f'{row["macs_ratio"]:.3f}',
-            str(Ratio(**row['time_ratio'])), *_aim(row), _times(row), _memory(row), _times(row, 'optimizer_seconds'))
+            f'{row["model"]} /\n{textwrap.fill(twin_of(row), 32)}', row['mode'], str(row['batch_size']),
+            f'{row["macs_ratio"]:.3f}', str(Ratio(**row['time_ratio'])), *_aim(row), _times(row), _memory(row),
+            _times(row, 'optimizer_seconds'))
     for row in rows:
         if 'reading_seconds' in row:
             found.caption = (f'{row["model"]}: reading the {row["expert_bytes"] / 1e6:,.0f} MB of its experts once '
@@ -55,14 +57,14 @@ def _compiled(rows: Sequence[Row]) -> Table:
 
 
 def _detectors(rows: Sequence[Row]) -> Table:
-    found = _table('detector, one image', 'mode', 'input', 'parameters', 'GMACs at most', 'time', 'memory', 'MACs',
-                   'ratio', 'at most', '')
+    found = _table('detector, one image', 'mode', 'input', 'parameters', 'GMACs', 'ms', 'MB', 'MACs', 'time', 'at most',
+                   '')
     for row in rows:
         first = row['first']
         found.add_row(
-            row['config'].rpartition('/')[2].replace('.yaml', ''), row['mode'],
+            textwrap.fill(row['config'].rpartition('/')[2].replace('.yaml', ''), 32), row['mode'],
             'x'.join(map(str, row['input_size'][1:])), f'{row["parameters"]:,}', f'{row["macs"] / 1e9:,.3f}',
-            milliseconds(row['seconds']), f'{row["memory"] / 1e6:,.1f} MB',
+            milliseconds(row['seconds'])[:-3], f'{row["memory"] / 1e6:,.1f}',
             '1' if first else f'{row["macs_ratio"]:.3f}',
             '1' if first else str(Ratio(**row['time_ratio'])), *_aim(row))
     return found
