@@ -88,14 +88,14 @@ class RoutedModel:
     def forward(self, x: torch.Tensor):
         if torch.jit.is_scripting():
             return self.forward_head(self.forward_features(x))  # TorchScript knows no super()
-        if not (self.aux_loss and self.training) or _is_captured(x):
+        if not (self.aux_loss and self.training) or is_captured(x):
             return super().forward(x)
         with routing_context() as context:
             output = super().forward(x)
         return output, context.routings
 
 
-def _is_captured(x: torch.Tensor) -> bool:
+def is_captured(x: torch.Tensor) -> bool:
     """Whether a graph is being made (FX, export, torch.jit.trace), whose only output is the model's."""
     return isinstance(x, torch.fx.Proxy) or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
