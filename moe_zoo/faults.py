@@ -37,12 +37,18 @@ class Leave(BaseException):
         self.number = number
 
 
+class Lost(InputError):
+    """Another process is gone that this one needs."""
+
+
 @contextlib.contextmanager
 def listening(told: Callable[[int], None] = lambda number: None) -> Iterator[None]:
     """Remember SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) inside, for `Leaving` to read; a second SIGINT ends the process.
 
     Worker processes that are forked inside never see these signals, which schedulers and terminals send to all
     processes of a group: their parent still needs them to come to a step that it can save.
+
+    A rank that torchrun tells to end because the first one has refused something has nothing to add to its words.
 
     Args:
         told: Called with every signal.
@@ -68,6 +74,10 @@ def listening(told: Callable[[int], None] = lambda number: None) -> Iterator[Non
         multiprocessing.util.Finalize(None, _end_workers, exitpriority=10)
     try:
         yield
+    except InputError as error:
+        if before and _received and os.environ.get('LOCAL_RANK', '0') != '0' and not isinstance(error, Lost):
+            raise SystemExit(2) from error
+        raise
     finally:
         _listeners -= 1
         for number, handler in before.items():
@@ -243,7 +253,7 @@ def what_died(error: BaseException) -> Optional[str]:
 @contextlib.contextmanager
 def one_sentence(
         kept: Callable[[], str],
-        kind: type = InputError,
+        kind: type = Lost,
         folder: Union[str, os.PathLike] = '',
 ) -> Iterator[None]:
     """Turn what Python and torch raise when another process has died, or when a log cannot be written, into a sentence.

@@ -82,7 +82,8 @@ class AtomicCheckpointSaver(CheckpointSaver):
             state['metric'] = metric
         # timm saves under a temporary name; a full disk is told of by the name that the file was to get.
         path = Path(save_path)
-        final = path.name.replace('recovery_tmp', f'{self.recovery_prefix}-{epoch}').replace('tmp.', 'last.')
+        batch = state['moe_zoo'].get('batch', 0) - 1
+        final = path.name.replace('recovery_tmp', f'{self.recovery_prefix}-{epoch}-{batch}').replace('tmp.', 'last.')
         save_atomically(state, path, shown=path.with_name(final))
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
