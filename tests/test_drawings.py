@@ -6,11 +6,15 @@ shows them without the colours of the page), and commit them with the change.
 """
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
-from moe_zoo.analysis import charts
+from moe_zoo.analysis import charts, expert_figures, figures
 from moe_zoo.analysis.charts import Mark
+from moe_zoo.analysis.view_figures import views_figure
 
 FOLDER = Path(__file__).parent / 'drawings'
 GRID = [['var(--expert-1)', 'var(--expert-1)', None], ['var(--expert-0)', None, None]]
@@ -53,14 +57,98 @@ DRAWINGS = {
 }
 
 
-@pytest.mark.parametrize('name', DRAWINGS)
-def test_a_drawing_is_the_one_that_was_looked_at(name):
-    drawn, path = DRAWINGS[name](), FOLDER / f'{name}.svg'
-    drawn = drawn.replace('><', '>\n<') + '\n'
+LAYERS = [
+    dict(layer='blocks.1', experts=3, importance=[.5, .3, .2], listed=[0, 1, 2],
+         classes=dict(share=[[.2, .3, .5], [1, 0, 0]]),
+         gates=dict(counts=[1, 3, *[0] * 18], variance=dict(between=.25, between_se=.05, chance=.01))),
+    dict(layer='a.long.name.of.a.module.inside.a.module.2', experts=2, importance=[.9, .1], listed=[0, 1],
+         classes=dict(share=[[.4, .6], [.1, .9]]),
+         gates=dict(counts=[0] * 19 + [4], variance=dict(between=.5, between_se=None, chance=.01)))]
+PLACES = [dict(layer='blocks.1', experts=[0, 1], images=[
+    dict(top=[[0, 1], [None, 1]], logits=[[[1., 2], [3, 4]], [[0, -1], [-2, 5]]])])]
+RESULT = dict(
+    layers=LAYERS, classes=['cat', 'dog'], targets=[0, 1, 1], places=PLACES, shown=[2], free=dict(accuracy=70.),
+    forced=dict(everywhere=[dict(expert=0, accuracy=60., se=2.), dict(expert=1, accuracy=50., se=1.)], layers={
+        'blocks.1': [dict(expert=0, accuracy=65., se=2.5)], 'blocks.2': []}),
+    k=[dict(k=1, accuracy=68., se=1.5)])
+PIXELS = torch.arange(3 * 8 * 8 * 3, dtype=torch.uint8).reshape(3, 3, 8, 8)
+SIZE_LAYERS = [
+    SimpleNamespace(name=f'layer{i}', separation=(3 * i) % 14, separates=(True, False, None)[i % 3],
+                    mass=np.array([[.1 * i, 1 - .1 * i], [.5, .5], [np.nan, .25]])) for i in range(14)]
+USAGES = {
+    'layer1': SimpleNamespace(num_experts=3, share=[.5, .3, .2]),
+    'layer2': SimpleNamespace(num_experts=2, share=[.6, .4])}
+BY_CLASS = SimpleNamespace(name='layer1', num_experts=2, class_mass=torch.tensor([[.1, .9], [.8, .2], [.5, .5]]))
+PAIRS = dict(area=(.5, .5), hflip=0., seed=3, experts=10, images=[
+    dict(image=[[0, 9], [None, 3]], crop=[[0, 1], [2, 3]], changed=[[False, True], [False, False]])])
+FIGURES = {
+    'usage_bars': lambda: expert_figures.usage_bars(LAYERS),
+    'class_maps': lambda: expert_figures.class_maps(LAYERS, ['cat', 'dog'], [1, 0, 1]),
+    'gate_histograms': lambda: expert_figures.gate_histograms(LAYERS),
+    'class_variance': lambda: expert_figures.class_variance(LAYERS),
+    'accuracies': lambda: expert_figures.accuracies(RESULT),
+    'patches': lambda: expert_figures.patches(RESULT, PIXELS),
+    'logit_maps': lambda: expert_figures.logit_maps(RESULT, PIXELS[:, :1]),
+    'sizes': lambda: figures.size_figure(SimpleNamespace(layers=SIZE_LAYERS), {
+        'free': dict(APs=10., APm=20., APl=None), 'expert 1': dict(APs=5., APm=float('nan'), APl=7.), 'other': {}}),
+    'sizes_alone': lambda: figures.size_figure(SimpleNamespace(layers=SIZE_LAYERS[:2])),
+    'usage': lambda: figures.usage_figure(USAGES),
+    'by_class': lambda: figures.class_figure(BY_CLASS, ['cat', 'dog', 'owl']),
+    'views': lambda: views_figure([('one', PAIRS), ('two', PAIRS)], PIXELS[:1] / 255),
+}
+
+
+def _numbers(values) -> str:
+    return ' '.join(f'{value:.4g}' for value in np.asarray(values, dtype=float).flatten())
+
+
+def _label(artist) -> str:
+    return repr('' if artist.get_label().startswith('_') else artist.get_label())  # the others name themselves
+
+
+def _describe(figure) -> list[str]:
+    """What somebody put into a figure of matplotlib, without what its version decides."""
+    from matplotlib.colors import to_hex
+    from matplotlib.ticker import FixedLocator
+    lines = [f'figure {_numbers(figure.get_size_inches())}']
+    for axis in figure.axes:
+        lines += [f'axis {axis.get_title()!r} {axis.get_xlabel()!r} {axis.get_ylabel()!r} shown {axis.axison}',
+                  f'  x {_numbers(axis.get_xlim())}, y {_numbers(axis.get_ylim())}']
+        chosen = [side for side in (axis.xaxis, axis.yaxis) if isinstance(side.get_major_locator(), FixedLocator)]
+        lines += [f'  tick {_numbers(tick.get_position())} {tick.get_text()!r} {tick.get_fontsize():.4g}'
+                  for side in chosen for tick in side.get_ticklabels()]
+        lines += [f'  box {_numbers(box.get_bbox().bounds)} {to_hex(box.get_facecolor(), True)} {_label(box)}'
+                  for box in axis.patches]
+        lines += [f'  line {_numbers(line.get_xdata())} / {_numbers(line.get_ydata())} {line.get_color()} '
+                  f'{line.get_linestyle()} {line.get_marker()} {_label(line)}' for line in axis.lines]
+        bars = [part for bars in axis.collections if hasattr(bars, 'get_segments') for part in bars.get_segments()]
+        lines += [f'  bar {_numbers(part)}' for part in bars]
+        lines += [f'  text {_numbers(text.get_position())} {text.get_text()!r} {text.get_fontsize():.4g}'
+                  for text in axis.texts]
+        for image in axis.images:
+            shades = f'{_numbers(image.get_clim())} {image.get_cmap().name} ' if image.get_array().ndim == 2 else ''
+            lines.append(f'  image {_numbers(image.get_extent())} {shades}{_numbers(image.get_array())}')
+    return lines + [f'legend {[text.get_text() for text in legend.get_texts()]}' for legend in figure.legends]
+
+
+def _compare(name: str, drawn: str) -> None:
+    path = FOLDER / name
     if os.environ.get('MOE_ZOO_REDRAW'):
         path.write_text(drawn, encoding='utf-8')
     assert drawn.splitlines() == path.read_text(encoding='utf-8').splitlines()
 
 
+@pytest.mark.parametrize('name', DRAWINGS)
+def test_a_drawing_is_the_one_that_was_looked_at(name):
+    _compare(f'{name}.svg', DRAWINGS[name]().replace('><', '>\n<') + '\n')
+
+
+@pytest.mark.parametrize('name', FIGURES)
+def test_a_figure_holds_what_was_looked_at(name):
+    pytest.importorskip('matplotlib')
+    _compare(f'{name}.txt', '\n'.join(_describe(FIGURES[name]())) + '\n')
+
+
 def test_no_drawing_is_left_over():
-    assert {path.stem for path in FOLDER.glob('*.svg')} == set(DRAWINGS)
+    expected = {f'{name}.svg' for name in DRAWINGS} | {f'{name}.txt' for name in FIGURES}
+    assert {path.name for path in FOLDER.iterdir()} == expected
