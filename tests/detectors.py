@@ -1,5 +1,10 @@
-"""A detector of a few seconds, and what tools/train_coco.py prints for bad input, for tests of detection."""
+"""A detector of a few seconds, scenes, and what tools/train_coco.py prints for bad input, for tests of detection."""
+import json
+from pathlib import Path
+
 import pytest
+
+from moe_zoo.data.scenes import write_scenes
 
 # A ResNet-18 of 8 channels with a routed last stage, for scenes of five digits; `base` is that of configs/coco.
 TINY_RETINANET = """
@@ -27,3 +32,15 @@ def refusal(capsys, argv):
     assert 'Traceback' not in err + out
     sentence, = [line for line in err.splitlines() if line.startswith('error: ')]
     return sentence
+
+
+def write_scenes_with_masks(root: Path) -> Path:
+    """Eight scenes of five digits to train on and four to evaluate, with the boxes as masks. Returns `root`."""
+    write_scenes(root, train=8, val=4, image_size=160, classes=range(5))
+    for file in (root / 'annotations').glob('*.json'):
+        content = json.loads(file.read_text())
+        for annotation in content['annotations']:
+            x, y, w, h = annotation['bbox']
+            annotation['segmentation'] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        file.write_text(json.dumps(content))
+    return root

@@ -25,12 +25,15 @@ TOKENS = dict(
     embed_dim=64, depth=3, num_heads=4, moe_layers=[0, 2], representation_size=32, head_zero_init=False,
     same_init=False, img_size=56)
 RESNET = dict(layers=(1, 1, 1, 1), channels=(16, 24, 32, 40))
+VGG = dict(layers=(1, 1, 1, 1, 1), channels=(16, 16, 24, 24, 32))
 PMOE = dict(router_init_std=1.0)  # 1e-4, the paper's, is below any margin
 SMALL: Dict[str, Dict[str, Any]] = {
     'deepmoe_resnet56_cifar': dict(layers=(1, 1, 1)),
     'deepmoe_resnet110_cifar': dict(layers=(2, 2, 2)),
     'deepmoe_resnet56_cifar_dense': dict(layers=(1, 1, 1)),
     'deepmoe_resnet110_cifar_dense': dict(layers=(2, 2, 2)),
+    'deepmoe_vgg16_cifar': VGG,
+    'deepmoe_vgg16_cifar_dense': VGG,
     'fusion_trio': dict(encoders=('test_resnet', 'test_efficientnet')),
     'moefied': dict(base='resnet10t'),
     'pmoe_cnn': PMOE,
@@ -49,7 +52,7 @@ def keywords(name: str) -> Dict[str, Any]:
         return dict(TOKENS, img_size=4 * patch)
     if 'resnet' in name and not name.endswith('cifar'):
         return RESNET
-    return {}
+    return dict(num_experts=3) if name.startswith('condconv') else {}
 
 
 def image_size(name: str, model: nn.Module) -> Tuple[int, int, int]:

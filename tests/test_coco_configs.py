@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from detectors import write_scenes_with_masks
 
 pytest.importorskip('detectron2', reason='detectron2 is not installed: tools/setup.sh --detection')
 
 from detectron2.config import LazyConfig, instantiate  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
 
-from moe_zoo.data.scenes import write_scenes  # noqa: E402
 from moe_zoo.detection import load_config  # noqa: E402
 from moe_zoo.detection.train import main  # noqa: E402
 from moe_zoo.resources import folder  # noqa: E402
@@ -76,15 +76,7 @@ def read(name: str) -> dict:
 
 @pytest.fixture(scope='module')
 def scenes(tmp_path_factory):
-    root = tmp_path_factory.mktemp('data') / 'digit_scenes'
-    write_scenes(root, train=8, val=4, image_size=160, classes=range(5))
-    for file in (root / 'annotations').glob('*.json'):
-        content = json.loads(file.read_text())
-        for annotation in content['annotations']:
-            x, y, w, h = annotation['bbox']
-            annotation['segmentation'] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-        file.write_text(json.dumps(content))
-    return root
+    return write_scenes_with_masks(tmp_path_factory.mktemp('data') / 'digit_scenes')
 
 
 def test_every_variant_is_there():
@@ -164,8 +156,8 @@ def test_both_kinds_of_config_build_the_same_model(name):
     assert torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor) and torch.equal(a.scores, b.scores)
 
 
-@pytest.mark.slow
-def test_fcos_trains_and_evaluates_under_the_unmodified_script(scenes, tmp_path):
+def run_fcos(scenes: Path, run: Path, device: str, iterations: int) -> subprocess.CompletedProcess:
+    """The lazy config of FCOS, small, under detectron2's own script."""
     script = Path(sys.prefix) / 'share' / 'detectron2' / 'tools' / 'lazyconfig_train_net.py'
     if not script.is_file():
         pytest.skip(f'{script} is missing: tools/setup.sh installs the scripts of detectron2 there')
@@ -177,13 +169,18 @@ def test_fcos_trains_and_evaluates_under_the_unmodified_script(scenes, tmp_path)
         'model.head.input_shape': [{'channels': 32}] * 5,
         'dataloader.train.dataset.names': 'digit_scenes_train', 'dataloader.test.dataset.names': 'digit_scenes_val',
         'dataloader.train.total_batch_size': 2, 'dataloader.train.num_workers': 0, 'dataloader.test.num_workers': 0,
-        'train.max_iter': 2, 'train.device': 'cpu', 'train.output_dir': tmp_path / 'run',
+        'train.max_iter': iterations, 'train.device': device, 'train.output_dir': run,
     }
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, '-m', 'moe_zoo', 'run', str(script),
          '--config-file', str(COCO / 'fcos_condconv_r50_fpn_1x.py'),
          *(f'{key}={str(value).replace(chr(39), "")}' for key, value in overrides.items())],
         capture_output=True, text=True, env={**os.environ, 'DETECTRON2_DATASETS': str(scenes.parent)})
+
+
+@pytest.mark.slow
+def test_fcos_trains_and_evaluates_under_the_unmodified_script(scenes, tmp_path):
+    done = run_fcos(scenes, tmp_path / 'run', 'cpu', 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / 'run' / 'model_final.pth').exists()
     assert 'copypaste: Task: bbox' in done.stdout + done.stderr

@@ -329,14 +329,6 @@ def test_bfloat16_on_the_cpu(tiny, tmp_path):
             assert losses[key] != value or 'moe' in key  # a fresh gate is zero: its loss is that of the noise
 
 
-@pytest.mark.gpu
-@pytest.mark.slow
-def test_mixed_precision_on_cuda(tiny, tmp_path):
-    """detectron2's AMPTrainer."""
-    main([*tiny, 'MODEL.DEVICE', 'cuda', 'SOLVER.AMP.ENABLED', 'True'])
-    assert math.isfinite(logged(tmp_path / 'run')[-1]['total_loss'])
-
-
 @pytest.mark.parametrize('what', ['loss', 'gradient'])
 def test_nan_stops_with_iteration_and_files(what, tiny, tmp_path, capsys, monkeypatch):
     """In the fourth iteration; the two images of its batch are named, the checkpoint before is kept."""
