@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..routing.dispatch import wants_static_shapes
 
-# Multiply-accumulates from which on oneDNN is called. It prepares itself for every shape that it has not met, which
-# takes up to a millisecond: as long as MKL computes this many.
-ONEDNN_MACS = 1 << 26
+# Multiply-accumulates of a thread from which on oneDNN is called. It prepares itself for every shape that is new to it,
+# and the number of an expert's rows changes from batch to batch: that takes as long as MKL takes for this many.
+ONEDNN_MACS = 1 << 25
 _HAS_ONEDNN = (
     torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
     and 'AVX512' in torch.backends.cpu.get_cpu_capability())
@@ -38,7 +38,8 @@ def uses_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
         return False
     if x.device.type != 'cpu' or torch.is_autocast_enabled('cpu') or not torch.backends.mkldnn.enabled:
         return False
-    return x.dtype == weight.dtype == torch.float32 and x.shape[0] * weight.numel() >= ONEDNN_MACS
+    macs = x.shape[0] * weight.numel()
+    return x.dtype == weight.dtype == torch.float32 and macs >= ONEDNN_MACS * torch.get_num_threads()
 
 
 def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
