@@ -17,10 +17,8 @@ CASES = {
     'condconv_mobilenetv1': ('condconv_mobilenetv1_025', dict(num_experts=3), 32),
     'condconv_resnet': ('condconv_resnet18', dict(RESNET, num_experts=3), 32),
     'dyconv_resnet': ('dyconv_resnet10', dict(channels=(8, 8, 16, 16)), 32),
-    'dyconv_mobilenetv3': ('dyconv_mobilenetv3_small_100', {}, 32),
     'deepmoe_resnet': ('deepmoe_narrow_resnet18', dict(RESNET, embed_widths=(8, 8), embed_stem=8), 32),
-    'deepmoe_vgg': ('deepmoe_vgg16_cifar', dict(channels=(8, 8, 16, 16, 16), embed_widths=(8, 8), embed_stem=8), 32),
-    'moe_resnet': ('moe_resnet18_cifar', dict(RESNET, stages=(3, 4), widths=8), 32),
+    'moe_resnet': ('moe_resnet18_cifar', dict(RESNET, widths=8), 32),
     'moe_resnet_conv': ('moe_resnet18_cifar', dict(RESNET, layer='conv', num_selected=1, gate='conv'), 32),
     'pmoe_cnn': ('pmoe_cnn', {}, None),
     'pmoe_wrn': ('pmoe_wrn10_10', dict(channels=(8, 8, 16)), 32),
@@ -28,10 +26,9 @@ CASES = {
     'vmoe_capacity': ('vmoe_vit_s', dict(VIT, eval_capacity_factor=0.6, batch_priority=True, group_images=1), 32),
     'expert_choice': ('vmoe_vit_s_ec', VIT, 32),
     'softmoe': ('softmoe_vit_s', dict(VIT, qk_norm=False), 32),
-    'fusion': ('fusion_trio', dict(encoders=('resnet10t', 'vit_tiny_patch16_224'), img_size=32), 32),
-    'moefied_mlp': ('moefied', dict(base='convnext_atto', depths=(1, 1, 1, 1), targets='stages.2.*.mlp',
-                                    layer='moe_mlp', num_experts=4), 32),
-    'moefied_conv': ('moefied', dict(base='resnet10t', targets='layer4.*.conv2', layer='condconv', num_experts=3), 32),
+    'fusion': ('fusion_trio', dict(encoders=('test_resnet', 'test_vit'), img_size=32), 32),
+    'moefied_mlp': ('moefied', dict(base='test_convnext', targets='*.3.*.0.mlp', layer='moe_mlp', num_experts=4), 32),
+    'moefied_conv': ('moefied', dict(base='test_resnet', targets='layer4.*2', layer='condconv', num_experts=3), 32),
 }
 
 
@@ -66,12 +63,13 @@ def _settle_norms(model: nn.Module, x: torch.Tensor) -> None:
 
 
 def batch(case: str, number: int, seed: int = 0) -> torch.Tensor:
-    """(B, C, H, W): coarse and fine noise, dark to bright."""
+    """(B, C, H, W): coarse and fine noise, each image in a colour of its own."""
     name, _, side = CASES[case]
     chans, *size = (3, side, side) if side else timm.get_pretrained_cfg(name).input_size
     generator = torch.Generator().manual_seed(seed)
     coarse = nn.functional.interpolate(torch.randn(number, chans, 4, 4, generator=generator), size, mode='bilinear')
-    return 2 * coarse + torch.randn(number, chans, *size, generator=generator)
+    colour = torch.randn(number, chans, 1, 1, generator=generator)
+    return 3 * colour + 2 * coarse + torch.randn(number, chans, *size, generator=generator)
 
 
 def decisions(model: nn.Module, x: torch.Tensor) -> dict[str, Routing]:

@@ -11,6 +11,7 @@ from graph_cases import CASES, batch, build, decisions
 from moe_zoo.cli import main as moe_zoo
 from moe_zoo.engine import export as exporter
 from moe_zoo.engine.checkpoint import save_atomically
+from moe_zoo.layers import CondConv2d, cond_conv
 
 FAST = ('vmoe',)
 BATCH = ({0: torch.export.Dim('batch', min=1)},)
@@ -24,11 +25,10 @@ def check_other_images(case: str, model: torch.nn.Module, run) -> None:
         with torch.no_grad():
             torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
     traced, others = decisions(model, batch(case, 3)), decisions(model, batch(case, 5, seed=5))
-    moved = {
-        layer: (others[layer].combine_matrix()[:len(record.weights)] - record.combine_matrix()).abs().max() > 1e-3
-        for layer, record in traced.items()}
-    assert any(moved.values())
-    assert all(moved[layer] for layer, record in traced.items() if record.indices is not None)
+    for layer, record in traced.items():
+        before, after = record.combine_matrix(), others[layer].combine_matrix()[:len(record.weights)]
+        assert (after - before).abs().max() > 1e-3
+        assert record.indices is None or ((after > 0) != (before > 0)).any(), f'{layer} chooses as it chose'
 
 
 @pytest.mark.parametrize('case', ALL)
@@ -40,7 +40,7 @@ def test_an_exported_program_routes_other_images_in_any_batch(case):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')  # of the exporter, about itself
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', [case for case in CASES if 'mobilenet' not in case])  # a long condconv_resnet
 def test_an_onnx_file_routes_other_images_in_any_batch(case, tmp_path):
     runtime = pytest.importorskip('onnxruntime')
     pytest.importorskip('onnxscript')
@@ -50,6 +50,17 @@ def test_an_onnx_file_routes_other_images_in_any_batch(case, tmp_path):
     program.save(tmp_path / 'model.onnx')
     session = runtime.InferenceSession(tmp_path / 'model.onnx', providers=['CPUExecutionProvider'])
     check_other_images(case, model, lambda x: torch.from_numpy(session.run(None, {'images': x.numpy()})[0]))
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(kernel_size=3, groups=4, stride=2), dict(kernel_size=(3, 5), padding=(1, 2), bias=True, dilation=(1, 2)),
+    dict(kernel_size=3, groups=2, padding='same', stride=(2, 1), bias=True), dict(kernel_size=1, padding=1)])
+def test_kernels_as_matrix_products_are_those_convolutions(kwargs, monkeypatch):
+    layer = CondConv2d(4, 8, num_experts=3, **kwargs)
+    x, weights = torch.randn(5, 4, 9, 8), torch.rand(5, 3)
+    monkeypatch.setattr(cond_conv, 'becomes_onnx', lambda: True)
+    monkeypatch.setattr(layer, '_convolve_in_calls', None)
+    torch.testing.assert_close(layer(x, weights), layer.forward_reference(x, weights), atol=1e-5, rtol=1e-4)
 
 
 def test_a_route_that_was_frozen_is_noticed():
