@@ -4,7 +4,9 @@ Where ink goes is nothing to compute by hand; that it moved should be seen. Afte
 `MOE_ZOO_REDRAW=1 .venv/bin/python -m pytest tests/test_drawings.py` writes the files anew: look at them (a browser
 shows them without the colours of the page), and commit them with the change.
 """
+import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ import torch
 
 from moe_zoo.analysis import charts, expert_figures, figures
 from moe_zoo.analysis.charts import Mark
+from moe_zoo.analysis.expert_page import expert_page
 from moe_zoo.analysis.view_figures import views_figure
 
 FOLDER = Path(__file__).parent / 'drawings'
@@ -98,6 +101,22 @@ FIGURES = {
 }
 
 
+def _experts(**changes):
+    """The page of a small V-MoE on 22 digits, whose numbers tests/drawings/experts.json keeps."""
+    result = json.loads((FOLDER / 'experts.json').read_text()) | changes
+    pixels = torch.arange(22 * 16 * 16, dtype=torch.int32).remainder(251).to(torch.uint8).reshape(22, 1, 16, 16)
+    return expert_page(result, pixels, [('commit', 'abc')])
+
+
+CLEAR = dict(  # what a trained model might have said
+    trained=True, free=dict(accuracy=81.8, se=8.2),
+    forced=dict(everywhere=[dict(expert=e, accuracy=a, se=9., difference=a - 81.8, difference_se=5.)
+                            for e, a in enumerate((50., 78., 81.8))], layers={}),
+    k=[dict(k=f'K = {k}', native=k == 2, accuracy=a, se=8., difference=a - 81.8, difference_se=4.)
+       for k, a in ((1, 60.), (2, 81.8), (3, 80.))])
+PAGES = {'experts': _experts, 'experts_clear': lambda: _experts(**CLEAR)}
+
+
 def _numbers(values) -> str:
     return ' '.join(f'{value:.4g}' for value in np.asarray(values, dtype=float).flatten())
 
@@ -149,6 +168,13 @@ def test_a_figure_holds_what_was_looked_at(name):
     _compare(f'{name}.txt', '\n'.join(_describe(FIGURES[name]())) + '\n')
 
 
+@pytest.mark.parametrize('name', PAGES)
+def test_a_page_says_what_was_read(name):
+    text = re.sub(r'<style>.*?</style>|data:[^"]*', '', PAGES[name]().html(), flags=re.S)
+    _compare(f'{name}.html', text.replace('><', '>\n<'))
+
+
 def test_no_drawing_is_left_over():
-    expected = {f'{name}.svg' for name in DRAWINGS} | {f'{name}.txt' for name in FIGURES}
+    expected = {'experts.json', *(f'{name}.html' for name in PAGES)}
+    expected |= {f'{name}.svg' for name in DRAWINGS} | {f'{name}.txt' for name in FIGURES}
     assert {path.name for path in FOLDER.iterdir()} == expected
