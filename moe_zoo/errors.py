@@ -135,10 +135,10 @@ def atomic_write(path: Union[str, os.PathLike], shown: Union[str, os.PathLike] =
     else:
         os.close(handle)
     try:
+        yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; the result is an ordinary one
-        yield temporary
+        temporary.chmod(0o666 & ~umask)  # temporary files are private; the result is an ordinary one
         with open(temporary, 'rb') as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)

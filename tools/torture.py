@@ -195,7 +195,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
 
 
 def leftovers(folder: Path) -> list[str]:
-    return [f'{path.name} was left behind' for path in folder.rglob('.*.part')]
+    return [f'{path.name} was left behind' for path in folder.rglob('.*')]
 
 
 def writing(folder: Path) -> bool:
@@ -338,8 +338,7 @@ class Torture:
                 self.results['kills'].append(found)
                 self.keep()
                 yield found
-            if name in TRAININGS:
-                self._end_life(name)
+            self._end_life(name)
 
     def kill(self, name: str, index: int) -> dict[str, Any]:
         """One kill: of a process that was started until it did not end before."""
@@ -355,7 +354,7 @@ class Torture:
             while process.exitcode is None and (
                     time.monotonic() - begun < moment or aimed and not writing(folder)):
                 time.sleep(0.0005)
-            time.sleep(draw.uniform(0, 0.004) if aimed else 0)
+            time.sleep(draw.uniform(0, draw.choice((0.004, 0.1))) if aimed else 0)
             if process.exitcode is None:
                 break
             self._ended(name, folder, wait(process))
@@ -373,12 +372,14 @@ class Torture:
 
     def _folder(self, name: str) -> Path:
         """Where the life goes on that is being killed; output of the other commands, from before, lies there."""
-        lives = sum(each['job'] == name for each in self.results['ends'])
-        folder = self.output / 'lives' / f'{name}-{lives}'
+        folder = self._life(name)
         folder.parent.mkdir(parents=True, exist_ok=True)
         if name not in TRAININGS and not folder.exists():
             shutil.copytree(self.whole(name), folder)
         return folder
+
+    def _life(self, name: str) -> Path:
+        return self.output / 'lives' / f'{name}-{sum(each["job"] == name for each in self.results["ends"])}'
 
     def _progress(self, name: str, folder: Path) -> Any:
         path = TRAININGS[name].checkpoint(folder) if name in TRAININGS else None
@@ -393,13 +394,16 @@ class Torture:
             problems += TRAININGS[name].differences(folder, self.whole(name))
         elif not code:
             problems += leftovers(folder)
+            problems += [f'{file} differs' for file in ('classes.csv', 'outcomes.json', 'routed.safetensors')
+                         if (folder / file).exists() and
+                         (folder / file).read_bytes() != (self.whole(name) / file).read_bytes()]
         self.results['ends'].append({'job': name, 'problems': problems})
         self.keep()
         if not problems:
             shutil.rmtree(folder)
 
     def _end_life(self, name: str) -> None:
-        folder = self._folder(name)
+        folder = self._life(name)
         if folder.exists():
             self._ended(name, folder, wait(start(self.jobs[name], folder)))
 

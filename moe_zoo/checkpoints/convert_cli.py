@@ -13,7 +13,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
 from timm.data import create_transform, get_img_extensions, resolve_data_config
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
@@ -23,7 +22,7 @@ import moe_zoo  # noqa: F401 - registers the models
 from ..engine.checkpoint import find_weights, read_checkpoint
 from ..engine.config import parse_overrides
 from ..engine.predict import read_image
-from ..errors import InputError, atomic_write, counted, exit_on_input_error, nearest, nearest_keyword
+from ..errors import InputError, counted, exit_on_input_error, nearest, nearest_keyword
 from ..layers import MoEMlp
 from ..models.pretrained import misfit
 from ..models.vmoe import resize_table
@@ -256,9 +255,9 @@ def convert_dense(
         # With any router that keeps the function, the routed model's tokens are those of the dense one.
         model.load_state_dict(upcycle(weights, model, **{**options, 'router': None}))
         options['tokens'] = _token_features(model.eval(), kwargs, Path(images))
-    state = {key: value.contiguous() for key, value in upcycle(weights, model, **options).items()}
-    with atomic_write(out) as part:
-        save_file(state, part, {'format': 'pt', 'source': Path(dense).name, 'note': 'upcycled, not trained'})
+    state = upcycle(weights, model, **options)
+    by_width = sorted(state.items(), key=lambda item: -item[1].dtype.itemsize)  # so that all of them are aligned
+    write_safetensors(out, dict(by_width), {'source': Path(dense).name, 'note': 'upcycled, not trained'})
     size = sum(p.numel() for p in model.parameters())
     return f"'{out}': {len(state)} tensors, {size:,} parameters, upcycled, not trained. {_usage(name, kwargs, out)}"
 

@@ -49,10 +49,12 @@ def _read_type(array: Any) -> np.dtype:
 
 def write_safetensors(
         path: Union[str, os.PathLike],
-        tensors: Mapping[str, LazyTensor],
+        tensors: Mapping[str, Union[LazyTensor, torch.Tensor]],
         metadata: Mapping[str, str],
 ) -> None:
     """Write a safetensors file and hold one tensor at a time.
+
+    safetensors' own `save_file` writes beside the file that it is given, where a process that is killed leaves it.
 
     Args:
         path: Written beside and renamed into place.
@@ -73,4 +75,5 @@ def write_safetensors(
         file.write(struct.pack('<Q', len(text)) + text)
         for tensor in tensors.values():
             # Of bytes, because NumPy has no bfloat16, and of one axis, because a view of none cannot become bytes.
-            file.write(tensor.load().reshape(-1).view(torch.uint8).numpy().data)
+            whole = tensor.detach() if isinstance(tensor, torch.Tensor) else tensor.load()
+            file.write(whole.contiguous().reshape(-1).view(torch.uint8).numpy().data)
