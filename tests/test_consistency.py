@@ -194,6 +194,10 @@ def test_located_pairs_say_which_expert_is_where():
     empty = [expert is None for image in quarter['images'] for line in image['image'] for expert in line]
     assert sum(empty) >= 3 * 6  # at least six patches of every image are outside of the crop
     assert json.loads(json.dumps(quarter)) == quarter
+    two = nn.Sequential(Router(by_column), Router(by_colour))
+    last = locate_pairs(two, images, area=(1.0, 1.0), hflip=1.0)
+    assert last['images'] == flipped_pairs(by_colour, images)['images']  # of several layers the last one
+    assert locate_pairs(two, images, '0', (1.0, 1.0), 1.0)['images'] == flipped_pairs(by_column, images)['images']
 
 
 def test_figure(tmp_path):

@@ -40,6 +40,7 @@ def _changes(mutants, source: str, **defaults) -> list[str]:
     ('mask & ~other', ['logic: mask | ~other', 'sign: mask & other']),
     ('f(-x, 0.5, -1, True)', ['statement: pass', 'sign: f(x, 0.5, -1, True)', 'constant: f(-x, 1.5, -1, True)',
                               'constant: f(-x, 0.5, 0, True)', 'constant: f(-x, 0.5, -1, False)']),
+    ('y = 1e9 + x', ['arithmetic: y = 1e9 - x', 'term: y = 1e9', 'constant: y = 2000000000.0 + x']),
     ('y = x.sum(-1)', ['axis: y = x.sum(-2)']),
     ('y = x.sum(dim=1, keepdim=True)', ['axis: y = x.sum(dim=0, keepdim=True)', 'keyword: y = x.sum(dim=1)',
                                         'constant: y = x.sum(dim=1, keepdim=False)']),

@@ -239,6 +239,8 @@ def test_planted_sizes_are_reported(make):
         result = collect(model, inputs, sizes, lambda c: planted_sizes(model, c), shuffles=499).analyze()  # noqa: B023
         assert result.separates and all(layer.separates for layer in result.layers)
         assert result.layers[0].mass[0, 0] > .8  # expert 0 serves most small objects, mixed scenes apart
+        # one that differs the most is the largest of all permutations and experts: p is 1 of 2,000, and may tie
+        assert all(layer.expert_p.min() <= .01 for layer in result.layers)
 
 
 def test_a_router_that_learned_sizes_is_reported():
@@ -507,3 +509,19 @@ def test_statistics_know_no_model():
                  if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
         assert not any('detection' in n or 'models' in n or 'detectron2' in n for n in names)
         assert allowed is None or names == allowed
+
+
+def test_untrained_routers_forget_all_but_themselves():
+    """What training left goes, the bias to zero; a matrix that starts at zero is drawn; afterwards it is all back."""
+    routers = {'top-k': NoisyTopKRouter(400, 100), 'mix': SigmoidRouter(4, 3)}
+    for router in routers.values():
+        for p in router.parameters():
+            nn.init.constant_(p, 7.)
+    with untrained_routers(routers, seed=1):
+        drawn = {name: {key: value.clone() for key, value in router.state_dict().items()}
+                 for name, router in routers.items()}
+        assert drawn['top-k']['weight'].std().item() == pytest.approx(1 / 20, rel=.05)
+        assert drawn['mix']['bias'].tolist() == [0, 0, 0] and drawn['mix']['weight'].abs().max() < 1
+    assert all((p == 7).all() for router in routers.values() for p in router.parameters())
+    with untrained_routers(routers, seed=2):
+        assert not torch.equal(routers['mix'].weight, drawn['mix']['weight'])

@@ -8,6 +8,7 @@ import math
 import pytest
 from run_files import epochs, iterations, write_classifier, write_detector
 
+from moe_zoo.analysis.run_folders import _network
 from moe_zoo.analysis.runs import LayerUse, Measured, read_runs
 from moe_zoo.errors import InputError
 
@@ -249,3 +250,15 @@ def test_what_was_measured_survives_json_and_names_the_dead(tmp_path):
     assert run.measured.latency == (1.75, 2.5, 3.25)
     again = Measured.from_json(json.loads(json.dumps(run.as_dict()['measured'])))
     assert again == run.measured
+
+
+@pytest.mark.parametrize('name, options, expected', [
+    ('build_resnet_fpn_backbone', {}, ('', '', False)),
+    ('build_moe_resnet_fpn_backbone', {'RESNET': {'STAGES': ['res5'], 'LAYER': 'cond'}}, ('', 'cond', True)),
+    ('build_moe_resnet_fpn_backbone', {'RESNET': {'STAGES': [], 'LAYER': 'cond'}}, ('', '', False)),
+    ('build_resnet_fpn_backbone', {'HEAD': {'SUBNETS': 'cls'}}, ('', 'moe', True)),
+    ('build_timm_fpn_backbone', {'TIMM': {'NAME': 'condconv_resnet50'}}, ('condconv_resnet50', '', True)),
+    ('build_timm_fpn_backbone', {'TIMM': {'NAME': 'resnet50'}}, ('resnet50', '', False)),
+])
+def test_what_a_detector_is_made_of(name, options, expected):
+    assert _network({'MODEL': {'BACKBONE': {'NAME': name}}, 'MOE': options}) == expected

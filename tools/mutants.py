@@ -11,7 +11,7 @@ text that only a reader sees (docstrings, annotations, messages of errors, help 
 | term | `a + b` to `a`, and the same of `-`, `*`, `/`, `//`, `%` |
 | sign | `-x` and `~x` to `x` |
 | axis | `dim=1` to `dim=0`, `-1` to `-2`, `0` to `-1`; `x.transpose(a, b)` to `x`; two axes of `permute` swapped |
-| constant | `n` to `n + 1`, `True` and `False` |
+| constant | `n` to `n + 1`, from 1000 on to `2 n`; `True` and `False` |
 | statement | a call, an in-place update or an entry that is set, whose value nobody takes, to `pass` |
 | function | `min` and `max`, `any` and `all`, `floor` and `ceil` |
 | keyword | a keyword argument that has a default is left out |
@@ -339,7 +339,8 @@ class _Finder(ast.NodeVisitor):
         if isinstance(node.value, bool):
             self._note('constant', *self._span(node), str(not node.value))
         elif isinstance(node.value, (int, float)):
-            self._note('constant', *self._span(node), repr(node.value + 1))
+            more = node.value + 1 if abs(node.value) < 1000 else 2 * node.value  # 1e9 + 1 would do the same
+            self._note('constant', *self._span(node), repr(more))
 
     def visit_Call(self, node: ast.Call) -> None:
         name = _name_of(node.func)
