@@ -81,14 +81,13 @@ def test_verdicts():
 
 
 def test_memory_of_a_step_leaves_out_what_further_parameters_need():
-    # Ours: 3 MB and 300,000 parameters of 12 bytes (weight, two moments), 6.6 MB, less 200,000 x 16 = 3.2 MB: 3.4 MB.
-    # The twin: 2 MB and 1.2 MB. 3.4 / 3.2 = 1.0625
+    # Ours: 3 MB, of which 200,000 further gradients are 0.8 MB; the twin 2 MB. 2.2 / 2 = 1.1
     row = a_model('vmoe_vit_s', 1, 1, 1, 'train', equal_macs=True)
-    assert memory_ratio(row) == pytest.approx(1.0625)
+    assert memory_ratio(row) == pytest.approx(1.1)
     time, memory = judge([row])
     assert (time.target.at_most, memory.target.at_most, memory.target.what) == (1.12, 1.3, 'memory')
-    assert (memory.measured, memory.verdict) == ('1.06', 'reached')
-    assert judge([row | {'memory': 4_000_000}])[1].verdict == 'missed'  # 4.4 / 3.2 = 1.375
+    assert (memory.measured, memory.verdict) == ('1.10', 'reached')
+    assert judge([row | {'memory': 4_000_000}])[1].verdict == 'missed'  # 3.2 / 2 = 1.6
 
 
 # ---- the set
@@ -280,7 +279,7 @@ def test_the_page_is_written_and_nothing_of_it_is_by_hand(repository, tmp_path, 
     svg = (tmp_path / 'docs' / 'figures' / 'speed.svg').read_text()
     words = [element.text for element in ElementTree.fromstring(svg).iter('{http://www.w3.org/2000/svg}text')]
     names = ['condconv_resnet50', 'forward, 32 images', 'step, 32 images', 'forward, 1 image']
-    assert [word for word in words if word in names] == names
+    assert sorted(word for word in words if word in names) == sorted(names)
     assert published.merge([tmp_path / 'docs' / 'speed.json']) == published.merge([file])
 
 

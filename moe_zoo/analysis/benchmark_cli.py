@@ -176,7 +176,8 @@ def measure(args: argparse.Namespace) -> int:
         rows += (found := [judged(row) for row in job.run()])
         for row in found:
             if not row.get('first'):
-                print(f'{row.get("config", job.name)}, {job.mode}, to {row["twin"]}: {Ratio(**row["time_ratio"])}',
+                words = filter(None, (row.get('config', job.name), row.get('layer'), job.mode))
+                print(f'{", ".join(words)}, to {row["twin"]}: {Ratio(**row["time_ratio"])}',
                       file=sys.stderr)
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(speed_tables.table(args.command, rows))

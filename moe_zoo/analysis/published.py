@@ -22,8 +22,8 @@ from .timing import Ratio
 FAMILIES = (  # a small model of each
     'condconv_resnet18 dyconv_resnet10 moe_resnet18 deepmoe_narrow_resnet18 vmoe_vit_s pmoe_cnn fusion_trio moefied')
 PUBLISHED = (
-    ('model vmoe_vit_s --equal-macs --batch-size 32 --rounds 7', 18),
-    ('model condconv_mobilenetv2_100 dyconv_resnet18 moe_resnet18 --batch-size 32 --rounds 7', 22),
+    ('model vmoe_vit_s --equal-macs --batch-size 32 --rounds 5', 20),
+    ('model condconv_mobilenetv2_100 dyconv_resnet18 moe_resnet18 --batch-size 32 --rounds 5', 23),
     ('model condconv_resnet50 --batch-size 32 --rounds 5', 55),
     ('model condconv_resnet50 --batch-size 1 --mode forward --floor --rounds 9', 8),
     ('model deepmoe_resnet50 --batch-size 1 --live 0.5 --rounds 9', 8),
@@ -31,9 +31,9 @@ PUBLISHED = (
     ('layer tokens-*-b32 soft-tokens-b32 --rounds 5', 9),
     ('layer moe-*-b8 deepmoe-half-* --rounds 5', 4),
     ('dispatch tokens6304-* --rounds 5', 7),
-    ('detector configs/coco/retinanet_moe_res5_r50_fpn_1x.yaml --equal-macs --img-size 480x640 --rounds 7', 30),
+    ('detector configs/coco/retinanet_moe_res5_r50_fpn_1x.yaml --equal-macs --img-size 480x640 --rounds 5', 30),
     ('coco-eval --rounds 5', 20),
-    ('data --rounds 5', 15),
+    ('data --images 320 --rounds 5', 15),
     (f'compile {FAMILIES} --rounds 3', 28),
 )
 SAME = ('device', 'cores', 'threads', 'torch', 'timm', 'clock', 'moe_zoo')  # of a machine, for one file

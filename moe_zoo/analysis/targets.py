@@ -12,7 +12,6 @@ from .timing import Ratio
 
 PEERS = ('timm CondConv2d', 'pytorch-mixtures', 'mixture-of-experts', 'st-moe-pytorch', 'soft-moe-pytorch')
 WORD = 4  # bytes of a float32
-MOMENTS = 2  # numbers that AdamW keeps of a parameter
 
 Row = Mapping[str, Any]
 
@@ -60,8 +59,8 @@ TARGETS = (
     *_model('dyconv_resnet18', 1.30, 1.35),
     *_model('vmoe_vit_s', 1.10, 1.12, equal_macs=True),
     *_model('moe_resnet18', 1.15, 1.20),
-    Target(1.30, 'vmoe_vit_s, memory of a training step less the weights, gradients and moments of the experts that '
-           'the twin has not, to its dense twin, made as wide as MACs are equal',
+    Target(1.30, 'vmoe_vit_s, 32 images, memory of a training step beyond weights and moments, less the gradients of '
+           'the experts that the twin has not, to its dense twin, made as wide as MACs are equal',
            {'kind': 'model', 'model': 'vmoe_vit_s', 'batch_size': 32, 'equal_macs': True, 'mode': 'train'}, 'memory'),
     Target(0.60, 'deepmoe_resnet50, one image, half of the channels live: those alone computed, embedding included, to '
            'all computed and masked', {'kind': 'model', 'model': 'deepmoe_resnet50', 'batch_size': 1, 'live': 0.5}),
@@ -111,13 +110,10 @@ def judge(rows: Iterable[Row]) -> list[Judgement]:
 
 
 def memory_ratio(row: Row) -> float:
-    """Memory of a training step of a model to that of its twin, what the model's further parameters take left out.
+    """Memory of a training step of a model to that of its twin, gradients of the model's further parameters left out.
 
-    A step holds weights, two moments each, and what it allocates at most itself: activations and gradients. A further
-    parameter takes four words: itself, its gradient, two moments.
+    Both hold activations and gradients, and neither weights nor moments, which are there before: what further
+    parameters need of those is theirs.
     """
-    ours, theirs = row['parameters'], row['twin_parameters']
-    whole, twin = (
-        held + (1 + MOMENTS) * WORD * parameters
-        for held, parameters in ((row['memory'], ours), (row['twin_memory'], theirs)))
-    return (whole - (2 + MOMENTS) * WORD * (ours - theirs)) / twin
+    gradients = WORD * (row['parameters'] - row['twin_parameters'])
+    return (row['memory'] - gradients) / row['twin_memory']
