@@ -49,6 +49,8 @@ def parse_yaml(text: str) -> Any:
             return None
         _weigh(node, {})
         return loader.construct_document(node)
+    except yaml.reader.ReaderError as error:  # which has no `problem`
+        raise _refusal(f'the character {error.character:#x} at position {error.position} is not allowed') from error
     except yaml.YAMLError:
         raise
     except RecursionError:

@@ -88,9 +88,14 @@ def _of_numbers(training: Training) -> Training:
     for name, value in {**training.metrics, **training.cost}.items():
         if not isinstance(value, (int, float, type(None))):
             raise ValueError(f'{name} is {value!r}, which is no number')
-    for name, value in {'model': training.model, **training.versions}.items():
+    texts = {name: getattr(training, name) for name in ('model', 'dataset', 'card', 'layer', 'twin')}
+    for name, value in {**texts, **training.versions}.items():
         if not isinstance(value, (str, type(None))):
             raise ValueError(f'{name} is {value!r}, which is no text')
+    if any('step' not in row for row in training.rows):
+        raise ValueError('its log has a row of no epoch, or of no iteration')
+    if not isinstance(training.seed, (int, type(None))):
+        raise ValueError(f'the seed is {training.seed!r}, which is no whole number')
     finite = {name: value if value is not None and math.isfinite(value) else None
               for name, value in training.metrics.items()}
     return replace(

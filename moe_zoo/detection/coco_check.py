@@ -51,11 +51,11 @@ def _by_id(json_file: str, kind: str, rows: List[Any]) -> Dict[int, Mapping[str,
     found: Dict[int, Mapping[str, Any]] = {}
     for place, row in enumerate(rows):
         number = row.get('id') if isinstance(row, dict) else None
-        if not _is_number(number, int) or number in found:
-            other = ', which another has' if _is_number(number, int) else ', which is no whole number'
+        if not _is_id(number) or number in found:
+            other = ', which another has' if _is_id(number) else ', which is no whole number of 64 bits'
             raise InputError(f"'{json_file}': {kind} at place {place} has the id {_short(number)}{other}.")
         for key in ('image_id', 'category_id'):
-            if kind == 'annotation' and not _is_number(row.get(key), int):
+            if kind == 'annotation' and not _is_id(row.get(key)):
                 raise _wrong(json_file, f'annotation {number}', key, row.get(key), 'a whole number')
         found[number] = row
     return found
@@ -117,6 +117,10 @@ def _unpacked(text: str) -> List[int]:
 
 def _is_number(value: Any, kind: Any = (int, float)) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _is_id(value: Any) -> bool:
+    return _is_number(value, int) and abs(value) < 2 ** 63
 
 
 def _are_near(values: Iterable[Any]) -> bool:

@@ -190,7 +190,7 @@ class sentences:
                              f'{f" in line {line.line + 1}" if line else ""}.') from error
         if isinstance(error, OSError):
             raise InputError(f"{self.where} cannot be read: {error.strerror or error} ('{error.filename}').") from error
-        text = ' '.join(text.split()) or repr(error)
+        text = ' '.join(text.split())[:300] or repr(error)
         raise InputError(f'{self.where} cannot be used as a config: {text}.') from error
 
 

@@ -215,7 +215,7 @@ def _convert(name: str, value: Any, where: str) -> Any:
             items = value if isinstance(value, (list, tuple)) else str(value).replace(',', ' ').split()
             return [_scalar(kind[0], item) for item in items]
         return _mapping(value) if kind is dict else _scalar(kind, value)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, AttributeError, OverflowError):
         wanted = f'a list of {kind[0].__name__}' if isinstance(kind, list) else kind.__name__
         raise InputError(f'{name}={value!r} in {where} must be {wanted}.') from None
 
