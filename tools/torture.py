@@ -276,7 +276,6 @@ class Torture:
         self.results: dict[str, Any] = {'seed': seed, 'kills': [], 'ends': [], 'faults': [], 'seconds': {}}
         if self.kept.exists():
             self.results = json.loads(self.kept.read_text())
-        self.results['made_by'] = versions() | {'machine': machine('cpu')['device']}
         self.jobs = {
             'training': Job('moe_zoo.engine.train', self._train),
             'detector': Job('moe_zoo.detection.train', self._detect),
@@ -611,7 +610,7 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f'| {each["fault"].partition(",")[0]} | {each["job"]} | {each["code"]} | {sentence} | {resumed} |')
     commit = short_commit(made_by['commit']) if made_by['commit'] else 'unknown'
     lines += ['', f'Seed {results["seed"]}, commit {commit}, torch {made_by["torch"]}, timm {made_by["timm"]},'
-                  f' {time.strftime("%Y-%m-%d")}, one process at a time on {made_by["machine"]}.']
+                  f' {made_by["date"]}, one process at a time on {made_by["machine"]}.']
     return '\n'.join(lines) + '\n'
 
 
@@ -636,6 +635,8 @@ def main(argv: Optional[list[str]] = None) -> int:
     """Run the command line; returns the exit code."""
     args = parser().parse_args(argv)
     torture = Torture(args.output.resolve(), args.seed)
+    if args.table and not torture.kept.exists():
+        raise InputError(f"'{args.output}' has no results: leave --table out.")
     if not args.table:
         run(torture, args.kills, not args.no_faults)
     print(table(torture.results), end='')
@@ -647,6 +648,7 @@ def main(argv: Optional[list[str]] = None) -> int:
 
 def run(torture: Torture, kills: int, faults: bool) -> None:
     multiprocessing.get_context('forkserver').set_forkserver_preload(PRELOAD)
+    torture.results['made_by'] = versions() | {'machine': machine('cpu')['device'], 'date': time.strftime('%Y-%m-%d')}
     reporter = Reporter()
     reporter.say('data, and one run of everything that nothing happens to')
     torture.prepare()
