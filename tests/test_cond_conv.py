@@ -164,6 +164,23 @@ def test_output_channels_go_in_several_calls_where_kernels_are_large(geometry, b
     assert made[:len(made) // 2] == [(n * groups, n * c) for c in channels for n in images]
 
 
+def test_kernels_of_several_calls_are_not_kept_for_backward_and_can_be_differentiated_twice():
+    layer = CondConv2d(2, 2, 3, num_experts=2, dtype=torch.float64)
+    layer.images_per_call = 2
+    x = torch.randn(3, 2, 9, 9, dtype=torch.float64, requires_grad=True)  # 81 positions: too many for all experts
+    a = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        out = layer(x, a)
+    assert kept == [tuple(x.shape), tuple(a.shape), tuple(layer.weight.shape)]
+    ours, plain = (
+        torch.autograd.grad(out.square().sum(), (x, a, layer.weight), create_graph=True)
+        for out in (out, layer.forward_reference(x, a)))
+    torch.testing.assert_close(ours, plain)
+    twice = [torch.autograd.grad(sum(g.sum() for g in first), (x, a, layer.weight)) for first in (ours, plain)]
+    torch.testing.assert_close(*twice)
+
+
 @pytest.mark.parametrize('geometry', ['pointwise', 'pointwise_stride_bias', 'pointwise_same_stride'])
 @pytest.mark.parametrize('batch', [1, 11])
 def test_pointwise_as_a_convolution_or_a_product(geometry, batch, monkeypatch):

@@ -9,7 +9,7 @@ Letters: B images, C input channels, O output channels, H x W positions, E exper
 """
 import functools
 import math
-from typing import List, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 from timm.layers import CondConv2d as TimmCondConv2d
@@ -197,6 +197,19 @@ class CondConv2d(TimmCondConv2d):
         images, channels = self._call_size(x)
         if images >= x.shape[0] and channels >= self.out_channels:
             return self._convolve_grouped(x, routing_weights, self.weight, self.bias, stride)
+        if not torch.jit.is_scripting():
+            if torch.is_grad_enabled() and self.bias is None and not torch.is_autocast_enabled('cpu'):
+                return _MixAgain.apply(x, routing_weights, self.weight, self, stride)
+        return self._convolve_calls(x, routing_weights, images, channels, stride)
+
+    def _convolve_calls(
+            self,
+            x: torch.Tensor,
+            routing_weights: torch.Tensor,
+            images: int,
+            channels: int,
+            stride: Tuple[int, int],
+    ) -> torch.Tensor:
         # split, whose backward writes the gradient of the whole stack once, not w[:, i:j], which does so every time
         weights = self.weight.split(self.weight.shape[1] // self.out_channels * channels, dim=1)
         columns: List[torch.Tensor] = []
@@ -342,6 +355,52 @@ class CondConv2d(TimmCondConv2d):
             f'{self.in_channels}, {self.out_channels}, num_experts={self.num_experts}, kernel_size={self.kernel_size}, '
             f'stride={self.stride}, padding={"same" if self.dynamic_padding else self.padding}, '
             f'dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}')
+
+
+class _MixAgain(torch.autograd.Function):
+    """`CondConv2d._convolve_calls` without bias, whose backward mixes the kernels of a call again.
+
+    Kept, the kernels of a batch are B times a kernel for every layer, memory that has to be fetched from the system in
+    every step; mixed again, the kernels of a call and their gradient are still in the cache when the experts' is taken.
+    """
+
+    @staticmethod
+    def forward(x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor, layer: CondConv2d, stride: Tuple[int, int]):
+        return layer._convolve_calls(x, a, *layer._call_size(x), stride)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Tuple, output: torch.Tensor) -> None:
+        x, a, weight, ctx.layer, ctx.stride = inputs
+        ctx.save_for_backward(x, a, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor):
+        x, a, weight = ctx.saved_tensors
+        layer, of_x = ctx.layer, ctx.needs_input_grad[0]
+        images, channels = layer._call_size(x)
+        if torch.is_grad_enabled():  # to be differentiated again
+            leaves = [t for t, needed in zip((x, a, weight), ctx.needs_input_grad) if needed]
+            out = layer._convolve_calls(x, a, images, channels, ctx.stride)
+            found = iter(torch.autograd.grad(out, leaves, grad, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None
+        grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if of_x else None
+        grad_a, grad_weight = torch.zeros_like(a), torch.zeros_like(weight)
+        width = weight.shape[1] // layer.out_channels * channels
+        for j, (experts, slope) in enumerate(zip(weight.split(width, dim=1), grad_weight.split(width, dim=1))):
+            for i in range(0, x.shape[0], images):
+                few, mixture = x[i:i + images], a[i:i + images]
+                of_few, of_kernels, _ = torch.ops.aten.convolution_backward(
+                    grad[i:i + images, j * channels:(j + 1) * channels].reshape(1, -1, *grad.shape[2:]),
+                    few.reshape(1, -1, *x.shape[2:]),
+                    torch.mm(mixture, experts).view(-1, x.shape[1] // layer.groups, *layer.kernel_size),
+                    None, ctx.stride, layer.padding, layer.dilation, False, (0, 0), layer.groups * len(few),
+                    (of_x, True, False))
+                of_kernels = of_kernels.view(len(few), -1)
+                slope.addmm_(mixture.t(), of_kernels)
+                grad_a[i:i + images].addmm_(of_kernels, experts.t())
+                if of_x:
+                    grad_x[i:i + images] += of_few.view_as(few)
+        return grad_x, grad_a, grad_weight, None, None
 
 
 class MixingLayer(RoutedLayer):
