@@ -6,8 +6,11 @@ be moved here too. A new keyword needs no line.
 import inspect
 
 import pytest
+import torch
+from torch import nn
 
 from moe_zoo import layers, losses, routing
+from moe_zoo.routing import Routing
 from moe_zoo.routing.constraints import STEP_CONSTRAINTS
 
 CONV = {'stride': 1, 'padding': '', 'dilation': 1, 'groups': 1, 'bias': False, 'num_experts': 4}
@@ -75,13 +78,27 @@ DEFAULTS = {
 }
 
 
+RECORD = Routing(torch.tensor([[.3, .1], [.2, .9]]), torch.tensor([[.6, .4], [.3, .7]]), torch.tensor([[.6], [.7]]),
+                 torch.tensor([[0], [1]]))
+NEEDED = {  # arguments without a default; of a router or layer for 4 channels, mostly
+    'routing.HierarchicalRouter': (4, 8), 'routing.Routing': (torch.zeros(1, 2),) * 3, 'routing.compute_capacity':
+    (8, 2, 1, 1.), 'routing.keep_within_capacity': (RECORD.indices[None], RECORD.weights[None], 2, 1),
+    'routing.routing_context': (), 'layers.DynamicConv2d': (8, 4), 'layers.LocalExperts': (4, 2), 'layers.MoEMlp': (4,),
+    'layers.MoEStage': ([nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)], 4), 'layers.PatchMoE': (1,),
+    'layers.ShallowEmbedding': (10,), 'layers.SituationalFusion': ([4, 4], 2), 'layers.SoftMoEMlp': (4,),
+    'layers.masked_mean': (torch.zeros(1, 1, 2, 2),), 'losses.auxiliary_losses': ([RECORD],),
+    'losses.importance_loss': (RECORD,), 'losses.jsd_loss': (RECORD, torch.tensor([[0], [1]])),
+    'losses.prc_loss': (RECORD, torch.tensor([[0], [1]])), 'losses.squared_cv': (torch.ones(2),)}
+
+
 @pytest.mark.parametrize('name', DEFAULTS)
 def test_defaults(name):
     place, _, function = name.partition('.')
-    parameters = inspect.signature(getattr({'routing': routing, 'layers': layers, 'losses': losses}[place], function))
-    found = {key: parameters.parameters[key].default for key in DEFAULTS[name]}
+    function = getattr({'routing': routing, 'layers': layers, 'losses': losses}[place], function)
+    found = {key: inspect.signature(function).parameters[key].default for key in DEFAULTS[name]}
     assert found == DEFAULTS[name]
     assert [type(value) for value in found.values()] == [type(value) for value in DEFAULTS[name].values()]  # 1 is True
+    function(*NEEDED.get(name, (4, 4)))  # they fit together
 
 
 def test_constraints():
