@@ -14,8 +14,7 @@ RESNET = dict(layers=(1, 1, 1, 1), channels=(8, 8, 16, 16))
 VIT = dict(patch_size=8, embed_dim=32, depth=2, num_heads=2, moe_layers=(1,), num_experts=4, head_zero_init=False)
 # By what is told apart: name, keywords, side of the images.
 CASES = {
-    'condconv_mobilenetv1': ('condconv_mobilenetv1_025', dict(num_experts=3), 32),
-    'condconv_resnet': ('condconv_resnet18', dict(RESNET, num_experts=3), 32),
+    'condconv_resnet': ('condconv_resnet18', dict(RESNET, num_experts=3, start_block=4), 32),
     'dyconv_resnet': ('dyconv_resnet10', dict(channels=(8, 8, 16, 16)), 32),
     'deepmoe_resnet': ('deepmoe_narrow_resnet18', dict(RESNET, embed_widths=(8, 8), embed_stem=8), 32),
     'moe_resnet': ('moe_resnet18_cifar', dict(RESNET, widths=8), 32),

@@ -3,6 +3,7 @@ import copy
 
 import pytest
 import torch
+import torch._inductor.config
 from graph_cases import CASES, batch, build
 from torch import nn
 
@@ -36,9 +37,6 @@ def check_compiled(case: str, backend: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
     model.train().set_aux_loss(True)
-    if 'mobilenet' in case:  # a dozen of norms in a row over few values make much of the last digit
-        for module in model.modules():
-            module.train(not isinstance(module, nn.BatchNorm2d))
     wanted, found = step(model, model, x), step(model, compiled, x)
     assert found.keys() == wanted.keys() and any(name.startswith('gradient') for name in wanted)
     for name, value in wanted.items():
@@ -52,7 +50,8 @@ def test_one_graph_equals_the_model_in_evaluation_and_training(case):
 
 
 @pytest.mark.slow
-def test_inductor_computes_the_same():
+def test_inductor_computes_the_same(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config, 'fallback_random', True)  # the noise of the eager model
     check_compiled('vmoe', 'inductor')
 
 
