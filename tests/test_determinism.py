@@ -2,6 +2,7 @@
 
 Letters: B images.
 """
+import json
 from pathlib import Path
 from typing import Dict
 
@@ -56,7 +57,8 @@ def digits(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize('recipe', [
-    pytest.param(RECIPE, id='tokens'), pytest.param(CONV, id='kernels', marks=pytest.mark.slow)])
+    pytest.param(RECIPE, id='tokens'), pytest.param(CONV, id='kernels', marks=pytest.mark.slow),
+    pytest.param(dict(RECIPE, amp=True), id='bfloat16', marks=pytest.mark.slow)])
 def test_the_same_seed_gives_the_same_weights(recipe, digits, tmp_path):
     """50 steps, twice in one process, something else in between; another seed gives others."""
     for name in ('one', 'other'):
@@ -198,7 +200,7 @@ def test_per_image_groups_make_evaluation_independent_of_the_batch(scarce):
 
 
 def test_the_flag_of_every_tool(scarce, tmp_path, capsys):
-    """eval-imagenet, predict, analyze-experts and report take it; train-imagenet keeps it in the options of its run."""
+    """eval-imagenet and predict take it; train-imagenet keeps it in the options of its run."""
     from moe_zoo.cli import main
     checkpoint, images = str(scarce / 'run' / 'last.pth.tar'), scarce / 'images'
     assert main(['eval-imagenet', '--checkpoint', checkpoint, '--per-image-groups', '--no-time', '--no-usage']) == 0
@@ -214,6 +216,22 @@ def test_the_flag_of_every_tool(scarce, tmp_path, capsys):
     # Evaluated by its own recipe, the run is independent of the batch without being told.
     found = [loss_in_batches(tmp_path / 'run', size) for size in (1, 8)]
     assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_the_flag_of_the_tools_that_analyse(scarce, tmp_path):
+    """What is dropped of 16 images in batches of 8, as the run has them, and image by image."""
+    from moe_zoo.cli import main
+    dropped = {}
+    for name, flags in (('measured', []), ('measured_by_image', ['--per-image-groups'])):
+        assert main(['report', str(scarce / 'run'), '--out', str(tmp_path), *flags]) == 0
+        entry, = json.loads((tmp_path / f'{name}.json').read_text()).values()
+        dropped[name] = entry['measured']['layers'][0]['dropped']
+    assert min(dropped.values()) > 0 and dropped['measured'] != dropped['measured_by_image']
+    checkpoint = str(scarce / 'run' / 'last.pth.tar')
+    assert main(['analyze-experts', '--checkpoint', checkpoint, '--no-force', '--no-figures', '--per-image-groups',
+                 '--out', str(tmp_path / 'experts')]) == 0
+    assert (tmp_path / 'experts' / 'experts.json').is_file()
 
 
 # ---- detectors
