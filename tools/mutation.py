@@ -66,9 +66,9 @@ examples:
   %(prog)s --sample 400 --workers 2                 400 of them, every file by its share; again: goes on
   %(prog)s --all                                    every one: hours
   %(prog)s --only 'moe_zoo/routing/*' --all         of some files
-  %(prog)s --slow                                   also tests marked slow; their map takes as long as they do
+  %(prog)s --map --slow --workers 2                 tests marked slow count too; it takes as long as they do
   %(prog)s --report                                 table and survivors of what has been run
-  %(prog)s --again                                  after writing tests: the survivors once more, against all tests
+  %(prog)s --again                                  after writing tests: the survivors once more, by all tests
   %(prog)s --show 1a2b3c4d5e6f                      one of them, and the tests that reach it
   %(prog)s --publish                                writes the table into docs/mutation.md
 
@@ -655,8 +655,8 @@ def parse(arguments: Optional[list[str]]) -> argparse.Namespace:
     parser.add_argument('--commit', default='HEAD', help='what is mutated; default %(default)s')
     parser.add_argument('--seed', type=int, default=0, help='of the sample; default %(default)s')
     parser.add_argument('--workers', type=int, default=1, help='processes; default %(default)s')
-    parser.add_argument('--seconds', type=float, default=60, metavar='S',
-                        help='processor time of the tests a mutant gets at first; default %(default)s')
+    parser.add_argument('--seconds', type=float, metavar='S',
+                        help='of tests that a mutant gets, in processor time; default 60, with --again all')
     found = parser.parse_args(arguments)
     if not any((found.sample, found.all, found.list, found.map, found.again, found.report, found.publish, found.show)):
         parser.error('say what to do, as --sample 400; --help has examples')
@@ -690,10 +690,11 @@ def main(arguments: Optional[list[str]] = None) -> None:
         publish(mutants, known, commit, found.seed)
     elif not found.map:
         if found.again:
-            todo, limit = [m for m in mutants if known.get(m.key) in ('survived', 'no test')], math.inf
+            todo = [mutant for mutant in mutants if known.get(mutant.key) in ('survived', 'no test')]
         else:
-            todo, limit = sample(mutants, None if found.all else found.sample, found.seed), found.seconds
+            todo = sample(mutants, None if found.all else found.sample, found.seed)
             todo = [mutant for mutant in todo if mutant.key not in known]
+        limit = found.seconds or (math.inf if found.again else 60.)
         say(f'{len(todo)} mutants to run, {len(known)} known')
         share_out(todo, found.workers, commit, partial(run_mutant, tests, results, limit))
         results = Results(results.path)
