@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -391,6 +392,26 @@ def test_coco(times, coco_data):
         answers.append(answer(open_it))
     fuzz(check, 25 * times)
     assert any(answers)
+
+
+@pytest.mark.parametrize('change, said', [
+    (dict(segmentation=[[0, 0, 1e9, 0, 1e9, 1e9]]), 'segmentation .* is not the corners'),
+    (dict(segmentation=[[0, 0, 1e7, 0, 1e7, 1]]), 'segmentation .* is not the corners'),
+    (dict(segmentation={'size': [60000, 80000], 'counts': '06Z1'}), 'cover its image of 8 x 6 pixels'),
+    (dict(segmentation={'size': [6, 8], 'counts': [6, 10 ** 6, 30]}), 'cover its image of 8 x 6 pixels'),
+    (dict(segmentation={'size': [6, 8], 'counts': '06Z'}), 'cover its image of 8 x 6 pixels'),
+    (dict(bbox=[0, 0, float('inf'), 1]), 'bbox .* four numbers'), (dict(id=2 ** 63), 'whole number of 64 bits')])
+def test_coco_that_would_end_the_process(coco_data, change, said):
+    """pycocotools, left alone with the first and the third and 1 GB of memory, ends by a segmentation fault."""
+    path, open_it = coco_data
+    content = coco()
+    content['annotations'][0].update(change)
+    path.write_text(json.dumps(content))
+    assert re.search(said, answer(open_it))
+    content = coco()
+    content['images'][0].update(width=80000, height=60000)
+    path.write_text(json.dumps(content))
+    assert 'numbers of pixels that can be read' in answer(open_it)
 
 
 # ---- keywords of models
