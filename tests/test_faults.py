@@ -2,6 +2,7 @@
 
 `tools/torture.py` does at length, with whole processes, what is done here once.
 """
+import importlib.util
 import multiprocessing
 import os
 import re
@@ -439,3 +440,50 @@ def test_all_ranks_leave_when_one_is_told_and_stop_when_one_dies(tmp_path):
         'Another process of this run is gone, or does not answer: its own words, if it had any, say why; --resume goes'
         f" on from '{tmp_path}/lost/last.pth.tar'.")
     assert read_checkpoint(tmp_path / 'lost' / 'last.pth.tar')['epoch'] == 0
+
+
+# ---- the tool that does all this at length
+
+@pytest.fixture(scope='module')
+def torture(repository):
+    spec = importlib.util.spec_from_file_location('torture', repository / 'tools' / 'torture.py')
+    module = importlib.util.module_from_spec(spec)
+    before = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = before
+    return module
+
+
+def test_the_torture_sees_what_is_damaged(torture, tmp_path):
+    (tmp_path / 'a.json').write_text('{"a": 1}')
+    (tmp_path / 'metrics.json').write_text('{"a": 1}\n{"a": 2}\n')
+    (tmp_path / 'a.csv').write_text('a,b\n1,2\n')
+    (tmp_path / 'index.html').write_text('<html></html>\n')
+    save_file({'a': torch.zeros(9)}, tmp_path / 'a.safetensors')
+    for name in ('a.pth', 'a.pth.tar'):
+        torch.save({'a': torch.zeros(9)}, tmp_path / name)
+    (tmp_path / '.a.json.abcd1234.part').write_text('{')  # is not visible
+    assert torture.problems_of(tmp_path) == []
+    names = sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith('.'))
+    for name in names:  # without its last three bytes each is damaged, and nothing else is
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[:-3])
+        assert [problem.split()[0] for problem in torture.problems_of(tmp_path)] == [name]
+        (tmp_path / name).write_bytes(whole)
+    assert torture.leftovers(tmp_path) == ['.a.json.abcd1234.part was left behind']
+
+
+def test_the_torture_sees_what_differs(torture, whole, tmp_path):
+    other = tmp_path / 'run'
+    shutil.copytree(whole, other)
+    assert torture.classifier_differences(other, whole) == []
+    state = read_checkpoint(other / 'last.pth.tar')
+    next(iter(state['state_dict'].values())).view(-1)[0] += 1e-7
+    state['optimizer']['state'][0]['exp_avg'].view(-1)[0] += 1e-7
+    torch.save(state, other / 'last.pth.tar')
+    text = (other / 'summary.csv').read_text()
+    (other / 'summary.csv').write_text(text.replace('0.', '1.', 1))
+    (other / 'args.yaml').unlink()
+    assert torture.classifier_differences(other, whole) == [
+        "other files: ['args.yaml']", 'state_dict of last.pth.tar differs', 'optimizer of last.pth.tar differs',
+        'summary.csv differs']

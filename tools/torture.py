@@ -32,7 +32,6 @@ from typing import Any, NamedTuple, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-os.environ.setdefault('TQDM_DISABLE', '1')
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
