@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import struct
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from moe_zoo.checkpoints.convert_cli import convert_dense, convert_vmoe
 from moe_zoo.documents import parse_json, parse_yaml
 from moe_zoo.engine.checkpoint import find_weights, read_checkpoint
 from moe_zoo.engine.config import load_config
-from moe_zoo.engine.inference import open_classifier
+from moe_zoo.engine.inference import open_classifier, recipe_of
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 TINY = dict(patch_size=8, embed_dim=16, depth=2, num_heads=2, moe_layers=[1], num_experts=2, representation_size=0,
@@ -217,6 +218,39 @@ def test_checkpoints(times, checkpoint, tmp_path):
         answers.append(answer(lambda: open_classifier(path, with_data=False)))
     fuzz(check, 15 * times)
     assert None in answers and any(answers)
+
+
+def test_a_checkpoint_cannot_let_an_evaluation_run_code(checkpoint):
+    """What a recipe may say, a stranger's checkpoint may not; nor are its classes and options of any kind."""
+    args = {**checkpoint['args'], 'dataset': 'hfds/a/b', 'dataset_trust_remote_code': True, 'device_modules': ['evil']}
+    recipe = recipe_of(None, {'args': args}, {}, 'a.pth')
+    assert recipe['dataset'] == 'hfds/a/b' and not {'dataset_trust_remote_code', 'device_modules'} & recipe.keys()
+    assert 'does not say what it was trained with' in answer(lambda: recipe_of(None, {'args': 5}, {}, 'a.pth'))
+
+
+def test_a_checkpoint_cannot_ask_for_a_network_that_it_does_not_hold(checkpoint, tmp_path):
+    """Blocks a million wide over weights of 16: they are refused before they are built."""
+    kwargs = {**checkpoint['args']['model_kwargs'], 'embed_dim': 2 ** 20, 'num_heads': 2 ** 10}
+    torch.save({**checkpoint, 'args': {**checkpoint['args'], 'model_kwargs': kwargs}}, tmp_path / 'a.pth')
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert 'does not fit the model' in answer(lambda: open_classifier(tmp_path / 'a.pth', with_data=False))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB; the network has terabytes
+
+
+def test_a_resumed_run_removes_its_own_checkpoints_alone(tmp_path):
+    """timm keeps a list of files in the checkpoint, and removes the worst of them when it holds too many."""
+    from moe_zoo.engine.checkpoint import AtomicCheckpointSaver
+    folder, other = tmp_path / 'run', tmp_path / 'thesis.pth.tar'
+    folder.mkdir()
+    names = ['checkpoint-1.pth.tar', 'notes-1.pth.tar', str(other), '../thesis.pth.tar', 'checkpoint-../../x.pth.tar']
+    for path in (folder / names[0], folder / names[1], other):
+        path.touch()
+    model = torch.nn.Linear(1, 1)
+    saver = AtomicCheckpointSaver(
+        model, torch.optim.SGD(model.parameters()), checkpoint_dir=str(folder), recovery_dir=str(folder),
+        run_state=dict)
+    saver.load_state_dict({'checkpoint_files': [(name, 1.) for name in names]})
+    assert [Path(path).name for path, _ in saver.checkpoint_files] == names[:1]
 
 
 @pytest.mark.parametrize('times', SECONDS)

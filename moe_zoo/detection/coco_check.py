@@ -1,7 +1,7 @@
 """What a COCO JSON must be before pycocotools reads it: that is C, which takes a number in a file for what it says.
 
-An outline of one edge a billion pixels long, or a mask that calls itself 60,000 pixels high, makes it ask for gigabytes,
-and where there are none the process ends by a segmentation fault.
+An outline of one edge a billion pixels long, or a mask that calls itself 60,000 pixels high, makes it ask for
+gigabytes, and where there are none the process ends by a segmentation fault.
 
 Letters of the format: an RLE mask is {size: [height, width], counts: lengths of runs, as numbers or packed as text}.
 """
