@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError, nearest
 from ..routing import Routing, linear_float32, record
-from .routed import RoutedLayer, masked_mean, single_value_batch_norm
+from .routed import RoutedLayer, channels_last_on_cpu, masked_mean, single_value_batch_norm
 
 Link = Tuple[nn.Conv2d, nn.Module, Optional['ChannelGate'], nn.Module]
 
@@ -92,7 +92,7 @@ class ShallowEmbedding(nn.Module):
         else:
             alone = self.training and x.shape[0] == 1 and not torch.compiler.is_compiling()
             with single_value_batch_norm(self.convs, enabled=alone):
-                pooled = masked_mean(self.convs(x))
+                pooled = masked_mean(self.convs(channels_last_on_cpu(x)))
         logits = linear_float32(pooled, self.fc.weight, self.fc.bias)
         e = torch.softmax(logits, dim=1) if self.softmax else logits
         if self.classifier is not None:

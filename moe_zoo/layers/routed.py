@@ -100,6 +100,20 @@ def is_captured(x: torch.Tensor) -> bool:
     return isinstance(x, torch.fx.Proxy) or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
+def channels_last_on_cpu(x: torch.Tensor, fewest: int = 1) -> torch.Tensor:
+    """(B, C, H, W) in channels-last memory on a CPU, of at least `fewest` images.
+
+    Dense convolutional networks take 0.6 to 0.8 of the time then: max-pools and norms gain most, and convolutions need
+    not reorder their maps. They do copy contiguous kernels for every call, which a single image of a large network does
+    not pay for. Graphs that are captured or compiled choose for themselves.
+    """
+    if is_captured(x) or torch.compiler.is_compiling():
+        return x
+    if x.device.type != 'cpu' or x.dim() != 4 or x.shape[0] < fewest:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def unbind_biases(bias: Optional[torch.Tensor], num_experts: int) -> List[Optional[torch.Tensor]]:
     """(E, ...) biases of all experts, or None, to one an expert."""
     biases: List[Optional[torch.Tensor]] = []

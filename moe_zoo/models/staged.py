@@ -17,7 +17,7 @@ from ..checkpoints import is_routed
 from ..errors import InputError
 from ..layers import RoutedModel
 from ..layers.cond_conv import CondConv2d, CondLinear
-from ..layers.routed import is_captured
+from ..layers.routed import channels_last_on_cpu
 from ..routing import checkpoint_routed
 from .pretrained import build
 from .pretrained import checkpoint_filter_fn as upcycling_filter_fn
@@ -40,23 +40,6 @@ def imagenet_cfg(paper_ids: str, **kwargs) -> Dict[str, Any]:
     }
 
 
-def fastest_layout(x: torch.Tensor) -> torch.Tensor:
-    """A batch of images in channels-last memory on a CPU: what is dense then takes 0.6 to 0.8 of the time.
-
-    Max-pools and norms gain most; convolutions need not reorder their maps. Mixed convolutions return contiguous maps
-    and leave the layout from there on. A few images gain nothing, because the kernels are reordered for every call, and
-    graphs that are captured choose for themselves.
-
-    Args:
-        x: (B, C, H, W).
-    """
-    if is_captured(x) or torch.compiler.is_compiling():
-        return x
-    if x.device.type != 'cpu' or x.dim() != 4 or x.shape[0] < 8:
-        return x
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 class RoutedStage(nn.Sequential):
     """A stage whose blocks decide for themselves. Checkpoints block by block, and keeps the records' gradient."""
 
@@ -77,10 +60,10 @@ class StagedModel(RoutedModel):
     """Mixin of timm's ResNet and its mobile family with routed stages, first in the bases."""
 
     def forward(self, x: torch.Tensor):
-        """As timm's, on a batch laid out as is fastest; see `fastest_layout`."""
+        """As timm's, batches in channels-last memory on a CPU: dense layers keep it, mixed convolutions leave it."""
         if torch.jit.is_scripting():
             return self.forward_head(self.forward_features(x))  # TorchScript knows no super()
-        return super().forward(fastest_layout(x))
+        return super().forward(channels_last_on_cpu(x, fewest=2))
 
     def stage_slots(self) -> List[Tuple[nn.Module, str]]:
         """(parent, attribute name) of every stage, in order."""
