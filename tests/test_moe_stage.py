@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moe_zoo.errors import InputError
 from moe_zoo.layers.image_moe import GATES
-from moe_zoo.layers.moe_stage import MoEStage
+from moe_zoo.layers.moe_stage import MoEStage, perturbed
 from moe_zoo.losses import auxiliary_losses
 from moe_zoo.routing import routing_context, trace_routing
 
@@ -199,3 +199,14 @@ def test_bad_arguments_are_named():
         MoEStage.from_dense(nn.Conv2d(4, 4, 1), 4, num_experts=0)
     with pytest.raises(InputError, match='SyncBatchNorm inside the experts'):
         MoEStage(conv_experts(2, nn.SyncBatchNorm), 4)
+
+
+def test_matrices_are_perturbed_by_their_own_deviation_and_vectors_are_not():
+    matrix, vector = torch.tensor([[1., 3.] * 50] * 50), torch.ones(4)  # 5,000 numbers of deviation 1
+    changed = perturbed(matrix, 'fc.weight', 1, 0.1)
+    assert (changed - matrix).std().item() == pytest.approx(0.1, rel=.05)
+    assert torch.equal(changed, perturbed(matrix, 'fc.weight', 1, 0.1))
+    for other in (perturbed(matrix, 'fc.weight', 2, 0.1), perturbed(matrix, 'fc2.weight', 1, 0.1)):
+        assert not torch.equal(changed, other)
+    assert torch.equal(perturbed(vector, 'fc.bias', 1, 0.1), vector)
+    assert torch.equal(perturbed(matrix, 'fc.weight', 1, 0.), matrix)

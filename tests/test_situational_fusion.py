@@ -480,6 +480,7 @@ def test_wrong_inputs_are_one_sentence():
         layer.reset_heads(1)
     with pytest.raises(InputError, match=r'An affinity measured on 3 images: use 4 at least'):
         measure_affinity(Net(), torch.randn(3, 3, 4, 4))
+    assert measure_affinity(Net(), torch.randn(4, 3, 4, 4)).isfinite().all()
     with pytest.raises(InputError, match=r'model: Linear has no SituationalFusion'):
         measure_affinity(nn.Linear(3, 3), x)
     for chosen, renormalised in (([3], False), ([0, 1, 2], True)):
