@@ -28,13 +28,13 @@ PUBLISHED = (
     ('model condconv_resnet50 --batch-size 1 --mode forward --floor --rounds 9', 8),
     ('model deepmoe_resnet50 --batch-size 1 --live 0.5 --rounds 9', 8),
     ('layer condconv-*-e4-* --rounds 5', 5),
-    ('layer tokens-*-b32 soft-tokens-b32 --rounds 5', 9),
-    ('layer moe-*-b8 deepmoe-half-* --rounds 5', 4),
-    ('dispatch tokens6304-* --rounds 5', 7),
+    ('layer tokens-k?-b32 tokens-dropping-k2-b32 soft-tokens-b32 --rounds 5', 9),
+    ('layer moe-*-k1-b8 deepmoe-half-* --rounds 5', 4),
+    ('dispatch tokens6304-*-k2 --rounds 5', 7),
     ('detector configs/coco/retinanet_moe_res5_r50_fpn_1x.yaml --equal-macs --img-size 480x640 --rounds 5', 30),
     ('coco-eval --rounds 5', 20),
     ('data --images 320 --rounds 5', 15),
-    (f'compile {FAMILIES} --rounds 3', 28),
+    (f'compile {FAMILIES} --rounds 3', 32),
 )
 SAME = ('device', 'cores', 'threads', 'torch', 'timm', 'clock', 'moe_zoo')  # of a machine, for one file
 DIGITS = 4  # of numbers in the file
