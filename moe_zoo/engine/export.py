@@ -21,8 +21,8 @@ import torch
 from timm.data.loader import adapt_to_chs
 from torch import nn
 
+from ..analysis.origin import versions
 from ..errors import InputError, MissingPackage, atomic_write, counted, exit_on_input_error, nearest
-from ..version import __version__
 from .config import parse_command_line
 from .inference import Classifier, open_classifier
 from .predict import find_run
@@ -88,7 +88,7 @@ def describe(classifier: Classifier) -> Dict[str, Any]:
     """What an exported file says of itself."""
     config = classifier.data_config
     return {
-        'model': classifier.args.model, 'moe_zoo': __version__, 'trained': classifier.trained,
+        'model': classifier.args.model, 'trained': classifier.trained, **versions(),
         **{key: adapt_to_chs(config[key], config['input_size'][0]) for key in ('mean', 'std')},
         **{key: config[key] for key in ('input_size', 'crop_pct', 'crop_mode', 'interpolation')},
         'classes': classifier.classes,
