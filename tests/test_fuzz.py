@@ -609,6 +609,7 @@ print(json.dumps(['peak', 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss 
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_run_and_no_memory_is_taken(tmp_path):
     """Each file through every reader of its kind, in a process that may take 1 GB more than it has."""
     files = {**harmful(), **endless()}
