@@ -83,7 +83,7 @@ def _more(module: torch.nn.Module) -> None:
 def test_a_part_of_the_rehearsal(repository, tmp_path):
     """A model in three precisions, and a row of the table, in the folder of the caller."""
     out = tmp_path / 'a folder' / 'found.json'
-    done = run(repository, str(out), '-k', 'moe_resnet50 or table', MOE_ZOO_GPU_DEVICE='cpu')
+    done = run(repository, str(out), '-k', 'vmoe_vit_l or table', MOE_ZOO_GPU_DEVICE='cpu')
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     found = json.loads(out.read_text())
     assert (found['pass'], found['fail'], found['skip']) == (5, 0, 0) and found['device']['rehearsal'] is True
