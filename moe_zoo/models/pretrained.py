@@ -93,8 +93,8 @@ def build(
         takes: What a name without a file to download takes besides weights of its own, where `TAKES` does not tell.
 
     Raises:
-        InputError: There is no file to load, it is missing, truncated or no checkpoint, it cannot be downloaded, or it is
-            of another model; or keywords make no model.
+        InputError: There is no file to load, it is missing, truncated or no checkpoint, it cannot be downloaded, or it
+            is of another model; or keywords make no model.
     """
     kwargs = dict(kwargs)
     if kwargs.get('features_only'):
