@@ -70,7 +70,7 @@ def model_jobs(args: argparse.Namespace, settings: Settings) -> list[Job]:
         return [Job(name, 'forward', functools.partial(run, name)) for name in args.names]
     run = functools.partial(
         benchmark_model, build=build_model, settings=settings, batch_size=args.batch_size, img_size=args.img_size,
-        equal_macs=args.equal_macs, floor=args.floor)
+        equal_macs=args.equal_macs, floor=args.floor, twin_channels_last=args.twin_channels_last)
     return [Job(name, mode, functools.partial(run, name, mode)) for name in args.names for mode in _modes(args)]
 
 
@@ -278,6 +278,8 @@ def _add_models(commands: Any) -> None:
         add('--batch-size', type=int, default=8, metavar='B', help='images a batch (default: 8)')
         add('--img-size', type=int, metavar='S', help="side of the images (default: the card's)")
     add = model.add_argument
+    add('--twin-channels-last', action='store_true',
+        help='the twin in channels-last memory, which convolutional ones of ours choose by themselves')
     add('--equal-macs', action='store_true', help="widen the twin's MLPs K-fold where the model has K experts a token")
     add('--floor', action='store_true', help='time also how long it takes to read the weights of the experts once')
     add('--live', type=float, metavar='SHARE', help='of a model with channel gates: leave this share of the channels '

@@ -105,6 +105,7 @@ def benchmark_model(
         img_size: int | None = None,
         equal_macs: bool = False,
         floor: bool = False,
+        twin_channels_last: bool = False,
 ) -> list[dict]:
     """Time one model, its items spread evenly over its experts, against the dense twin that its card names.
 
@@ -117,6 +118,8 @@ def benchmark_model(
         img_size: Side of the images; None for that of the card.
         equal_macs: Widen the MLPs of the twin until MACs are equal.
         floor: Time also how long it takes to read the weights of the experts once.
+        twin_channels_last: Put the twin and its images into channels-last memory, as many of ours do on a CPU by
+            themselves: what is left is the cost of routing.
 
     Returns:
         One row: what was run, the ratio of MACs, the ratio of time, every timing in seconds, memory in bytes.
@@ -131,13 +134,18 @@ def benchmark_model(
     if equal_macs and not widen(models[1], models[0]):
         raise InputError(f'--equal-macs widens MLPs that stand beside a MoEMlp, and {name} has none: leave it out.')
     macs = [count(model, x[:1]).macs_max for model in models]
+    images = [x, x]
+    if twin_channels_last:
+        models[1].to(memory_format=torch.channels_last)
+        images[1] = x.contiguous(memory_format=torch.channels_last)
     row = {
         'kind': 'model', 'model': name, 'twin_args': keywords, 'equal_macs': equal_macs, 'live': None,
+        'twin_channels_last': twin_channels_last,
         'batch_size': batch_size, 'input_size': list(x.shape[1:]), 'macs_ratio': macs[0] / macs[1]}
     row |= {key: sum(p.numel() for p in model.parameters())
             for key, model in zip(('parameters', 'twin_parameters'), models)}
     with rewrite_routing(models[0], spread_evenly):
-        runs = [make_run(model, x, mode) for model in models]
+        runs = [make_run(model, own, mode) for model, own in zip(models, images)]
         reading = [read_experts(models[0])] if floor else []
         timings = settings.alternate([*runs, *reading])
         memory = [memory_of(model, run, settings.device) for model, run in zip(models, runs)]

@@ -45,6 +45,7 @@ def _models(rows: Sequence[Row]) -> Table:
 def twin_of(row: Row) -> str:
     """The other side of a model's row, with what makes it this twin."""
     twin = row['twin'] + ''.join(f' {key}={value}' for key, value in row['twin_args'].items())
+    twin += ', channels-last' if row.get('twin_channels_last') else ''
     return twin + (', wider MLPs' if row['equal_macs'] else '')
 
 

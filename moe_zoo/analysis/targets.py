@@ -42,8 +42,10 @@ class Judgement(NamedTuple):
 
 
 def _model(name: str, forward: float, train: float, **match: Any) -> list[Target]:
-    match = {'kind': 'model', 'model': name, 'batch_size': 32, 'equal_macs': False, 'live': None} | match
-    twin = 'its dense twin' + ', made as wide as MACs are equal' * match['equal_macs']
+    match = {'kind': 'model', 'model': name, 'batch_size': 32, 'equal_macs': False, 'live': None,
+             'twin_channels_last': False} | match
+    twin = ('its dense twin' + ', made as wide as MACs are equal' * match['equal_macs']
+            + ' in channels-last memory, as ours' * match['twin_channels_last'])
     return [Target(forward, f'{name}, 32 images, forward, to {twin}', match | {'mode': 'forward'}),
             Target(train, f'{name}, 32 images, training step, to {twin}', match | {'mode': 'train'})]
 
@@ -59,6 +61,10 @@ TARGETS = (
     *_model('dyconv_resnet18', 1.30, 1.35),
     *_model('vmoe_vit_s', 1.10, 1.12, equal_macs=True),
     *_model('moe_resnet18', 1.15, 1.20),
+    *_model('condconv_mobilenetv2_100', 1.25, 1.25, twin_channels_last=True),
+    *_model('condconv_resnet50', 1.25, 1.35, twin_channels_last=True),
+    *_model('dyconv_resnet18', 1.30, 1.35, twin_channels_last=True),
+    *_model('moe_resnet18', 1.15, 1.20, twin_channels_last=True),
     Target(1.30, 'vmoe_vit_s, 32 images, memory of a training step beyond weights and moments, less the gradients of '
            'the experts that the twin has not, to its dense twin, made as wide as MACs are equal',
            {'kind': 'model', 'model': 'vmoe_vit_s', 'batch_size': 32, 'equal_macs': True, 'mode': 'train'}, 'memory'),
