@@ -185,7 +185,7 @@ def locked(folder: Union[str, os.PathLike], instead: str) -> Iterator[None]:
         InputError: Another process holds it, or it cannot be made.
     """
     folder = Path(folder)
-    new = not folder.exists()
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     make_folder(folder)
     handle = _lock(folder / 'run.lock', instead) if fcntl else None
     try:
@@ -195,9 +195,9 @@ def locked(folder: Union[str, os.PathLike], instead: str) -> Iterator[None]:
         if handle is not None:
             (folder / 'run.lock').unlink(missing_ok=True)  # still held: nobody can have taken it meanwhile
             os.close(handle)
-        if new:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # where nothing was written
+        with contextlib.suppress(OSError):
+            for path in new:
+                path.rmdir()  # where nothing was written
 
 
 def _lock(path: Path, instead: str) -> Optional[int]:

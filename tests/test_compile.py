@@ -40,7 +40,9 @@ def check_compiled(case: str, backend: str) -> None:
     wanted, found = step(model, model, x), step(model, compiled, x)
     assert found.keys() == wanted.keys() and any(name.startswith('gradient') for name in wanted)
     for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f'{n}: {m}')
+        # A graph computes in contiguous memory, eager batches in channels-last: sums are rounded differently.
+        small = 1e-5 + 1e-4 * float(value.abs().max()) if value.is_floating_point() else 0
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=small, msg=lambda m, n=name: f'{n}: {m}')
 
 
 @pytest.mark.parametrize('case', [

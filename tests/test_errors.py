@@ -220,7 +220,7 @@ def test_disk_full_while_saving(says, trained, monkeypatch):
     assert message == (
         f"No space left to write '{trained}': free some and run again; what was there before is intact.")
     message = says(*OPTIONS, '--resume', 'epochs=2', 'recovery_interval=1')
-    assert message.startswith(f"No space left to write '{trained.with_name('recovery-1.pth.tar')}': ")
+    assert message.startswith(f"No space left to write '{trained.with_name('recovery-1-0.pth.tar')}': ")
     assert trained.read_bytes() == before
     assert {path.name for path in trained.parent.glob('*pth*')} == {
         'last.pth.tar', 'model_best.pth.tar', 'checkpoint-0.pth.tar'}

@@ -151,8 +151,10 @@ def test_a_run_that_leaves_again_and_again_keeps_two_recovery_checkpoints(images
 
 def test_worker_processes_outlive_what_the_whole_group_is_told(images, whole, tmp_path, monkeypatch):
     """Ctrl-C, and many a scheduler, tell the workers as well, from which the last batches still have to come."""
+    others = set(multiprocessing.active_children())  # of other tests
+
     def tell_all():
-        workers = multiprocessing.active_children()
+        workers = set(multiprocessing.active_children()) - others
         assert len(workers) == 2
         for worker in workers:
             os.kill(worker.pid, signal.SIGTERM)
@@ -312,8 +314,11 @@ def test_what_a_killed_process_left_half_written_goes(tmp_path):
 # ---- processes that die
 
 def test_a_worker_that_is_killed_ends_the_run_with_one_sentence(images, tmp_path, monkeypatch):
+    others = set(multiprocessing.active_children())  # of other tests
+
     def kill():
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        (worker,) = set(multiprocessing.active_children()) - others
+        os.kill(worker.pid, signal.SIGKILL)
         time.sleep(1)
 
     with monkeypatch.context() as patched:

@@ -550,7 +550,8 @@ def test_an_experiment_is_interrupted_resumed_and_told(repository, tmp_path):
     command = [sys.executable, 'tools/reproduce.py', 'condconv', '--seeds=2', '--jobs=1', '--pilot', '--output',
                str(tmp_path)]  # one worker: when the first run is there, others are not
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
-    start = partial(subprocess.Popen, command, cwd=repository, text=True, **pipes)
+    listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background does not
+    start = partial(subprocess.Popen, command, cwd=repository, text=True, preexec_fn=listens, **pipes)
     process, runs = start(), tmp_path / 'pilot' / 'condconv' / 'runs'
     deadline = time.monotonic() + 300
     while not list(runs.glob('*-seed*.json')) and process.poll() is None and time.monotonic() < deadline:
