@@ -237,8 +237,8 @@ def test_an_exported_detector_gives_the_same_detections(backbone, config, tmp_pa
         with torch.no_grad():
             wanted, found = _detect(model, [{'image': image}]), exported(image)
         assert len(wanted[0]) > 4
-        for ours, theirs in zip(found, wanted):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        for ours, theirs, small in zip(found, wanted, (2e-3, 0, 1e-4)):  # boxes in pixels, classes, scores
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=small)
 
 
 def test_a_model_that_gives_other_detections_is_not_exported(config, tmp_path):
