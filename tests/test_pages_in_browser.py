@@ -57,7 +57,7 @@ def reproduce(folder, repository, patch):
     """Every published experiment but those whose charts draw single runs, which are not published."""
     from moe_zoo.reproduce.report import write_page
     for path in (repository / 'docs' / 'experiments').glob('*.json'):
-        if path.stem not in ('balance', 'situational-fusion', 'vowels'):
+        if path.stem not in ('balance', 'object-sizes', 'situational-fusion', 'vowels'):
             (folder / path.stem).mkdir()
             shutil.copy(path, folder / path.stem / 'results.json')
     return write_page(folder)
