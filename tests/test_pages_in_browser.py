@@ -4,7 +4,6 @@ Each page is made by the tool that writes it, in miniature, the first time that 
 """
 import json
 import os
-import shutil
 
 import pytest
 from browser import Browser, find_browser
@@ -54,13 +53,11 @@ def object_sizes(folder, repository, patch):
 
 @page
 def reproduce(folder, repository, patch):
-    """Every published experiment but those whose charts draw single runs, which are not published."""
-    from moe_zoo.reproduce.report import write_page
-    for path in (repository / 'docs' / 'experiments').glob('*.json'):
-        if path.stem not in ('balance', 'object-sizes', 'situational-fusion', 'vowels'):
-            (folder / path.stem).mkdir()
-            shutil.copy(path, folder / path.stem / 'results.json')
-    return write_page(folder)
+    """Every published experiment."""
+    from moe_zoo.reproduce import report
+    sections = [report.section(results) for _, results in report._published(repository / 'docs' / 'experiments')]
+    report.Page(report.TITLE, report.LEAD, sections).write(folder / 'index.html')
+    return folder / 'index.html'
 
 
 @page

@@ -473,6 +473,18 @@ def test_results_of_other_arms_are_not_given_to_todays_charts(results, monkeypat
     assert 'drawn today' not in report.section(results).blocks
 
 
+def test_charts_of_single_runs_are_left_out_of_published_results(results, monkeypatch, tmp_path):
+    charts = iter([lambda found: [f'{len(found["runs"])} drawn'], lambda found: [found['missing']]])
+    monkeypatch.setattr(report, 'find_experiment', lambda name: now)
+    now = replace(experiment_of_four(tmp_path), charts=next(charts))
+    assert '6 drawn' in report.section(results).blocks
+    published = {key: value for key, value in results.items() if key != 'runs'}
+    assert 'Its charts draw single runs, which are not among what is published.' in report.section(published).blocks
+    now = replace(now, charts=next(charts))
+    with pytest.raises(KeyError, match='missing'):  # a mistake is none of these
+        report.section(published)
+
+
 def test_the_page_says_which_experiment_runs_which_waits_and_which_failed(results, monkeypatch, tmp_path):
     monkeypatch.setattr(report, 'FILES', {'one': '', 'four': '', 'absent': ''})
     for name in ('one', 'four'):
@@ -485,9 +497,12 @@ def test_the_page_says_which_experiment_runs_which_waits_and_which_failed(result
     assert page.index('Title of one') < page.index('Title of four') and 'It broke.' in page
 
 
-def test_publishing_keeps_no_runs_and_renews_the_table_and_the_cards(results, monkeypatch, tmp_path):
+@pytest.fixture
+def published_at(monkeypatch, tmp_path):
+    """README, page of a family and card of a checkout in which 'four' is an experiment, whose chart is shown."""
     monkeypatch.setattr(report, 'FILES', {'four': 'four'})
-    experiment = replace(experiment_of_four(tmp_path), cards=('model',))
+    experiment = replace(experiment_of_four(tmp_path), cards=('model',), pictured=True, charts=lambda results: [
+        report.Figure('<svg viewBox="0 0 9 9"></svg>', results['plan']['data'])])
     monkeypatch.setattr(report, 'find_experiment', lambda name: experiment)
     card = tmp_path / 'registry' / 'family' / 'model.toml'
     card.parent.mkdir(parents=True)
@@ -498,6 +513,11 @@ def test_publishing_keeps_no_runs_and_renews_the_table_and_the_cards(results, mo
     page = tmp_path / 'docs' / 'families' / 'four.md'
     page.parent.mkdir(parents=True)
     page.write_text('before\n<!-- claims: four -->\nold\n<!-- /claims -->\nafter\n')
+    return readme, page, card
+
+
+def test_publishing_keeps_no_runs_and_renews_the_table_and_the_cards(results, published_at, tmp_path):
+    readme, page, card = published_at
     path = report.publish(results, tmp_path)
     assert path == tmp_path / 'docs' / 'experiments' / 'four.json' and path.stat().st_size < report.MOST_BYTES
     kept = json.loads(path.read_text())
@@ -524,13 +544,35 @@ def test_publishing_keeps_no_runs_and_renews_the_table_and_the_cards(results, mo
         report.publish({**results, 'question': 'x' * 40_000}, tmp_path)
 
 
+def test_results_on_other_data_are_published_beside_the_first(results, published_at, tmp_path):
+    readme, page, card = published_at
+    report.publish(results, tmp_path)
+    first = tmp_path / 'docs' / 'experiments' / 'four.json'
+    kept, figure = first.read_bytes(), (tmp_path / 'docs' / 'figures' / 'four.svg').read_bytes()
+    cells = {**results, 'plan': {**results['plan'], 'data': "cell's: 9 train", 'seeds': [0, 1]}}
+    for _ in range(2):  # again is no third file
+        path = report.publish(cells, tmp_path)
+        assert path == first.with_name('four-cells.json')
+        assert json.loads(path.read_text())['plan']['data'] == "cell's: 9 train"
+    assert first.read_bytes() == kept and sorted(first.parent.iterdir()) == [path, first]
+    assert (tmp_path / 'docs' / 'figures' / 'four.svg').read_bytes() == figure
+    assert [path.name for path in (tmp_path / 'docs' / 'figures').iterdir()] == ['four.svg']
+    assert re.findall(r'^\| (`four`.*?) \|', readme.read_text(), re.M) == ['`four`', '`four` on cells']
+    assert re.findall(r'^\| (\[.*?) \|', page.read_text(), re.M) == [
+        '[`four`](../experiments/four.json), 3 seeds', '[`four`](../experiments/four-cells.json) on cells, 2 seeds']
+    rows = tomllib.loads(card.read_text())['measured']
+    assert [row['dataset'] for row in rows] == ['four images', "cell's: 9 train"]
+    # More of the first data are the first data.
+    again = {**results, 'plan': {**results['plan'], 'data': 'four images: 9 train'}}
+    assert report.publish(again, tmp_path) == first and first.read_bytes() != kept
+
+
 def test_the_readme_and_the_cards_show_what_was_published(repository):
     folder, readme = repository / 'docs' / 'experiments', (repository / 'README.md').read_text(encoding='utf-8')
-    assert {path.stem for path in folder.glob('*.json')} <= set(FILES)
-    for path in folder.glob('*.json'):
-        results = json.loads(path.read_text(encoding='utf-8'))
+    assert {path for path, _ in report._published(folder)} == set(folder.iterdir())
+    for path, results in report._published(folder):
         assert path.stat().st_size <= report.MOST_BYTES and results['status'] == 'done'
-        fixed = {(c.better, c.worse, c.metric, c.published) for c in find_experiment(path.stem).claims}
+        fixed = {(c.better, c.worse, c.metric, c.published) for c in find_experiment(results['name']).claims}
         told = {(c['better'], c['worse'], c['metric'], c['published']) for c in results['plan']['claims']}
         assert told == fixed
     found = re.search(r'<!-- experiments -->\n(.*?)<!-- /experiments -->', readme, re.S)

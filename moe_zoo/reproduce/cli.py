@@ -48,7 +48,8 @@ def parser() -> argparse.ArgumentParser:
     add('--pilot', action='store_true', help='measure on the validation images, with other seeds, into DIR/pilot: for '
         'choosing hyper-parameters and the deviation that a claim expects')
     add('--publish', action='store_true', help='copy the results, without the single runs, to docs/experiments, and '
-        "renew the README's table and figures, docs/families and the cards from what is there")
+        "renew the README's table and figures, docs/families and the cards from what is there; results on other data "
+        'than those of NAME.json go to NAME-DATA.json')
     add('--figures', action='store_true', help="run nothing: draw the README's figures, docs/figures, again from "
         'docs/experiments')
     add('--page', action='store_true', help='run nothing: write the page again from the results in DIR')

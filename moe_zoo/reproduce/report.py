@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from moe_zoo.analysis.charts import intervals
-from moe_zoo.analysis.page import Figure, Page, Section, Table, chart_file
+from moe_zoo.analysis.page import Block, Figure, Page, Section, Table, chart_file
 from moe_zoo.card_writer import checkout, measured_rows, renew, with_block, with_measured
 from moe_zoo.errors import InputError, atomic_write, counted
 
 from . import FILES, find_experiment
+from .experiment import Experiment
 
 __all__ = ['card_rows', 'draw_figures', 'publish', 'readme_table', 'renewed_card', 'verdict_line', 'write_page']
 
@@ -72,13 +73,23 @@ def section(results: Results, unfinished: str = 'pending', reason: str = '') -> 
         f'{results["question"]} After {results["paper"]}.',
         *_claims(results),
         _intervals(results, claim['metric']),
-        *(experiment.charts(results) if experiment.charts and same else ()),
+        *(_charts(experiment, results) if experiment.charts and same else ()),
         _arms_table(results),
         f'Data: {results["plan"]["data"]}. Plan fixed {results["plan"]["written"]}; {results["plan"]["test"]}. '
         + ', '.join(f'{name} {value}' for name, value in results['made_by'].items() if value) + '.',
         f'$ python tools/reproduce.py {results["name"]}',
     ]
     return Section(results['title'], 'done', f'**{_capital(verdict_line(results))}**', blocks, results['seconds'])
+
+
+def _charts(experiment: Experiment, results: Results) -> list[Block]:
+    """The charts of an experiment; a sentence in their place where they draw single runs, which nobody publishes."""
+    try:
+        return list(experiment.charts(results))
+    except KeyError as missing:
+        if missing.args != ('runs',):
+            raise
+        return ['Its charts draw single runs, which are not among what is published.']
 
 
 def _claims(results: Results) -> list[Union[str, Table]]:
@@ -128,7 +139,8 @@ def _capital(text: str) -> str:
 def publish(results: Results, root: Optional[Path] = None) -> Path:
     """Keep finished results, without the single runs, in docs/experiments; renew what is made of all that are there.
 
-    That is the README's table and its figures in docs/figures, the tables in docs/families, and the cards.
+    That is the README's table and its figures in docs/figures, the tables in docs/families, and the cards. Results on
+    other data than those that are there get a file beside these, NAME-DATA.json.
 
     Raises:
         InputError: They are not finished, or too large to keep.
@@ -140,7 +152,7 @@ def publish(results: Results, root: Optional[Path] = None) -> Path:
     text = re.sub(r'\[[^\[\]{}]*\]', lambda found: re.sub(r'\s+', ' ', found[0]), text)  # a list of numbers a line
     if len(text.encode()) > MOST_BYTES:
         raise InputError(f'{results["name"]}: {len(text)} bytes of results; at most {MOST_BYTES} are published.')
-    path = root / 'docs' / 'experiments' / f'{results["name"]}.json'
+    path = _file_of(results, root / 'docs' / 'experiments')
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding='utf-8')
     draw_figures(root)
@@ -167,9 +179,9 @@ def draw_figures(root: Path) -> list[Path]:
 def readme_figures(folder: Path) -> dict[str, str]:
     """Name of every published experiment that is `pictured` to its first chart as an SVG file."""
     figures = {}
-    for results in _published(folder):
+    for path, results in _published(folder):
         experiment = find_experiment(results['name'])
-        if experiment.pictured:
+        if experiment.pictured and path.stem == experiment.name:
             figure = experiment.charts(results)[0]
             figures[results['name']] = chart_file(figure.image, results['title'], figure.alt)
     return figures
@@ -185,13 +197,13 @@ def readme_table(folder: Path) -> str:
         '| verdict | further claims |',
         '| --- | --- | --- | ---: | ---: | ---: | --- | --- |',
     ]
-    for results in _published(folder):
+    for path, results in _published(folder):
         claim, found = results['plan']['claims'][0], results['claims'][0]
         means = {arm['name']: arm['metrics'][claim['metric']]['mean'] for arm in results['arms']
                  if claim['metric'] in arm['metrics']}
         further = Counter(other['verdict'] for other in results['claims'][1:])
         cells = (
-            f'`{results["name"]}`', claim['text'].rstrip('.'),
+            f'`{results["name"]}`{_other_data(path, results)}', claim['text'].rstrip('.'),
             f'{means[claim["worse"]]:.2f} to {means[claim["better"]]:.2f}, {found["difference"]:+.2f} {claim["unit"]} '
             f'({found["low"]:+.2f} to {found["high"]:+.2f})',
             str(len(results['plan']['seeds'])), f'{found["detectable"]:.2f}',
@@ -210,29 +222,29 @@ def renewed_page(text: str, folder: Path) -> str:
 
 
 def claims_table(folder: Path, names: Iterable[str]) -> str:
-    """Every claim of some experiments and its verdict; a row that says so for one that is not published."""
+    """Every claim of some experiments and its verdict, on all their data; a row for one that is not published."""
     lines = [
         '| experiment | claim | measured (95 % interval) | published | verdict |', '| --- | --- | --- | ---: | --- |']
     for name in names:
-        path = folder / f'{name}.json'
-        if not path.is_file():
+        files = _files_of(name, folder)
+        if not files:
             lines.append(f'| `{name}` | {find_experiment(name).claims[0].text.rstrip(".")} | not published here | | |')
-            continue
-        results = json.loads(path.read_text(encoding='utf-8'))
-        first = f'[`{name}`](../experiments/{path.name}), {counted(len(results["plan"]["seeds"]), "seed")}'
-        for claim, found in zip(results['plan']['claims'], results['claims']):
-            lines.append(
-                f'| {first} | {claim["text"].rstrip(".")} | {found["difference"]:+.2f} {claim["unit"]} '
-                f'({found["low"]:+.2f} to {found["high"]:+.2f}) | {_signed(claim["published"]) or ""} '
-                f'| **{found["verdict"]}** |')
-            first = ''
+        for path, results in files:
+            first = (f'[`{name}`](../experiments/{path.name}){_other_data(path, results)}, '
+                     f'{counted(len(results["plan"]["seeds"]), "seed")}')
+            for claim, found in zip(results['plan']['claims'], results['claims']):
+                lines.append(
+                    f'| {first} | {claim["text"].rstrip(".")} | {found["difference"]:+.2f} {claim["unit"]} '
+                    f'({found["low"]:+.2f} to {found["high"]:+.2f}) | {_signed(claim["published"]) or ""} '
+                    f'| **{found["verdict"]}** |')
+                first = ''
     return '\n'.join(lines) + '\n'
 
 
 def card_rows(folder: Path) -> dict[str, list[Results]]:
     """Model name to the rows of its card: the claim that decides of every experiment that names it."""
     rows: dict[str, list[Results]] = {}
-    for results in _published(folder):
+    for _, results in _published(folder):
         claim, found, made_by = results['plan']['claims'][0], results['claims'][0], results['made_by']
         row = {
             'experiment': results['name'], 'dataset': results['plan']['data'],
@@ -251,9 +263,32 @@ def renewed_card(text: str, rows: list[Results], path: Optional[Path] = None) ->
     return with_measured(text, [*rows, *runs])
 
 
-def _published(folder: Path) -> Iterable[Results]:
-    """Results in the order of the registry."""
-    for name in FILES:
-        path = folder / f'{name}.json'
-        if path.is_file():
-            yield json.loads(path.read_text(encoding='utf-8'))
+# Results on the first data that were published are NAME.json, those on others NAME-DATA.json.
+
+def _file_of(results: Results, folder: Path) -> Path:
+    """Where to publish."""
+    path = folder / f'{results["name"]}.json'
+    if path.is_file() and _data_word(json.loads(path.read_text(encoding='utf-8'))) != _data_word(results):
+        return path.with_stem(f'{path.stem}-{_data_word(results)}')
+    return path
+
+
+def _data_word(results: Results) -> str:
+    """The first word that the plan says of the data, as a part of a file's name."""
+    return re.sub(r'[^\w.-]', '', results['plan']['data'].split()[0])
+
+
+def _other_data(path: Path, results: Results) -> str:
+    return '' if path.stem == results['name'] else f' on {_data_word(results)}'
+
+
+def _files_of(name: str, folder: Path) -> list[tuple[Path, Results]]:
+    """The files of an experiment, NAME.json first, and what they hold."""
+    paths = sorted(folder.glob(f'{name}*.json'), key=lambda path: path.stem)
+    found = [(path, json.loads(path.read_text(encoding='utf-8'))) for path in paths]
+    return [(path, results) for path, results in found if results['name'] == name]
+
+
+def _published(folder: Path) -> Iterable[tuple[Path, Results]]:
+    """Files and their results in the order of the registry."""
+    return (file for name in FILES for file in _files_of(name, folder))
