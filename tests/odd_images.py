@@ -6,6 +6,7 @@ worked out here from the picture that went in, by NumPy and not by the reader.
 import functools
 import io
 import os
+import stat
 import struct
 import zlib
 from pathlib import Path
@@ -247,6 +248,23 @@ def _directory(path: Path, kind: str, draw: np.random.Generator) -> Odd:
     return Odd(path, kind, None)
 
 
+def _pipe(path: Path, kind: str, draw: np.random.Generator) -> Odd:
+    """To which nobody writes: a program that opens it waits forever."""
+    os.mkfifo(path)
+    return Odd(path, kind, None)
+
+
+def _socket(path: Path, kind: str, draw: np.random.Generator) -> Odd:
+    os.mknod(path, stat.S_IFSOCK | 0o600)
+    return Odd(path, kind, None)
+
+
+def _device(path: Path, kind: str, draw: np.random.Generator) -> Odd:
+    """A link to one that never ends."""
+    path.symlink_to('/dev/zero')
+    return Odd(path, kind, None)
+
+
 def _dangling(path: Path, kind: str, draw: np.random.Generator) -> Odd:
     path.symlink_to(path.with_name('nowhere'))
     return Odd(path, kind, None)
@@ -321,7 +339,7 @@ _EPS = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(made) 
 BROKEN: Dict[str, Writer] = {
     'truncated': _bytes(_truncated), 'empty': _bytes(lambda draw: b''), 'text': _bytes(lambda draw: b'no image at all'),
     'noise': _bytes(lambda draw: draw.bytes(int(draw.integers(1, 4000)))), 'eps': _bytes(lambda draw: _EPS),
-    'directory': _directory, 'dangling': _dangling, 'forbidden': _forbidden, 'bomb': _bomb, 'claim': _claim,
-    'bad sum': _bad_sum, 'text bomb': _text_bomb,
+    'directory': _directory, 'pipe': _pipe, 'socket': _socket, 'device': _device, 'dangling': _dangling,
+    'forbidden': _forbidden, 'bomb': _bomb, 'claim': _claim, 'bad sum': _bad_sum, 'text bomb': _text_bomb,
     'magic': _bytes(lambda draw: _MAGIC[int(draw.integers(len(_MAGIC)))] + draw.bytes(60)),
 }

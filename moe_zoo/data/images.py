@@ -5,6 +5,7 @@ what timm's loader and detectron2 use, but for this:
 
 - 16-bit grey is scaled to 8 bits. Pillow clips it, which makes nearly every such image white.
 - EPS is refused: Pillow hands it to Ghostscript, a program that runs what is in it.
+- What is no file (a pipe, which whoever opens it waits for, a socket, a device) is not opened, whatever its name.
 - A classifier's image that is more than `LONGEST` times as long as wide is cut to its middle. Resized by its shorter
   side, as timm does before it takes the middle, one row of 60,000 pixels would cost gigabytes.
 
@@ -13,6 +14,7 @@ before any is decoded, texts in a PNG that unpack to more than 1 MB are too, and
 """
 import functools
 import os
+import stat
 from typing import BinaryIO, Optional, Tuple, Union
 
 import numpy as np
@@ -62,6 +64,8 @@ def open_image(file: Union[str, os.PathLike, BinaryIO], upright: bool = False) -
     Raises:
         UnreadableImage: It cannot be decoded.
     """
+    if isinstance(file, (str, os.PathLike)):
+        refuse_no_file(file)
     try:
         with Image.open(file, formats=_formats()) as image:
             image.load()  # turns a TIFF upright by itself
@@ -71,6 +75,20 @@ def open_image(file: Union[str, os.PathLike, BinaryIO], upright: bool = False) -
             return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if sixteen_bits else image
     except Exception as error:  # Pillow's readers of a broken file raise nearly everything
         raise UnreadableImage(reason(error)) from error
+
+
+def refuse_no_file(path: Union[str, os.PathLike]) -> None:
+    """Look at what a path leads to without opening it: to open a pipe is to wait until somebody writes to it.
+
+    Raises:
+        UnreadableImage: It leads to a directory, a pipe, a socket or a device, or nowhere.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        raise UnreadableImage(reason(error)) from error
+    if not stat.S_ISREG(mode):
+        raise UnreadableImage('it is no file')
 
 
 def reason(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 
 from ..data import collate_two_views
-from ..data.images import read_image
+from ..data.images import read_image, refuse_no_file
 from ..errors import InputError, counted, nearest
 from .consistency import check_options, two_view_transform
 from .labels import read_class_map
@@ -69,6 +69,8 @@ class CheckedImages(ImageDataset):
             if self.corrupt[position]:
                 continue
             try:
+                if isinstance(self.reader, ReaderImageFolder):
+                    refuse_no_file(self.reader.samples[position][0])  # the reader opens it
                 file, target = self.reader[position]
                 with file:
                     image = read_image(file, self.input_img_mode)

@@ -22,6 +22,7 @@ from torchvision.datasets import ImageFolder
 
 from moe_zoo.analysis import count
 from moe_zoo.data import load_digits_split
+from moe_zoo.data.images import UnreadableImage, read_image
 from moe_zoo.engine.task import MoEClassificationTask
 from moe_zoo.errors import InputError
 from moe_zoo.routing import set_epoch
@@ -142,10 +143,9 @@ def _scattered(split: Split, copies: int, seed: int) -> Split:
 def _read(file: str, size: int) -> np.ndarray:
     """(size, size, 3) uint8."""
     try:
-        with Image.open(file) as image:
-            image = image.convert('RGB')
-            return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.BILINEAR))
-    except OSError as error:
+        image = read_image(file, 'RGB')
+        return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.BILINEAR))
+    except UnreadableImage as error:
         raise InputError(f"The image '{file}' cannot be read: {error}") from error
 
 
