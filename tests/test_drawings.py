@@ -4,6 +4,8 @@ Where ink goes is nothing to compute by hand; that it moved should be seen. Afte
 `MOE_ZOO_REDRAW=1 .venv/bin/python -m pytest tests/test_drawings.py` writes the files anew: look at them (a browser
 shows them without the colours of the page), and commit them with the change.
 """
+import base64
+import html
 import json
 import os
 import re
@@ -13,10 +15,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from drawn_runs import found_runs
 
-from moe_zoo.analysis import charts, expert_figures, figures
+from moe_zoo.analysis import charts, expert_figures, figures, paper, paper_charts, paper_figures
 from moe_zoo.analysis.charts import Mark
 from moe_zoo.analysis.expert_page import expert_page
+from moe_zoo.analysis.report_page import report_page
 from moe_zoo.analysis.view_figures import views_figure
 
 FOLDER = Path(__file__).parent / 'drawings'
@@ -99,6 +103,37 @@ FIGURES = {
     'by_class': lambda: figures.class_figure(BY_CLASS, ['cat', 'dog', 'owl']),
     'views': lambda: views_figure([('one', PAIRS), ('two', PAIRS)], PIXELS[:1] / 255),
 }
+TEXTS = {
+    'paper_1col': lambda: _paper(3.25),
+    'paper_2col': lambda: _paper(6.75),
+    'paper': lambda: _paper_texts(),
+    'redrawn': lambda: _redrawn(),
+}
+
+
+def _paper(width: float) -> list[str]:
+    """Every figure for a paper, one after the other, in its style."""
+    lines = []
+    with figures.import_matplotlib().rc_context(paper_figures.STYLE):
+        for drawing in paper.drawings_of(found_runs().runs):
+            lines += [f'{drawing.name}: {drawing.caption}', *_describe(drawing.draw(width))]
+    return lines
+
+
+def _paper_texts() -> list[str]:
+    """Index, table, numbers and looks of the same runs."""
+    runs = found_runs().runs
+    looks = paper_figures.looks_of(runs, {run: run.name for run in runs})
+    rows = [', '.join(f'{key} {value}' for key, value in row.items()) for row in paper.table_rows(runs)]
+    return [*paper.index(runs, paper.drawings_of(runs)).splitlines(), *paper.latex_table(runs).splitlines(), *rows,
+            *(str((look, look.style)) for look in looks.values())]
+
+
+def _redrawn() -> list[str]:
+    """Charts of the page, drawn again for print."""
+    with figures.import_matplotlib().rc_context(paper_figures.STYLE):
+        return [line for name in ('curves_dashed', 'estimates', 'heat_map', 'strips')
+                for line in _describe(paper_charts.redraw(DRAWINGS[name](), 3.25))]
 
 
 def _experts(**changes):
@@ -114,7 +149,8 @@ CLEAR = dict(  # what a trained model might have said
                             for e, a in enumerate((50., 78., 81.8))], layers={}),
     k=[dict(k=f'K = {k}', native=k == 2, accuracy=a, se=8., difference=a - 81.8, difference_se=4.)
        for k, a in ((1, 60.), (2, 81.8), (3, 80.))])
-PAGES = {'experts': _experts, 'experts_clear': lambda: _experts(**CLEAR)}
+PAGES = {'experts': _experts, 'experts_clear': lambda: _experts(**CLEAR),
+         'runs': lambda: report_page(found_runs(), [('Written by', 'us')])}
 
 
 def _numbers(values) -> str:
@@ -139,7 +175,12 @@ def _describe(figure) -> list[str]:
         lines += [f'  box {_numbers(box.get_bbox().bounds)} {to_hex(box.get_facecolor(), True)} {_label(box)}'
                   for box in axis.patches]
         lines += [f'  line {_numbers(line.get_xdata())} / {_numbers(line.get_ydata())} {line.get_color()} '
-                  f'{line.get_linestyle()} {line.get_marker()} {_label(line)}' for line in axis.lines]
+                  f'{line.get_linestyle()} {line.get_marker()} {_label(line)} {line.get_markerfacecolor()} '
+                  f'{_numbers([line.get_linewidth(), line.get_markersize(), line.get_zorder()])}'
+                  for line in axis.lines]
+        bands = [part for part in axis.collections if not hasattr(part, 'get_segments')]
+        lines += [f'  band {_numbers(path.vertices)} {_numbers(band.get_facecolor())}'
+                  for band in bands if axis.get_label() != '<colorbar>' for path in band.get_paths()]
         bars = [part for bars in axis.collections if hasattr(bars, 'get_segments') for part in bars.get_segments()]
         lines += [f'  bar {_numbers(part)}' for part in bars]
         lines += [f'  text {_numbers(text.get_position())} {text.get_text()!r} {text.get_fontsize():.4g}'
@@ -148,6 +189,12 @@ def _describe(figure) -> list[str]:
             shades = f'{_numbers(image.get_clim())} {image.get_cmap().name} ' if image.get_array().ndim == 2 else ''
             lines.append(f'  image {_numbers(image.get_extent())} {shades}{_numbers(image.get_array())}')
     return lines + [f'legend {[text.get_text() for text in legend.get_texts()]}' for legend in figure.legends]
+
+
+@pytest.fixture(autouse=True)
+def away(tmp_path, monkeypatch):
+    """Runs have folders."""
+    monkeypatch.chdir(tmp_path)
 
 
 def _compare(name: str, drawn: str) -> None:
@@ -168,13 +215,21 @@ def test_a_figure_holds_what_was_looked_at(name):
     _compare(f'{name}.txt', '\n'.join(_describe(FIGURES[name]())) + '\n')
 
 
+@pytest.mark.parametrize('name', TEXTS)
+def test_what_a_paper_takes_is_what_was_looked_at(name):
+    pytest.importorskip('matplotlib')
+    _compare(f'{name}.txt', '\n'.join(TEXTS[name]()) + '\n')
+
+
 @pytest.mark.parametrize('name', PAGES)
 def test_a_page_says_what_was_read(name):
-    text = re.sub(r'<style>.*?</style>|data:[^"]*', '', PAGES[name]().html(), flags=re.S)
+    text = re.sub(r'data:application/json;base64,([^"]*)', lambda found: html.escape(
+        base64.b64decode(found[1]).decode()), PAGES[name]().html())
+    text = re.sub(r'<(style|script)>.*?</\1>|data:[^"]*', '', text, flags=re.S)
     _compare(f'{name}.html', text.replace('><', '>\n<'))
 
 
 def test_no_drawing_is_left_over():
     expected = {'experts.json', *(f'{name}.html' for name in PAGES)}
-    expected |= {f'{name}.svg' for name in DRAWINGS} | {f'{name}.txt' for name in FIGURES}
+    expected |= {f'{name}.svg' for name in DRAWINGS} | {f'{name}.txt' for name in (*FIGURES, *TEXTS)}
     assert {path.name for path in FOLDER.iterdir()} == expected
