@@ -287,6 +287,23 @@ def test_a_heat_map_of_many_columns_names_some_and_shows_numbers_beside_the_poin
     assert [word for word in words(svg) if word != 'layer'] == [str(n) for n in range(0, 64, 4)]
 
 
+def test_names_of_a_heat_map_keep_to_their_room():
+    def labels(*names, rows=('0',)):
+        svg = heat_map(rows, names, [[1.] * len(names)] * len(rows), '', '')
+        return {text.text: float(text.get('x')) for text in drawn(svg, 'text')}, drawn(svg, 'title')
+
+    # 440 - 37.5 units for 3 columns are 134 each: 17 letters of 7.5
+    found, titles = labels('room', 'w' * 17, 'passage between two')
+    assert {'room', 'w' * 17, 'passage between…'} < set(found) and found['passage between…'] == pytest.approx(372.9)
+    assert [title.text for title in titles] == ['passage between two']
+    # 3.8 units a column: every eighth of three letters, 22.5 and 6 to part them; the last one stays inside
+    found, _ = labels(*map(str, range(105)))
+    assert set(found) == set(map(str, range(0, 105, 8))) and found['104'] == pytest.approx(440 - 11.25, abs=.1)
+    # names of rows have half of the chart, without 30 for the label beside them: 25 letters
+    found, titles = labels('a', rows=('x' * 25, 'y' * 26))
+    assert {'x' * 25, 'y' * 24 + '…'} < set(found) and titles[0].text == 'y' * 26
+
+
 def test_ratios_stand_around_their_median_with_the_one_they_aim_at():
     svg = ratios({'a model': [('forward', [1., 2., 1.5], 1.25), ('step', [1.], None)]}, 'time')
     x = [float(circle.get('cx')) for circle in drawn(svg, 'circle')]

@@ -18,6 +18,7 @@ __all__ = [
     'ratios', 'scatter', 'share_bars', 'strips', 'ticks', 'trade_offs']
 
 WIDTH = 440
+LETTER = 7.5  # wide at most, on average
 LEFT, BOTTOM = 58, 280  # of the plane of scatter and curves
 COLOURS = 8  # --expert-0 .. --expert-7 of page.css
 DOTTED = 40  # points of a line that are drawn as dots too
@@ -189,7 +190,7 @@ def _names_of_lines(parts: list[str], names: Sequence[tuple[str, str, bool]]) ->
     """Add (name, colour, hollow) below a plane, in as many lines as they need, and return where they end."""
     x, y = LEFT, BOTTOM + 66
     for name, colour, hollow in names:
-        width = 31 + 7.5 * len(name)
+        width = 31 + LETTER * len(name)
         if x + width > WIDTH and x > LEFT:
             x, y = LEFT, y + 20
         fill = f'fill="none" stroke="{colour}" stroke-width="2"' if hollow else f'fill="{colour}"'
@@ -209,7 +210,7 @@ def intervals(rows: Sequence[tuple[str, Sequence[float]]], x_label: str, x_forma
     """
     values = [value for _, row in rows for value in row]
     marks = ticks(min(values), max(values))
-    left, height = min(30 + 7.5 * max(len(name) for name, _ in rows), WIDTH / 2), 26
+    left, height = min(30 + LETTER * max(len(name) for name, _ in rows), WIDTH / 2), 26
     bottom = height * len(rows) + 6
 
     def across(value: float) -> float:
@@ -316,18 +317,21 @@ def heat_map(
         value_format: str = '{:.0f}',
 ) -> str:
     """A table of shades: the larger the value, the darker its cell. Values are at least 0 and are written in where the
-    columns are wide enough; None is left blank."""
+    columns are wide enough; None is left blank. Names without room are cut, and whole beside the pointer."""
     most = max((value for row in values for value in row if value is not None), default=0) or 1
-    left = 30 + 7.5 * max(map(len, row_names))
+    left = min(30 + LETTER * max(map(len, row_names)), WIDTH / 2)
     width, height = (WIDTH - left) / len(column_names), 24
-    parts = [_text(left + (WIDTH - left) / 2, 13, column_label)] if column_label else []
-    every = math.ceil(22 / width)  # of many columns some are named, and their values shown beside the pointer
+    parts = [_fitted(left + (WIDTH - left) / 2, 13, column_label, WIDTH - left)] if column_label else []
+    # Of many columns some are named, and their values shown beside the pointer; three letters are never cut.
+    every = math.ceil(max(22, LETTER * min(max(map(len, column_names)), 3) + 6) / width)
     for column, name in enumerate(column_names):
         if column % every == 0:
-            parts.append(_text(left + (column + .5) * width, 33, name, soft=True))
+            middle = left + (column + .5) * width
+            middle = min(middle, WIDTH - LETTER / 2 * len(name)) if every > 1 else middle
+            parts.append(_fitted(middle, 33, name, every * width, soft=True))
     for row, (name, cells) in enumerate(zip(row_names, values)):
         y = 42 + row * height
-        parts.append(_text(left - 8, y + 16, name, 'end', soft=True))
+        parts.append(_fitted(left - 8, y + 16, name, left - 30, 'end', soft=True))
         for column, value in enumerate(cells):
             if value is None:
                 continue
@@ -374,7 +378,7 @@ def estimates(
     ends = [value + sign * 2 * error for _, value, error in rows for sign in (-1, 1)]
     ends += [reference[1]] if reference else []
     marks = ticks(min(ends), max(ends))
-    left, height = min(30 + 7.5 * max(len(name) for name, _, _ in rows), WIDTH / 2), 26
+    left, height = min(30 + LETTER * max(len(name) for name, _, _ in rows), WIDTH / 2), 26
     top = 22 if reference else 0
     bottom = top + height * len(rows) + 6
 
@@ -525,7 +529,7 @@ def _legend(parts: list[str], entries: Sequence[tuple[str, str]], y: float) -> f
     """Add colours with their names, in as many lines as they need, and return where they end."""
     x = 0.
     for name, colour in entries:
-        width = 31 + 7.5 * len(name)
+        width = 31 + LETTER * len(name)
         if x + width > WIDTH and x > 0:
             x, y = 0., y + 20
         parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="12" height="12" rx="2" fill="{colour}"/>')
@@ -570,7 +574,7 @@ def grid_map(
     for expert in sorted({expert for *_, expert in way}):
         parts.append(f'<rect x="{left}" y="{y}" width="12" height="12" rx="2" fill="{expert_colour(expert)}"/>')
         parts.append(_text(left + 17, y + 11, names[expert], 'start', soft=True))
-        left += 31 + 7.5 * len(names[expert])
+        left += 31 + LETTER * len(names[expert])
     return _svg(y + 18, parts)
 
 
@@ -599,6 +603,15 @@ def _svg(height: float, parts: Sequence[str]) -> str:
 def _text(x: float, y: float, text: str, anchor: str = 'middle', soft: bool = False) -> str:
     fill = ' fill="var(--soft)"' if soft else ''
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{fill}>{html.escape(text)}</text>'
+
+
+def _fitted(x: float, y: float, text: str, room: float, anchor: str = 'middle', soft: bool = False) -> str:
+    """Text in a space of this width; its beginning, where it is longer, and all of it beside the pointer."""
+    letters = int(room / LETTER + 1e-6)
+    if len(text) <= letters:
+        return _text(x, y, text, anchor, soft)
+    shown = f'{text[:max(letters - 1, 1)].rstrip()}…'
+    return f'<g><title>{html.escape(text)}</title>{_text(x, y, shown, anchor, soft)}</g>'
 
 
 def _line(x0: float, y0: float, x1: float, y1: float) -> str:
