@@ -363,19 +363,16 @@ def _parser() -> argparse.ArgumentParser:
         'vmoe', help="the original V-MoE's PREFIX.index and PREFIX.data-*", epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     vmoe.add_argument('prefix', metavar='PREFIX', help='path without .index')
-    vmoe.add_argument('out', metavar='OUT', help='safetensors file to write')
     vmoe.add_argument('--model', metavar='NAME', help='refuse what this model does not take')
     vmoe.add_argument('--img-size', metavar='N', type=int, help='resize the table of positions for N x N images')
     swin = formats.add_parser(
         'swin-moe', help='a released Swin-MoE, one file a rank, joined', epilog=SWIN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     swin.add_argument('folder', metavar='FOLDER', help='of the files of all ranks')
-    swin.add_argument('out', metavar='OUT', help='safetensors file to write')
     parts = formats.add_parser(
         'join', help='a checkpoint in parts, of torch.distributed.checkpoint, joined', epilog=JOIN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parts.add_argument('folder', metavar='FOLDER', help='of the parts')
-    parts.add_argument('out', metavar='OUT', help='safetensors file to write')
     parts.add_argument('--model', metavar='NAME', help='refuse what this model does not take')
     parts.add_argument(
         '--model-kwargs', metavar='KEY=VALUE', nargs='+', default=(), help='its keywords, such as num_classes=10')
@@ -383,7 +380,6 @@ def _parser() -> argparse.ArgumentParser:
         'upcycle', help="a dense network's weights, as the start of a routed model", epilog=UPCYCLE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     dense.add_argument('dense', metavar='DENSE', help='checkpoint of the dense network')
-    dense.add_argument('out', metavar='OUT', help='safetensors file to write')
     dense.add_argument('--model', metavar='NAME', required=True, help='the routed model')
     dense.add_argument('--model-kwargs', metavar='KEY=VALUE', nargs='+', default=(),
                        help='its keywords, such as num_classes=10')
@@ -394,6 +390,8 @@ def _parser() -> argparse.ArgumentParser:
     dense.add_argument('--noise', metavar='SHARE', type=float,
                        help="of a weight's standard deviation (default: 0.1 where the function stays)")
     dense.add_argument('--ignore', metavar='MODULE', nargs='+', default=(), help='parts that start anew, such as fc')
+    for command in (vmoe, swin, parts, dense):
+        command.add_argument('out', metavar='OUT', help='safetensors file to write')
     return parser
 
 
