@@ -1,6 +1,7 @@
 """Every file that is read, damaged at random: it works, or one sentence refuses it. Nothing in it is run."""
 import inspect
 import io
+import itertools
 import json
 import os
 import pickle
@@ -20,6 +21,7 @@ import timm
 import torch
 import yaml
 from fuzzing import ODD_VALUES, SECONDS, answer, damage, fuzz, mutate
+from image_folders import write_images
 from run_files import epochs, iterations, write_classifier, write_detector
 from safetensors.torch import save_file
 from test_convert_checkpoint import write_checkpoint
@@ -33,6 +35,7 @@ from moe_zoo.documents import parse_json, parse_yaml
 from moe_zoo.engine.checkpoint import find_weights, read_checkpoint
 from moe_zoo.engine.config import load_config
 from moe_zoo.engine.inference import open_classifier, recipe_of
+from moe_zoo.engine.train import train
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 TINY = dict(patch_size=8, embed_dim=16, depth=2, num_heads=2, moe_layers=[1], num_experts=2, representation_size=0,
@@ -102,19 +105,23 @@ def test_plain_texts_are_what_they_were(repository):
     assert parse_yaml('a: &a {x: 1}\nb: {<<: *a, y: 2}') == {'a': {'x': 1}, 'b': {'x': 1, 'y': 2}}
 
 
+def write_damaged(path, text, random):
+    """YAML that is damaged as text, or has values of other kinds."""
+    if random.random() < .5:
+        path.write_bytes(damage(text.encode(), random))
+    else:
+        path.write_text(yaml.safe_dump(mutate(yaml.safe_load(text), random)))
+
+
 @pytest.mark.parametrize('times', SECONDS)
 def test_recipes(times, repository, tmp_path):
-    """Damaged as text, and as values of other kinds; through a file and through the command line."""
+    """Through a file and through the command line."""
     texts = [path.read_text() for path in sorted((repository / 'configs').glob('*/*.yaml'))
              if 'model:' in path.read_text()]
     path, answers = tmp_path / 'recipe.yaml', []
 
     def check(random):
-        text = random.choice(texts)
-        if random.random() < .5:
-            path.write_bytes(damage(text.encode(), random))
-        else:
-            path.write_text(yaml.safe_dump(mutate(yaml.safe_load(text), random)))
+        write_damaged(path, random.choice(texts), random)
         answers.append(answer(lambda: load_config(path)))
         key = random.choice(('lr', 'epochs', 'model_kwargs', 'model_kwargs.x', 'scale', 'opt_betas', 'amp', 'x'))
         value = random.choice(['1', 'x', '[', '{a: 1', '1e999', '.inf', '2001-99-99', '!!float x', '*a', 'a=1', *map(
@@ -134,13 +141,9 @@ def test_detectron2_configs(times, repository, tmp_path):
     path, answers = tmp_path / 'own.yaml', []
 
     def check(random):
-        text = random.choice(texts)
-        if random.random() < .5:
-            path.write_bytes(damage(text.encode(), random))
-        else:
-            path.write_text(yaml.safe_dump(mutate(yaml.safe_load(text), random)))
+        write_damaged(path, random.choice(texts), random)
         answers.append(answer(lambda: load_detector(path)))
-    fuzz(check, 12 * times)
+    fuzz(check, 8 * times)
     assert None in answers and any(answers)
 
 
@@ -251,6 +254,38 @@ def test_a_resumed_run_removes_its_own_checkpoints_alone(tmp_path):
         run_state=dict)
     saver.load_state_dict({'checkpoint_files': [(name, 1.) for name in names]})
     assert [Path(path).name for path, _ in saver.checkpoint_files] == names[:1]
+
+
+@pytest.fixture(scope='module')
+def interrupted(tmp_path_factory):
+    """A recipe of four updates; checkpoints of a run of it, after the first epoch and one update later."""
+    root = tmp_path_factory.mktemp('interrupted')
+    kwargs = {key: value for key, value in TINY.items() if key not in ('img_size', 'num_classes')}
+    recipe = dict(
+        model='vmoe_vit_s', model_kwargs=kwargs, img_size=16, data_dir=str(write_images(root, {'train': 4})), workers=0,
+        val_split='', batch_size=4, epochs=2, opt='adamw', lr=1e-3, warmup_epochs=0, device='cpu', checkpoint_hist=2)
+    train(recipe, dict(recovery_interval=1), output=root / 'run', quiet=True)
+    paths = [root / 'run' / f'{name}.pth.tar' for name in ('checkpoint-0', 'recovery-1-0')]
+    return recipe, {path: read_checkpoint(path) for path in paths}
+
+
+@pytest.mark.parametrize('times', SECONDS)
+def test_runs_that_are_resumed(times, interrupted, tmp_path):
+    """All of a checkpoint but its weights is of other values; with it a training goes on, or one sentence refuses."""
+    recipe, checkpoints = interrupted
+    answers, number = [], itertools.count()
+
+    def check(random):
+        path, content = random.choice(list(checkpoints.items()))
+        content = {**content, 'saver': json.loads(json.dumps(content['saver']))}  # lists, whose values are replaced
+        part = random.choice(('saver', 'moe_zoo', 'optimizer', 'epoch'))
+        changed = mutate(content[part], random, MODEST) if part != 'epoch' else random.choice(MODEST)
+        folder = tmp_path / str(next(number))
+        folder.mkdir()
+        torch.save({**content, part: changed}, folder / path.name.replace('checkpoint-0', 'last'))
+        answers.append(answer(lambda: train(recipe, output=folder, resume='auto', quiet=True)))
+    fuzz(check, 8 * times)
+    assert None in answers and any(answers)
 
 
 @pytest.mark.parametrize('times', SECONDS)

@@ -24,6 +24,7 @@ from ..errors import InputError, atomic_write
 
 PathLike = Union[str, os.PathLike]
 
+LAST_EPOCH = 2 ** 31 - 1
 SPARE = 2 ** 20  # bytes that a tensor may seem to have beyond those in its file
 
 
@@ -46,8 +47,11 @@ class AtomicCheckpointSaver(CheckpointSaver):
 
         A process that was killed right after it had written the last checkpoint has not ranked it: its copies under its
         own name and as the best are missing, or an older one is there. That is made good.
+
+        Raises:
+            InputError: It holds no history of timm's kind.
         """
-        state = read_checkpoint(path, mmap=True).get('saver') or {}
+        state = _history(read_checkpoint(path, mmap=True).get('saver') or {}, path)
         epoch, metric = state.get('pending', (None, None))
         if Path(path).name != 'last.pth.tar' or epoch is None:
             self.load_state_dict(state)
@@ -103,6 +107,32 @@ class AtomicCheckpointSaver(CheckpointSaver):
                 os.link(src, temporary)  # costs no space
             except OSError:
                 shutil.copy2(src, temporary)
+
+
+def _history(state: Any, path: PathLike) -> Dict[str, Any]:
+    """What timm's saver wrote about the checkpoints of a run, once it is known to be that: files are linked and removed
+    by it.
+
+    Raises:
+        InputError: It is anything else.
+    """
+    def number(value: Any) -> bool:
+        return value is None or isinstance(value, (int, float))
+
+    def epoch(value: Any) -> bool:
+        return value is None or (isinstance(value, int) and 0 <= value <= LAST_EPOCH)
+
+    def pair(value: Any, first: Callable[[Any], bool]) -> bool:
+        return isinstance(value, (list, tuple)) and len(value) == 2 and first(value[0]) and number(value[1])
+
+    files = state.get('checkpoint_files', []) if isinstance(state, dict) else None
+    if not (isinstance(files, (list, tuple)) and all(pair(each, lambda name: isinstance(name, str)) for each in files)
+            and pair(state.get('pending', (None, None)), epoch)
+            and epoch(state.get('best_epoch')) and number(state.get('best_metric'))):
+        raise InputError(
+            f"'{path}' holds weights, but what it says of the checkpoints beside it, under 'saver', is not what timm"
+            f' writes there: use initial_checkpoint={path} instead.')
+    return state
 
 
 def tensors_of_run(task: TrainingTask, optimizer: torch.optim.Optimizer) -> Dict[str, Any]:

@@ -70,8 +70,13 @@ class EpochLog:
         return {'weight': self.weight, 'losses': self.losses, 'layers': self.layers, 'reduced': self.reduced}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises: LookupError, TypeError, AttributeError: These are no sums."""
         self.weight, self.losses, self.layers = state['weight'], dict(state['losses']), dict(state['layers'])
         self.reduced = state.get('reduced', False)
+        sums = [*self.losses.values(), *(v for layer in self.layers.values() for v in layer.values())]
+        if not all(isinstance(each, torch.Tensor) for each in sums):
+            raise TypeError('the sums of its epoch are no tensors')
+        describe_losses(self.means()), describe_balance(self.balance())  # as at the end of the epoch
 
 
 def describe_losses(losses: Mapping[str, float]) -> str:

@@ -35,7 +35,14 @@ from .build import (
     open_device,
     prepare_model,
 )
-from .checkpoint import AtomicCheckpointSaver, check_fits, find_weights, read_checkpoint, tensors_of_run
+from .checkpoint import (
+    LAST_EPOCH,
+    AtomicCheckpointSaver,
+    check_fits,
+    find_weights,
+    read_checkpoint,
+    tensors_of_run,
+)
 from .config import OPTIONS, load_config, options_help, parse_command_line
 from .consistency import RouteConsistencyTask, check_routes
 from .data import class_list, class_names, create_loaders, open_datasets
@@ -94,6 +101,7 @@ class Trainer:
         self.log = EpochLog()
         self.epoch = self.batch = 0  # where the next step belongs
         self.random: Optional[List[Dict[str, Any]]] = None  # states to continue an epoch with, by rank
+        self.restored: Optional[Path] = None  # of the optimiser's state, until it has been used
         self.first_bad = torch.full((), NEVER, device=self.device)
         self.saver: Optional[AtomicCheckpointSaver] = None
         self.outcomes: Optional[OutcomeLog] = None  # of the last evaluation of the run
@@ -127,9 +135,7 @@ class Trainer:
         except InputError:
             raise
         except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"'{path}' holds weights, but no state that a run can go on from ({type(error).__name__}: "
-                f"{' '.join(str(error).split())[:200]}): use initial_checkpoint={path} instead.") from error
+            raise InputError(_no_state(path, error)) from error
         if args.start_epoch is not None:
             self.epoch, self.batch = args.start_epoch, 0
 
@@ -143,7 +149,7 @@ class Trainer:
             self._load_optimizer(checkpoint, path)
         run = checkpoint.get('moe_zoo') or {'epoch': checkpoint['epoch'] + 1, 'batch': 0}
         self.epoch, self.batch, self.random = run['epoch'], run['batch'], run.get('random')
-        if not all(isinstance(number, int) and number >= 0 for number in (self.epoch, self.batch)):
+        if not all(isinstance(number, int) and 0 <= number <= LAST_EPOCH for number in (self.epoch, self.batch)):
             raise TypeError(f'epoch {self.epoch!r}, batch {self.batch!r}')
         self.watch.seen = set(run.get('warned_of', ()))
         if self.batch and self.random is not None:
@@ -152,12 +158,18 @@ class Trainer:
                     f"'{path}' was written inside an epoch by {len(self.random)} processes, and this is a run of"
                     f' {args.world_size}: use as many, or --resume with a checkpoint from the end of an epoch.')
             self.log.load_state_dict(run['logs'][args.rank])
+            set_random_state(self.random[args.rank])  # again where the epoch goes on: what cannot be set is told here
 
     def _load_optimizer(self, checkpoint: Mapping[str, Any], path: Path) -> None:
+        fresh, self.restored = self.optimizer.param_groups, path
         try:
             state = checkpoint['optimizer']
             self.optimizer.load_state_dict(
                 parallel.spread_optimizer_state(self.optimizer, state) if self.spread else state)
+            for wanted, found in zip(fresh, self.optimizer.param_groups):
+                for name in wanted.keys() & found.keys() - {'params'}:
+                    if not _alike(found[name], wanted[name]):
+                        raise ValueError(f'its {name} is {str(found[name])[:60]!r}')
         except (ValueError, KeyError) as error:
             raise InputError(
                 f"The optimiser state of '{path}' does not fit opt={self.args.opt}: {error};"
@@ -326,7 +338,17 @@ class Trainer:
                 parallel.clip_gradients(parameters, args.clip_grad)
             elif args.clip_grad is not None:
                 dispatch_clip_grad(parameters, value=args.clip_grad, mode=args.clip_mode)
+            self._update()
+
+    def _update(self) -> None:
+        """Raises: InputError: What was restored of the optimiser is nothing that it can go on from."""
+        try:
             self.optimizer.step()
+        except (LookupError, TypeError, AttributeError, ValueError, AssertionError) as error:
+            if self.restored is None:
+                raise
+            raise InputError(_no_state(self.restored, error)) from error
+        self.restored = None
 
     def _to_device(self, images: torch.Tensor, target: torch.Tensor) -> tuple:
         if not self.args.prefetcher:
@@ -475,6 +497,21 @@ class Trainer:
         if balance:
             self.reporter.say(f'  balance (1 is even)  {describe_balance(balance)}')
         report_corrupt(self.reporter, self.train_set, self.eval_set)
+
+
+def _no_state(path: Path, error: BaseException) -> str:
+    return (f"'{path}' holds weights, but no state that a run can go on from ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}): use initial_checkpoint={path} instead.")
+
+
+def _alike(found: Any, wanted: Any) -> bool:
+    """Whether an option of an optimiser is of the kind that it was made with: a number, or several."""
+    if isinstance(wanted, (list, tuple)):
+        return isinstance(found, (list, tuple)) and len(found) == len(wanted) and all(map(_alike, found, wanted))
+    if wanted is None or isinstance(wanted, (int, float, torch.Tensor)):
+        optional = wanted is None or wanted is False
+        return isinstance(found, (int, float, torch.Tensor)) or (found is None and optional)
+    return type(found) is type(wanted)
 
 
 def _gather(value: Any, args: argparse.Namespace) -> List[Any]:
