@@ -200,12 +200,20 @@ def test_per_image_groups_make_evaluation_independent_of_the_batch(scarce):
 
 
 def test_the_flag_of_every_tool(scarce, tmp_path, capsys):
-    """eval-imagenet and predict take it; train-imagenet keeps it in the options of its run."""
+    """eval-imagenet, predict and compare take it; train-imagenet keeps it in the options of its run."""
     from moe_zoo.cli import main
     checkpoint, images = str(scarce / 'run' / 'last.pth.tar'), scarce / 'images'
     assert main(['eval-imagenet', '--checkpoint', checkpoint, '--per-image-groups', '--no-time', '--no-usage']) == 0
     assert main(['predict', str(scarce / 'run'), str(images / 'validation' / 'dark' / '00.png'),
                  '--per-image-groups']) == 0
+    kept = (scarce / 'run' / 'outcomes.json').read_bytes()
+    both = [str(scarce / 'run')] * 2
+    assert main(['compare', *both, '--per-image-groups', '--resamples', '100', '--json', str(tmp_path / 'c.json')]) == 0
+    assert capsys.readouterr().err.count('evaluating ') == 2  # anew, where without the flag what was kept would do
+    of_images = evaluate(None, dict(per_image_groups=True), checkpoint=checkpoint, usage=False, quiet=True)['outcomes']
+    found = json.loads((tmp_path / 'c.json').read_text())
+    assert found['both'] == of_images.right.sum() and found['ours'] == [100 * of_images.right.mean()]
+    assert (scarce / 'run' / 'outcomes.json').read_bytes() == kept  # of the run as it was trained
     train_main([
         'model=vmoe_vit_s', *(f'model_kwargs.{key}={value}' for key, value in {**VIT, **SCARCE}.items()),
         'img_size=16', 'batch_size=8', 'workers=0', 'epochs=1', 'device=cpu', f'data_dir={images}',

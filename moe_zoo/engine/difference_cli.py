@@ -59,6 +59,8 @@ def parser() -> argparse.ArgumentParser:
     add('runs', metavar='RUN', nargs='+',
         help='folder of a run or of its seeds, or a file of eval-imagenet --outcomes; one run alone: against its twin')
     add('--data-dir', metavar='DIR', help='evaluate both classifiers on these images instead; also val_split=NAME')
+    add('--per-image-groups', action='store_true',
+        help='evaluate both classifiers anew, with routing groups of one image each')
     add('--resamples', type=int, metavar='R', help=f'draws of images (default {RESAMPLES}; of detectors {FEWER})')
     add('--seed', type=int, default=0, metavar='N', help='random state of the draws (default 0)')
     add('--json', metavar='OUT', help='also write the figures to this file')
@@ -73,6 +75,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     flags, overrides = parse_command_line(argv, arguments)
     options = [text for text in flags.runs if '=' in text and not Path(text).exists()]
     overrides.update(parse_overrides(options))
+    if flags.per_image_groups:
+        overrides['per_image_groups'] = True
     paths = [path for path in flags.runs if path not in options]
     if len(paths) not in (1, 2):
         raise InputError(f'{counted(len(paths), "run")} given: name two runs, or one that has a twin.')
