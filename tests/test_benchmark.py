@@ -82,12 +82,24 @@ def test_rounds_alternate_and_a_timing_is_a_mean_over_calls():
             calls.append(name)
         return call
 
-    runs = [run('a', 0.1), run('b', 0.3)]
-    seconds, loads = alternate(runs, rounds=3, min_seconds=0.2, clock=lambda: now[0])
-    # Warm-up and one trial each; then 0.2 / 0.1 = 2 calls of a and 1 of b, b first in the second round.
-    assert ''.join(calls) == 'ab' + 'ab' + 'aab' + 'baa' + 'aab'
-    assert seconds == [pytest.approx([0.1] * 3), pytest.approx([0.3] * 3)]
+    runs = [run('a', 0.125), run('b', 0.375)]
+    seconds, loads = alternate(runs, rounds=3, min_seconds=0.25, clock=lambda: now[0])
+    # Warm-up, and trials of 0.25 seconds; then 0.25 / 0.125 = 2 calls of a and 1 of b, b first in the second round.
+    assert ''.join(calls) == 'ab' + 'aab' + 'aab' + 'baa' + 'aab'
+    assert seconds == [pytest.approx([0.125] * 3), pytest.approx([0.375] * 3)]
     assert len(loads) == 3 and min(loads) >= 0
+
+
+def test_a_call_that_was_held_up_does_not_tell_how_many_fill_a_round():
+    """The first trial takes 0.15 seconds, all others 0.01: 0.2 / 0.01 = 20 calls a round, not 1."""
+    now, calls = [0.], []
+
+    def run():
+        now[0] += 0.15 if len(calls) == 1 else 0.01
+        calls.append(now[0])
+
+    (seconds,), _ = alternate([run], rounds=1, min_seconds=0.2, clock=lambda: now[0])
+    assert len(calls) == 1 + (1 + 5) + 20 and seconds == [pytest.approx(0.01)]
 
 
 def test_a_training_step_has_the_auxiliary_loss_and_no_optimiser():

@@ -64,9 +64,13 @@ def targets_table(rows: Sequence[Row]) -> str:
 def _measured(judgements: Sequence[Judgement]) -> str:
     if len(judgements) < 2:
         return judgements[0].measured if judgements else 'not measured'
-    median = {id(each): each.row['time_ratio']['median'] for each in judgements}
-    worst = max(judgements, key=lambda each: median[id(each)])
-    return f'{min(median.values()):.2f} to {median[id(worst)]:.2f} (`{worst.row["case"]}`)'
+    quoted = [(Ratio(**each.row['time_ratio']), each.row['case']) for each in judgements]
+    quoted = sorted((ratio.median, case) for ratio, case in quoted if ratio.resolved)
+    rest = len(judgements) - len(quoted)
+    words = [f'{quoted[-1][0]:.2f} (`{quoted[-1][1]}`)'] if quoted else []
+    if len(quoted) > 1:
+        words[0] = f'{quoted[0][0]:.2f} to {words[0]}'
+    return ', '.join(words + [f'{rest} not resolved'] * bool(rest))
 
 
 def _verdict(target: Target, judgements: Sequence[Judgement]) -> str:
@@ -75,7 +79,10 @@ def _verdict(target: Target, judgements: Sequence[Judgement]) -> str:
         one, = judgements
         if one.verdict != 'missed':
             return one.verdict
-        value = memory_ratio(one.row) if target.what == 'memory' else one.row['time_ratio']['median']
+        ratio = Ratio(**one.row['time_ratio'])
+        if target.what == 'time' and not ratio.resolved:
+            return '**missed**'
+        value = memory_ratio(one.row) if target.what == 'memory' else ratio.median
         return f'**missed by {value - target.at_most:.2f}**'
     counts = Counter(judgement.verdict for judgement in judgements)
     words = {'reached': '{} reached', 'not resolved': '{} not resolved', 'missed': '**{} missed**'}
@@ -189,12 +196,12 @@ def _text(lines: Sequence[str]) -> str:
 def figure(report: Mapping[str, Any]) -> str:
     """The ratio of time of every model to its dense twin, a dot a round, as an SVG file."""
     groups: dict[str, list[tuple[str, list[float], float | None]]] = {}
+    said = []
     for row in report['rows']:
         if row['kind'] == 'model' and row['live'] is None:
             label = f'{MODES[row["mode"]]}, {counted(row["batch_size"], "image")}'
             of_rounds = [a / b for a, b in zip(row['seconds'], row['twin_seconds'])]
             groups.setdefault(row['model'], []).append((label, of_rounds, aim_of(row)))
-    said = '; '.join(f'{name}, {label} {statistics.median(values):.2f}'
-                     for name, rows in groups.items() for label, values, _ in rows)
+            said.append(f'{row["model"]}, {label} {Ratio(**row["time_ratio"])}')
     chart = ratios(groups, 'time / time of the twin; a dot a round, red: at most')
-    return chart_file(chart, 'Time of a model to that of its dense twin', f'Median ratio of time: {said}')
+    return chart_file(chart, 'Time of a model to that of its dense twin', f'Median ratio of time: {"; ".join(said)}')

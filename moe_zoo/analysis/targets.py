@@ -71,7 +71,8 @@ TARGETS = (
     Target(0.60, 'deepmoe_resnet50, one image, half of the channels live: those alone computed, embedding included, to '
            'all computed and masked', {'kind': 'model', 'model': 'deepmoe_resnet50', 'batch_size': 1, 'live': 0.5}),
     *(_layer(1., f'a layer to that of {peer}', '*', peer, 'train') for peer in PEERS),
-    _layer(1., 'CondConv 1x1, 4 experts, 8 or 32 images, to that of timm', 'condconv-1x1-e4-b*', PEERS[0], 'forward'),
+    _layer(1., 'CondConv 1x1, 4 experts, 8 or 32 images, to that of timm', 'condconv-1x1-e4-b[!1]*', PEERS[0],
+           'forward'),
     _layer(1.10, 'CondConv 1x1, 4 experts, 8 images, to nn.Conv2d', 'condconv-1x1-e4-b8', 'nn.Conv2d'),
     _layer(1.10, 'CondConv 1x1, 4 experts, 32 images, to nn.Conv2d', 'condconv-1x1-e4-b32', 'nn.Conv2d'),
     _layer(1 / 1.5, 'CondConv 3x3, 4 experts, 32 images, to that of timm', 'condconv-3x3-e4-b32', PEERS[0], 'forward'),

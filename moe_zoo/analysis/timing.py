@@ -104,7 +104,8 @@ def alternate(
     """Time one call of each function, `rounds` times, taking turns; who goes first changes every round.
 
     Args:
-        runs: What to time. Each is called once to warm up, and then as often as fills `min_seconds`.
+        runs: What to time. Each is called once to warm up, then for `min_seconds` to see how often that is, and in
+            every round as often.
         rounds: Timings of each.
         min_seconds: A timing is the mean over as many calls as take this long.
         clock: Seconds; work on a device has to be finished when a function returns.
@@ -115,9 +116,16 @@ def alternate(
             run()
         return (clock() - start) / calls
 
+    def fastest(run: Callable[[], None]) -> float:
+        """Of all calls in `min_seconds`: one alone may have been held up, and a round of few calls tells little."""
+        found, until = [], clock() + min_seconds
+        while not found or clock() < until:
+            found.append(timed(run, 1))
+        return min(found)
+
     for run in runs:
         run()
-    calls = [max(1, round(min_seconds / max(timed(run, 1), 1e-9))) for run in runs]
+    calls = [max(1, round(min_seconds / max(fastest(run), 1e-9))) for run in runs]
     timings = Timings([[] for _ in runs], [])
     for i in range(rounds):
         order = range(len(runs)) if i % 2 == 0 else reversed(range(len(runs)))
