@@ -405,19 +405,24 @@ def _tell_rank(number: int, batch: int) -> None:
     training.Trainer.train_batch = counted
 
 
+# Each process with the whole model, or with its part: of the experts, and of all else.
+WAYS = {'whole models': {}, 'parts of one': dict(parallel='fsdp', expert_parallel=2)}
+
+
 def leave_and_resume(rank: int, world: int, folder: Path) -> None:
-    """Only the second rank is told, twice: in the first epoch, and in the evaluation after the second."""
-    common = dict(data_dir=str(folder / 'images'), epochs=2)
-    train(RANKS, common, output=folder / 'whole', quiet=True)
+    """Only the second rank is told, twice: in the first epoch, and in the second."""
     original = training.Trainer.train_batch
-    for batch in (2, 3):
-        if rank == 1:
-            _tell_rank(signal.SIGUSR1, batch)
-        with pytest.raises(SystemExit) as left:
-            train(RANKS, common, output=folder / 'parts', resume='auto', quiet=True)
-        assert left.value.code == 0
-        training.Trainer.train_batch = original
-    train(RANKS, common, output=folder / 'parts', resume='auto', quiet=True)
+    for way, options in WAYS.items():
+        common = dict(options, data_dir=str(folder / 'images'), epochs=2)
+        train(RANKS, common, output=folder / way / 'uninterrupted', quiet=True)
+        for number, batch in ((signal.SIGUSR1, 2), (signal.SIGTERM, 3)):
+            if rank == 1:
+                _tell_rank(number, batch)
+            with pytest.raises(SystemExit) as left:
+                train(RANKS, common, output=folder / way / 'run', resume='auto', quiet=True)
+            assert left.value.code == 0
+            training.Trainer.train_batch = original
+        train(RANKS, common, output=folder / way / 'run', resume='auto', quiet=True)
 
 
 def lose_a_rank(rank: int, world: int, folder: Path) -> None:
@@ -434,11 +439,12 @@ def lose_a_rank(rank: int, world: int, folder: Path) -> None:
 def test_all_ranks_leave_when_one_is_told_and_stop_when_one_dies(tmp_path):
     write_images(tmp_path / 'images', {'train': 10, 'validation': 8})
     run_ranks(2, tmp_path, leave_and_resume)
-    assert_same_run(tmp_path / 'parts', tmp_path / 'whole')
-    kept = sorted(path.name for path in (tmp_path / 'parts').glob('recovery-*'))
-    # The others hear of it at the next update: after batch 3 of the first epoch. Then 2 batches are left of it, so that
-    # batch 3 is the first of the second.
-    assert kept == ['recovery-0-2.pth.tar', 'recovery-1-1.pth.tar']
+    for way in WAYS:
+        assert_same_run(tmp_path / way / 'run', tmp_path / way / 'uninterrupted')
+        kept = sorted(path.name for path in (tmp_path / way / 'run').glob('recovery-*'))
+        # The others hear of it at the next update: after batch 3 of the first epoch. Then 2 batches are left of it, so
+        # that batch 3 is the first of the second.
+        assert kept == ['recovery-0-2.pth.tar', 'recovery-1-1.pth.tar']
     with pytest.raises(AssertionError, match='SIGKILL'):
         run_ranks(2, tmp_path, lose_a_rank)
     assert (tmp_path / 'said-0').read_text() == (
