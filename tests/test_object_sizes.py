@@ -1,6 +1,7 @@
 """Object sizes: arithmetic by hand, error rates by simulation, both controls, also with a real detector."""
 import contextlib
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -304,6 +305,8 @@ def test_controls_with_a_real_detector(options, scenes, repository, tmp_path, ca
     assert 'Control untrained' in printed and 'AGAINST EXPECTATION' not in printed
     assert json.loads((tmp_path / 'object_sizes.json').read_text()) == json.loads(json.dumps(found))
     assert (tmp_path / 'object_sizes.png').read_bytes()[:4] == b'\x89PNG'
+    assert found['command'].endswith(f'MOE.DATA.ROOT {scenes} {shlex.join(options)}'.rstrip())
+    assert f'--control planted MOE.DATA.ROOT {scenes}' in (tmp_path / 'index.html').read_text()
 
 
 @pytest.mark.slow
@@ -369,6 +372,13 @@ def test_the_tool_names_what_it_cannot_use(repository, tmp_path, capsys):
         'build_retinanet_resnet_fpn_backbone', 'MODEL.RESNETS.RES2_OUT_CHANNELS', '64')
     assert 'the analysis takes one data set' in refusal(
         '--config-file', demo, 'DATASETS.TEST', "('digit_scenes_val', 'digit_scenes_train')")
+    # before a pass over images, of which there are none here
+    assert 'seed=-1: use a number of at least 0.' in refusal('--config-file', demo, '--seed', '-1')
+    assert 'shuffles=-3 cannot give a p-value of alpha=0.01 or less for 1 layer: use' in refusal(
+        '--config-file', demo, '--shuffles', '-3')
+    assert 'permutations=9 cannot give' in refusal('--config-file', demo, '--permutations', '9')
+    assert 'alpha=0.0: use a level between 0 and 1' in refusal('--config-file', demo, '--alpha', '0')
+    assert not list(tmp_path.iterdir())
 
 
 # ---- collecting

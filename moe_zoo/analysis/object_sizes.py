@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import InputError
+from ..errors import InputError, counted
 from ..routing import Routing, current_image_sizes, routing_context
 from .force import assign, rewrite_routing, routed_layers
 from .object_gates import ATTRIBUTION, SIZES, Objects, gate_shares, lay_out
@@ -344,7 +344,8 @@ def analyze(
     sizes = np.concatenate([each.sizes for each in objects]) if objects else np.zeros(0, int)
     counts = np.bincount(sizes, minlength=len(SIZES))
     shuffles = min([each.count for each in shuffled.values()], default=0)
-    _check(counts, len(objects), alpha, permutations, shuffles, len(shuffled))
+    _check_objects(counts, len(objects))
+    check_tests(alpha, permutations, shuffles, seed, len(shuffled))
 
     null = {name: _permuted(maps[name], kinds[name], objects, permutations, seed) for name in maps}
     experts = [separation(mass, counts) for mass in null.values()]  # (1 + R, E) each
@@ -432,20 +433,30 @@ def _layer(
     )
 
 
-def _check(counts: np.ndarray, images: int, alpha: float, permutations: int, shuffles: int, layers: int) -> None:
+def _check_objects(counts: np.ndarray, images: int) -> None:
     if (counts > 0).sum() < 2 or images < 2:
         found = ', '.join(f'{n} {size}' for size, n in zip(SIZES, counts))
         raise InputError(
             f'The data set has {found} objects in {images} images: comparing sizes needs at least two size classes '
             'and two images with objects.')
+
+
+def check_tests(alpha: float, permutations: int, shuffles: int, seed: int = 0, layers: int = 1) -> None:
+    """Refuse what the tests cannot use, as far as is known of so many layers with shuffled routers.
+
+    Raises:
+        InputError: Of alpha, permutations, shuffles or seed.
+    """
     if not 0 < alpha < 1:
         raise InputError(f'alpha={alpha}: use a level between 0 and 1.')
     needed = {'permutations': int(np.ceil(1 / alpha)) - 1, 'shuffles': int(np.ceil(layers / alpha)) - 1}
     for name, number in (('permutations', permutations), ('shuffles', shuffles)):
         if number < needed[name] and (number or name == 'permutations'):
             raise InputError(
-                f'{name}={number} cannot give a p-value of alpha={alpha} or less for {layers} layers: use at least '
-                f'{needed[name]}.')
+                f'{name}={number} cannot give a p-value of alpha={alpha} or less for {counted(layers, "layer")}: use '
+                f'at least {needed[name]}.')
+    if seed < 0:
+        raise InputError(f'seed={seed}: use a number of at least 0.')
 
 
 def size_table(analysis: SizeAnalysis) -> str:

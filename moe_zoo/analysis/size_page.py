@@ -134,8 +134,8 @@ def _layer(layer: Mapping[str, Any], sizes: Mapping[str, Any]) -> List[Block]:
             "Mean gate over the size of objects (COCO's classes end at 32 and 96), 95 % intervals by image."))
     return [*blocks, Table(
         ['', *(f'{size} ({sizes["objects"][size]})' for size in SIZES), 'p (chance)'], rows,
-        'Gate mass, half its 95 % interval (images are the independent cases), and in brackets the objects that the '
-        'expert leads.'), layer['verdict'][:1].upper() + layer['verdict'][1:]]
+        'Gate mass, half its 95 % interval (images are the independent cases; ? where they are fewer than four), and '
+        'in brackets the objects that the expert leads.'), layer['verdict'][:1].upper() + layer['verdict'][1:]]
 
 
 def _most_moved(layer: Mapping[str, Any], experts: int) -> List[int]:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import math
+import shlex
 import sys
 import textwrap
 import time
@@ -31,7 +32,7 @@ from torch import nn
 from ..analysis.figures import save, size_figure
 from ..analysis.force import choosing_layers, drop_expert, force_expert, keep_largest, routed_layers, select_experts
 from ..analysis.object_gates import Objects
-from ..analysis.object_sizes import SizeCollector, planted_sizes, size_table, untrained_routers
+from ..analysis.object_sizes import SizeCollector, check_tests, planted_sizes, size_table, untrained_routers
 from ..analysis.page import Page
 from ..analysis.size_page import CONTROLS, control_sentence, matches_by_expert, size_section, trial_table
 from ..analysis.usage import evaluation_mode
@@ -238,12 +239,14 @@ def analyze_detector(
     Raises:
         InputError: The detector has no routed layer, or the data set cannot be used.
     """
+    check_tests(alpha, permutations, 0 if shuffles is None else shuffles, seed)  # rather than after a pass
     started = time.monotonic()
     layers = routed_layers(model)
     rows = plan_trials(model, trials, layer, experts)
     scenes = Scenes(cfg, model)
     scenes.expected = 1 + len(controls) + len(rows)
-    shuffles = shuffles or max(499, math.ceil(len(layers) / alpha))
+    if shuffles is None:
+        shuffles = max(499, math.ceil(len(layers) / alpha))
     if scenes.expected > 1:
         print(f'{scenes.expected} passes over {counted(len(scenes.loader), "image")}: 1 with the router left free, '
               f'{counted(len(controls), "control")}, {counted(len(rows), "trial")}', file=sys.stderr)
@@ -286,7 +289,8 @@ def main(argv: Optional[list[str]] = None) -> dict[str, Any]:
     Returns:
         What object_sizes.json holds.
     """
-    args = _parser().parse_intermixed_args(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_intermixed_args(argv)
     trials, experts = _kinds(args.trials), _experts(args.experts)
     cfg, model = _load(args)
     output = Path(args.output or Path(cfg.OUTPUT_DIR) / 'object_sizes')
@@ -294,7 +298,8 @@ def main(argv: Optional[list[str]] = None) -> dict[str, Any]:
     found = analyze_detector(
         cfg, model, tuple(dict.fromkeys(args.control)), trials, args.permutations, args.shuffles, args.alpha,
         args.seed, args.layer, experts)
-    content = as_content(found, args, cfg)
+    content = {'command': shlex.join(['python', 'tools/analyze_object_sizes.py', *argv]),
+               **as_content(found, args, cfg)}
     text = json.dumps(content, indent=1)
     print(text if args.json else report(found))
     with atomic_write(output / 'object_sizes.json') as part:
@@ -324,10 +329,8 @@ def as_content(found: dict[str, Any], args: argparse.Namespace, cfg: CfgNode) ->
 
 
 def _page(content: dict[str, Any], pictures: Sequence[tuple[str, bytes, str]]) -> Page:
-    words = ['$ python tools/analyze_object_sizes.py', '--config-file', content['config']]
-    words += ['--weights', content['weights']] if content['weights'] else []
     lead = f'`{content["config"]}` on `{content["dataset"]}`: which experts serve small, medium and large objects.'
-    return Page('Experts and object sizes', lead, [size_section(content, pictures, ' '.join(words))])
+    return Page('Experts and object sizes', lead, [size_section(content, pictures, f'$ {content["command"]}')])
 
 
 def _load(args: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
@@ -402,7 +405,7 @@ def _parser() -> argparse.ArgumentParser:
         help='one more pass with routers that must not (untrained) or must (planted) separate sizes')
     add('--permutations', type=int, default=999, metavar='N', help='of images (default: 999)')
     add('--shuffles', type=int, default=None, metavar='N',
-        help='of router weights (default: 499, or more where many layers ask for it)')
+        help='of router weights (default: 499, or more where many layers ask for it; 0: no such test, no verdict)')
     add('--alpha', type=float, default=0.01, help='level of both tests (default: 0.01)')
     add('--seed', type=int, default=0, help='of permutations, shuffles and controls (default: 0)')
     add('opts', nargs='*', metavar='KEY VALUE', help='config keys to change')
