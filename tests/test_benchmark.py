@@ -7,10 +7,11 @@ import sys
 import pytest
 import timm
 import torch
+from rich.console import Console
 from torch import nn
 
 from moe_zoo import cli
-from moe_zoo.analysis import benchmark_cli, count, dispatch_cases, layer_cases, targets
+from moe_zoo.analysis import benchmark_cli, count, dispatch_cases, layer_cases, peers, speed_tables, targets
 from moe_zoo.analysis.benchmark_cli import main
 from moe_zoo.analysis.count_cli import build_model
 from moe_zoo.analysis.dispatch_cases import benchmark_dispatch, exchange_of_one, find_cells, find_ways
@@ -212,6 +213,23 @@ def test_soft_peers_have_the_same_sizes():
     assert sum(p.numel() for p in theirs.module.experts.parameters()) == sum(experts)
 
 
+@pytest.mark.parametrize('bias', [True, False])
+def test_peers_get_the_weights_of_every_expert(bias):
+    ours = MoEMlp(2, 3, num_experts=2, bias=bias, same_init=False)
+    theirs = [(nn.Linear(2, 3), nn.Linear(3, 2)) for _ in range(2)]
+    peers._copy_experts(ours, theirs)
+    for e, pair in enumerate(theirs):
+        for stack, linear in zip((ours.fc1, ours.fc2), pair):
+            assert torch.equal(linear.weight, stack.weight[e])
+            assert torch.equal(linear.bias, stack.bias[e] if bias else torch.zeros(len(linear.bias)))
+
+
+def test_losses_of_a_peer_are_left_out():
+    lstm = nn.LSTM(2, 3)  # a layer that returns more than its output
+    x = torch.rand(4, 1, 2)
+    assert torch.equal(peers._FirstOutput(lstm)(x), lstm(x)[0])
+
+
 def test_what_is_not_installed_is_said_and_left_out(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'pytorch_mixtures', None)  # importing it fails
     tiny = Case('a tiny one', functools.partial(tokens, 1, 1, width=8), modes=('forward',))
@@ -372,6 +390,36 @@ def test_loaders_are_timed_on_the_same_images(name, tmp_path):
     theirs = loading.timm_loader(root, 0, 4, 16)
     views = 2 if name == 'two-views' else 1
     assert [len(images) for images, _ in ours] == [4 * views] * 2 and [len(images) for images, _ in theirs] == [4] * 2
+
+
+# ---- tables
+
+def printed_rows(command, rows):
+    console = Console(width=250)
+    with console.capture() as capture:
+        console.print(speed_tables.table(command, rows))
+    heading, _, *lines = filter(str.strip, capture.get().splitlines())
+    return [re.split(r'\s{2,}', line.strip()) for line in (heading, *lines)]
+
+
+def test_loaders_are_printed_by_images_a_second():
+    row = {'about': 'a folder', 'twin': 'timm', 'time_ratio': {'median': .5, 'low': .4, 'high': .6}, 'images': 3000,
+           'seconds': [1., 2., 8.], 'twin_seconds': [4., 3., 5.], 'workers': 2}  # medians of 2 s and 4 s
+    heading, found = printed_rows('data', [row])
+    assert heading == ['data', 'beside', 'time ratio', 'images a second', 'of the other', 'workers']
+    assert found == ['a folder', 'timm', '0.50 (spread 0.20)', '1,500', '750', '2']
+
+
+def test_detectors_are_printed_beside_the_first():
+    same = {'mode': 'forward', 'input_size': [3, 640, 800], 'parameters': 1234567, 'memory': 2_500_000, 'verdict': ''}
+    rows = [same | {'config': 'configs/coco/plain.yaml', 'first': True, 'macs': 2e9, 'macs_ratio': 1., 'at_most': None,
+                    'seconds': [.25] * 3, 'time_ratio': {'median': 1., 'low': 1., 'high': 1.}},
+            same | {'config': 'routed.yaml', 'first': False, 'macs': 3e9, 'macs_ratio': 1.5, 'at_most': 1.6,
+                    'seconds': [.5] * 3, 'time_ratio': {'median': 2., 'low': 1.9, 'high': 2.}, 'verdict': 'missed'}]
+    _, plain, routed = printed_rows('detector', rows)
+    assert plain == ['plain', 'forward', '640x800', '1,234,567', '2.000', '250.00', '2.5', '1', '1']
+    assert routed == ['routed', 'forward', '640x800', '1,234,567', '3.000', '500.00', '2.5', '1.500', '2.00 (spread 0.10)',
+                      '1.60', 'missed']
 
 
 # ---- compiled
