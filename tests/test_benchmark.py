@@ -418,8 +418,8 @@ def test_detectors_are_printed_beside_the_first():
                     'seconds': [.5] * 3, 'time_ratio': {'median': 2., 'low': 1.9, 'high': 2.}, 'verdict': 'missed'}]
     _, plain, routed = printed_rows('detector', rows)
     assert plain == ['plain', 'forward', '640x800', '1,234,567', '2.000', '250.00', '2.5', '1', '1']
-    assert routed == ['routed', 'forward', '640x800', '1,234,567', '3.000', '500.00', '2.5', '1.500', '2.00 (spread 0.10)',
-                      '1.60', 'missed']
+    assert routed == ['routed', 'forward', '640x800', '1,234,567', '3.000', '500.00', '2.5', '1.500',
+                      '2.00 (spread 0.10)', '1.60', 'missed']
 
 
 # ---- compiled
