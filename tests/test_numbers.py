@@ -192,7 +192,8 @@ def test_the_numbers_are_those_they_were(name):
     kept = json.loads(PATH.read_text()) if PATH.exists() else {}
     if os.environ.get('MOE_ZOO_REWRITE'):
         kept = {**{each: kept[each] for each in CASES if each in kept}, name: found}
-        lines = ',\n'.join(f'{json.dumps(each)}: {json.dumps(value, separators=(",", ":"))}' for each, value in kept.items())
+        lines = ',\n'.join(
+            f'{json.dumps(each)}: {json.dumps(value, separators=(",", ":"))}' for each, value in kept.items())
         PATH.write_text(f'{{\n{lines}\n}}\n')
     assert not close(found, kept[name], name)
 
