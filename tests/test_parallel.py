@@ -5,6 +5,9 @@ except for the first: what they compute shows that the first one's were sent to 
 """
 import functools
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Dict, Tuple
 
@@ -401,6 +404,38 @@ def dies(rank: int, world: int, folder: Path) -> None:
 def test_a_rank_that_dies_ends_the_others(tmp_path):
     with pytest.raises(AssertionError, match='exit code 7|exitcode 7|Connection|closed|reset'):
         run_ranks(2, tmp_path, dies)
+
+
+TASK = """
+import torch
+import torch.distributed as dist
+from moe_zoo.engine.build import open_device
+from moe_zoo.engine.config import load_config
+args = load_config({}, {'device': 'cpu'})
+open_device(args)
+total = torch.tensor(args.rank + 1)
+dist.all_reduce(total)
+print(args.rank, args.world_size, int(total), flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_tasks_that_srun_starts_find_each_other():
+    """Without torchrun, by what SLURM says in the environment: ranks 0 and 1 add up 1 + 2."""
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    known = {key: value for key, value in os.environ.items() if key not in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')}
+    tasks = [subprocess.Popen([sys.executable, '-c', TASK], stdout=subprocess.PIPE, text=True, env={
+        **known, 'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '2', 'SLURM_PROCID': rank, 'SLURM_LOCALID': rank,
+        'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(port), 'OMP_NUM_THREADS': '1'}) for rank in '01']
+    try:
+        assert [task.communicate(timeout=300)[0] for task in tasks] == ['0 2 3\n', '1 2 3\n']
+    finally:
+        for task in tasks:
+            task.kill()
+            task.wait()
 
 
 # ---- what is refused
