@@ -90,6 +90,27 @@ def _settle_batch_norms(model: nn.Module, x: torch.Tensor) -> None:
         norm.momentum = momentum
 
 
+def randomise_statistics(model: nn.Module) -> None:
+    """Norms that do something: at their initial values a wrong eps or a lost norm would not show."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+
+
+def load_dense_kernels(model: nn.Module, dense: nn.Module) -> None:
+    """Give a model that mixes kernels those of its dense twin, every expert a copy; routing functions stay."""
+    weights = dense.state_dict()
+    for key, value in model.state_dict().items():
+        if 'routing_fn' in key:
+            weights[key] = value
+        elif value.shape != weights[key].shape:  # (E, elements) here, one kernel there
+            weights[key] = weights[key].flatten().expand(len(value), -1)
+    model.load_state_dict(weights)
+
+
 def images_of(name: str, model: nn.Module, number: int) -> torch.Tensor:
     """The first of `MOST` images of noise, each of another contrast and brightness."""
     x = torch.randn(MOST, *image_size(name, model), generator=torch.Generator().manual_seed(1))

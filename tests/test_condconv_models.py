@@ -7,6 +7,7 @@ import json
 import pytest
 import timm
 import torch
+from small_models import load_dense_kernels, randomise_statistics
 from timm.models.resnet import BasicBlock
 from timm.optim import param_groups_weight_decay
 from torch import nn
@@ -38,16 +39,6 @@ def create(name: str = SMALLEST, **kwargs) -> nn.Module:
 
 def images(batch: int = 2, size: int = 64) -> torch.Tensor:
     return torch.randn(batch, 3, size, size)
-
-
-def randomise_statistics(model: nn.Module) -> None:
-    """Norms that do something: at their initial values a wrong eps or a lost norm would not show."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
 
 
 def test_eleven_names_are_registered():
@@ -94,13 +85,7 @@ def test_copies_of_the_dense_kernels_mixed_by_a_softmax_are_the_dense_network(na
     dense = timm.create_model(twin, num_classes=7).eval()
     randomise_statistics(dense)
     model = create(name, route_fn='softmax').eval()  # its gates sum to one
-    weights = dense.state_dict()
-    for key, value in model.state_dict().items():
-        if 'routing_fn' in key:
-            weights[key] = value
-        elif value.shape != weights[key].shape:  # (E, elements) here, one kernel there
-            weights[key] = weights[key].flatten().expand(3, -1)
-    model.load_state_dict(weights)
+    load_dense_kernels(model, dense)
     x = images()
     with torch.no_grad():
         torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-4)

@@ -2,11 +2,11 @@
 
 timm's own tests run on every name in test_timm_host.py; here stands what timm cannot know.
 """
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from image_folders import write_images
+from small_models import load_dense_kernels, randomise_statistics
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -87,18 +87,9 @@ def test_which_convolutions_stay_static(name, kwargs, static):
 def test_copies_of_the_dense_kernels_are_the_dense_network(name):
     twin, kwargs = TWINS[name]
     dense = timm.create_model(twin, num_classes=7, **kwargs).eval()
-    for module in dense.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
+    randomise_statistics(dense)
     model = timm.create_model(name, num_classes=7).eval()
-    weights = dense.state_dict()
-    for key, value in model.state_dict().items():
-        if 'routing_fn' in key:
-            weights[key] = value
-        elif value.shape != weights[key].shape:  # (E, elements) here, one kernel there
-            weights[key] = weights[key].flatten().expand(4, -1)
-    model.load_state_dict(weights)
+    load_dense_kernels(model, dense)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-4)
@@ -205,14 +196,7 @@ def test_a_moving_average_copies_the_epoch():
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
     """16 training and 8 evaluation images of two classes, dark and bright."""
-    root, noise = tmp_path_factory.mktemp('images'), np.random.default_rng(0)
-    for split, number in (('train', 8), ('validation', 4)):
-        for level, name in ((60, 'dark'), (190, 'bright')):
-            (root / split / name).mkdir(parents=True)
-            for i in range(number):
-                pixels = noise.integers(level - 50, level + 50, (32, 32, 3)).astype(np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f'{i}.png')
-    return root
+    return write_images(tmp_path_factory.mktemp('images'), {'train': 8, 'validation': 4})
 
 
 def run(images, folder, **options):
