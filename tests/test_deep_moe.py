@@ -263,6 +263,42 @@ def test_sparse_inference_computes_the_same(name, kwargs):
     assert not together.uncounted
 
 
+def test_numbers_of_live_channels_recur():
+    # 64 channels: whatever images want is filled up to a multiple of 64 / 16 = 4 by dead channels, the first there are.
+    gates = torch.zeros(2, 64)
+    gates[0, [3, 20, 41]] = 0.5
+    gates[1, [3, 63]] = 0.25
+    gate = ChannelGate(64, D)
+    assert gate.live(gates).tolist() == [3, 20, 41, 63]
+    assert gate.live(gates[:1]).tolist() == [3, 20, 41, 0]
+    assert gate.live(gates[1:]).tolist() == [3, 63, 0, 1]
+    assert gate.live(torch.zeros(1, 64)).tolist() == []
+    assert gate.live((torch.arange(64) < 61).float()[None]) is None  # 61 to 64: all
+    assert len(gate.live((torch.arange(64) < 60).float()[None])) == 60
+    gate.keep = gates[0] != 0  # a mask of the user is taken as it is: its shapes recur anyway
+    assert gate.live(gates).tolist() == [3, 20, 41]
+
+
+@pytest.mark.parametrize('channels_last', [False, True])
+def test_channels_that_fill_up_change_nothing(channels_last):
+    # 5 and 9 of 32 channels are live: 6 and 10 are computed. Gradients go to what is live, and to nothing else.
+    block, e = block_of(GatedBasicBlock, 32, 32, live=[range(1, 10, 2), range(1, 18, 2)])
+    block.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    x = torch.randn(1, 32, 6, 6, dtype=torch.float64)
+    expected = block(x, e)
+    plain = torch.autograd.grad(expected.square().sum(), list(block.parameters()))
+    shapes = []
+    with sparse_inference(block), pytest.MonkeyPatch.context() as patch:
+        conv2d = F.conv2d
+        patch.setattr(F, 'conv2d', lambda x, weight, *args: shapes.append(weight.shape[:2]) or conv2d(x, weight, *args))
+        found = block(x, e)
+        cut = torch.autograd.grad(found.square().sum(), list(block.parameters()))
+    torch.testing.assert_close(found, expected)
+    assert shapes == [(6, 32), (10, 6)]  # 5 and 9, to multiples of 32 / 16 = 2
+    for one, other in zip(cut, plain):
+        torch.testing.assert_close(one, other)
+
+
 def test_executed_macs_follow_the_identity():
     # p1 c1 + p1 p2 c2 + p2 c3 of the dense costs, and the gates: W is 16 x 3 and 16 x 3
     block, e = block_of(GatedBottleneck, 32, 8, live=[range(4), range(12)], width=2.)

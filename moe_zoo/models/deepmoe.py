@@ -13,6 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet, feature_take_indices
 
+from ..layers.routed import channels_last_on_cpu
 from .deepmoe_blocks import DeepMoEModel, gates_of_weights
 from .pretrained import build, upcycled_cfgs
 
@@ -24,12 +25,21 @@ class DeepMoEResNet(DeepMoEModel, ResNet):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         e = self.embedding(x)
-        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+        x = self.stem(x)
         x = self.layer1(x, e)
         x = self.layer2(x, e)
         x = self.layer3(x, e)
         x = self.layer4(x, e)
         return x
+
+    def stem(self, x: torch.Tensor) -> torch.Tensor:
+        """In channels-last memory on a CPU, which takes a third of the time; what comes out lies as the image does."""
+        if torch.jit.is_scripting():
+            return self.maxpool(self.act1(self.bn1(self.conv1(x))))
+        else:
+            image = channels_last_on_cpu(x)
+            y = self.maxpool(self.act1(self.bn1(self.conv1(image))))
+            return y if image is x else y.contiguous()
 
     def forward_intermediates(
             self,
