@@ -95,6 +95,22 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny, scenes, tmp_path):
         assert_same_training(tmp_path / 'run' / 'model_final.pth', folder / 'model_final.pth')
 
 
+@pytest.mark.slow
+def test_what_is_no_state_of_a_run_is_not_resumed(tiny, tmp_path, capsys):
+    main([*tiny, 'SOLVER.MAX_ITER', '1'])
+    path = tmp_path / 'run' / 'model_final.pth'
+    content = torch.load(path, weights_only=True)
+    state = content['trainer']
+    group, *rest = state['_trainer']['optimizer']['param_groups']
+    spoilt = {**state['_trainer']['optimizer'], 'param_groups': [{**group, 'momentum': 'x'}, *rest]}
+    for changed, said in ((dict(iteration='x'), "its iteration is 'x', its seed '"), (dict(seed=[1]), "its seed '[1]'"),
+                          (dict(_trainer={**state['_trainer'], 'optimizer': spoilt}), "its momentum is 'x'")):
+        torch.save({**content, 'trainer': {**state, **changed}}, path)
+        sentence = refusal(capsys, [*tiny, '--resume'])
+        assert sentence.startswith(f"error: Checkpoint '{path}' is truncated, or no checkpoint of this model: ")
+        assert said in sentence
+
+
 def test_without_a_seed_the_checkpoint_knows_the_one_that_was_drawn(tiny, tmp_path):
     main([*tiny, 'SEED', '-1'])
     folder = left_behind(tmp_path / 'run', 'model_0000001.pth', tmp_path / 'other')

@@ -34,6 +34,7 @@ from torch import distributed, multiprocessing, nn
 from torch.utils.checkpoint import CheckpointError
 
 from ..analysis.origin import versions
+from ..checkpoints.optimizer_state import refuse_odd_options
 from ..data.random_state import seed_stream
 from ..errors import InputError, atomic_write, exit_on_input_error, nearest
 from ..faults import Leave, Leaving, leave, listening, locked, one_sentence, received, what_died
@@ -108,8 +109,13 @@ class Trainer(DefaultTrainer):
                 'loss_normalizer': _normalizer(self.model), **ranks}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        optimizer = self._trainer.optimizer
+        fresh = optimizer.param_groups
         super().load_state_dict(state_dict)
+        refuse_odd_options(fresh, optimizer.param_groups)
         self.data_loader.seed = state_dict.get('seed', self.data_loader.seed)
+        if not all(isinstance(number, int) and 0 <= number < 2 ** 63 for number in (self.iter, self.data_loader.seed)):
+            raise InputError(f'its iteration is {str(self.iter)[:60]!r}, its seed {str(self.data_loader.seed)[:60]!r}')
         _set_normalizer(self.model, state_dict.get('loss_normalizer'))
         ranks = state_dict.get('ranks', ())
         if len(ranks) == comm.get_world_size():
@@ -294,8 +300,8 @@ def run(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         one such entry a test set where there are several. Also in OUTPUT_DIR/results.json.
 
     Raises:
-        InputError: Something that was given cannot be used, in which case a new OUTPUT_DIR goes again, or the training
-            diverged.
+        InputError: Something that was given cannot be used, in which case a new OUTPUT_DIR goes again, and the results
+            in an old one stay with their config; or the training diverged.
     """
     args = _parser().parse_intermixed_args(sys.argv[1:] if argv is None else argv)
     cfg = _config(args)
@@ -304,7 +310,8 @@ def run(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     if args.export:
         print(export(cfg, args.export))
         return {}
-    new = not Path(cfg.OUTPUT_DIR).exists()
+    new, config = not Path(cfg.OUTPUT_DIR).exists(), Path(cfg.OUTPUT_DIR) / 'config.yaml'
+    made_by = config.read_bytes() if config.is_file() and _results(cfg).exists() else None
     try:
         if processes * args.num_machines == 1:
             return work(args)
@@ -312,6 +319,8 @@ def run(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     except InputError as error:
         if new and not isinstance(error, Stopped) and not any(Path(cfg.OUTPUT_DIR).glob('*.pth')):
             shutil.rmtree(cfg.OUTPUT_DIR, ignore_errors=True)
+        elif made_by is not None and _results(cfg).exists():  # they stay those of the config beside them
+            config.write_bytes(made_by)
         raise
 
 
@@ -339,8 +348,7 @@ def _launch(cfg: CfgNode, args: argparse.Namespace, processes: int) -> Dict[str,
             raise
     if asked:
         leave(asked)
-    results = Path(cfg.OUTPUT_DIR) / 'results.json'
-    return json.loads(results.read_text())['metrics'] if results.exists() else {}
+    return json.loads(_results(cfg).read_text())['metrics'] if _results(cfg).exists() else {}
 
 
 def _forward(number: int) -> None:
@@ -374,10 +382,6 @@ def _work(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Any]:
         raise InputError(f"OUTPUT_DIR '{cfg.OUTPUT_DIR}' cannot be written: {error.strerror or error}.") from error
     # A user's mistake is told in one sentence at the end; detectron2 would print its traceback before.
     logging.getLogger('detectron2.engine.train_loop').addFilter(_no_traceback)
-    if comm.is_main_process():
-        for stale in (unreadable_images(cfg), Path(cfg.OUTPUT_DIR) / 'results.json'):
-            stale.unlink(missing_ok=True)
-    comm.synchronize()
     try:
         with one_sentence(lambda: _kept(cfg), Stopped, cfg.OUTPUT_DIR):
             results = _evaluate(cfg, args.resume) if args.eval_only else _train(cfg, args.resume)
@@ -396,6 +400,7 @@ def _work(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Any]:
 def _train(cfg: CfgNode, resume: bool) -> Dict[str, Any]:
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
+    _begin(cfg)
     # The scripted losses of detectron2 are compiled anew in every process, after a first call that rounds otherwise.
     with trainer.leaving, torch.jit.optimized_execution(cfg.MODEL.DEVICE != 'cpu'):
         try:
@@ -411,7 +416,16 @@ def _evaluate(cfg: CfgNode, resume: bool) -> Dict[str, Any]:
     if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
         _LOGGER.warning('MODEL.WEIGHTS is empty: an untrained detector is evaluated.')
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    _begin(cfg)
     return Trainer.test(cfg, model)
+
+
+def _begin(cfg: CfgNode) -> None:
+    """Take away what an earlier run in this folder found, once nothing refuses this one."""
+    if comm.is_main_process():
+        for stale in (unreadable_images(cfg), _results(cfg)):
+            stale.unlink(missing_ok=True)
+    comm.synchronize()
 
 
 def _rank(args: argparse.Namespace, processes: int, sentences) -> None:
@@ -447,10 +461,14 @@ def _check_processes(cfg: CfgNode, args: argparse.Namespace, processes: int) -> 
         raise InputError(f'SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide into {total} processes.')
 
 
+def _results(cfg: CfgNode) -> Path:
+    return Path(cfg.OUTPUT_DIR) / 'results.json'
+
+
 def _report(cfg: CfgNode, results: Dict[str, Any], made_by: Dict[str, Optional[str]]) -> None:
     """Write results.json, and say what was left out."""
     content = {'metrics': _plain(results), 'unit': 'percent', 'versions': made_by}
-    with atomic_write(Path(cfg.OUTPUT_DIR) / 'results.json') as part:
+    with atomic_write(_results(cfg)) as part:
         part.write_text(json.dumps(content, indent=1))
     skipped = skipped_images(unreadable_images(cfg))
     if skipped:

@@ -20,6 +20,7 @@ from timm.data import resolve_data_config
 from timm.models import safe_model_name
 from timm.utils import dispatch_clip_grad, unwrap_model
 
+from ..checkpoints.optimizer_state import refuse_odd_options
 from ..data.random_state import get_random_state, iterate_apart, seed_stream, set_random_state
 from ..errors import InputError, atomic_write, counted, exit_on_input_error
 from ..faults import Leave, Leaving, leave, listening, locked, one_sentence
@@ -166,10 +167,7 @@ class Trainer:
             state = checkpoint['optimizer']
             self.optimizer.load_state_dict(
                 parallel.spread_optimizer_state(self.optimizer, state) if self.spread else state)
-            for wanted, found in zip(fresh, self.optimizer.param_groups):
-                for name in wanted.keys() & found.keys() - {'params'}:
-                    if not _alike(found[name], wanted[name]):
-                        raise ValueError(f'its {name} is {str(found[name])[:60]!r}')
+            refuse_odd_options(fresh, self.optimizer.param_groups)
         except (ValueError, KeyError) as error:
             raise InputError(
                 f"The optimiser state of '{path}' does not fit opt={self.args.opt}: {error};"
@@ -502,16 +500,6 @@ class Trainer:
 def _no_state(path: Path, error: BaseException) -> str:
     return (f"'{path}' holds weights, but no state that a run can go on from ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}): use initial_checkpoint={path} instead.")
-
-
-def _alike(found: Any, wanted: Any) -> bool:
-    """Whether an option of an optimiser is of the kind that it was made with: a number, or several."""
-    if isinstance(wanted, (list, tuple)):
-        return isinstance(found, (list, tuple)) and len(found) == len(wanted) and all(map(_alike, found, wanted))
-    if wanted is None or isinstance(wanted, (int, float, torch.Tensor)):
-        optional = wanted is None or wanted is False
-        return isinstance(found, (int, float, torch.Tensor)) or (found is None and optional)
-    return type(found) is type(wanted)
 
 
 def _gather(value: Any, args: argparse.Namespace) -> List[Any]:
