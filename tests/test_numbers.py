@@ -1,18 +1,13 @@
 """Layers, routers and losses compute what they computed: a checkpoint that was trained must go on meaning the same.
 
-Weights and inputs are written by a formula, so that nothing depends on a random generator. What is right, tests of the
-modules check by hand; this file notices that anything moved. After a change that is meant,
-`MOE_ZOO_REWRITE=1 .venv/bin/python -m pytest tests/test_numbers.py` writes tests/numbers.json anew: explain it in the
-commit.
+Weights and inputs are written by a formula, so that nothing depends on a random generator; kept_numbers.py says how the
+numbers are made anew.
 
 Letters: B images, C channels, T items, E experts.
 """
-import json
-import os
-from pathlib import Path
-
 import pytest
 import torch
+from kept_numbers import compare, kept_names, marks, wave
 from torch import nn
 
 from moe_zoo import layers, losses, routing
@@ -23,16 +18,10 @@ from moe_zoo.layers.patch_moe import GATE_ORDERS
 from moe_zoo.layers.situational_fusion import MODES, disturb_representations
 from moe_zoo.routing import Routing, routing_context
 
-PATH = Path(__file__).with_name('numbers.json')
+FILE = 'numbers.json'
 MAP, TOKENS, ITEMS = (3, 4, 8, 8), (4, 6, 4), (6, 4)
 PADDED = dict(image_sizes=torch.tensor([[16, 16], [9, 16], [12, 5]]), padded_size=(16, 16))
 ALL = tuple((name, .5) for name in losses.LOSSES if name not in ('affinity', 'vmoe_load', 'load'))
-
-
-def wave(*shape: int, slope: float = .7, start: float = 0.) -> torch.Tensor:
-    """Numbers between -1 and 1 that do not repeat, with a drift, so that means are not 0."""
-    n = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
-    return ((slope * n + start).sin() + .1 * (.013 * n).cos()).view(shape).float()
 
 
 def _stage() -> nn.Module:
@@ -100,13 +89,6 @@ def prepared(module: nn.Module) -> nn.Module:
     return module
 
 
-def marks(*values: torch.Tensor) -> list[float]:
-    """Two numbers that change where any number of some tensors does."""
-    value = torch.cat([value.detach().double().flatten() for value in values]) if values else torch.zeros(1)
-    slopes = (1 + torch.arange(value.numel(), dtype=value.dtype)).sqrt().cos()
-    return [float(f'{number:.5g}') for number in (float(value @ slopes), float(value.abs().sum()))]
-
-
 def described(record: Routing) -> dict:
     fields = {name: field for name, field in record._asdict().items() if field is not None}
     found = {name: marks(field) if isinstance(field, torch.Tensor) else field for name, field in fields.items()}
@@ -171,32 +153,10 @@ def _run_fusion(module: nn.Module) -> dict:
 CASES = cases()
 
 
-def close(found, kept, place: str) -> list[str]:
-    """Where two results differ by more than rounding."""
-    if isinstance(kept, dict):
-        if not isinstance(found, dict) or sorted(kept) != sorted(found):
-            return [f'{place}: {found} instead of {kept}']
-        return [line for key in kept for line in close(found[key], kept[key], f'{place}, {key}')]
-    if isinstance(kept, list):
-        if not isinstance(found, (list, tuple)) or len(found) != len(kept):
-            return [f'{place}: {found} instead of {kept}']
-        return [line for n, pair in enumerate(zip(found, kept)) for line in close(*pair, f'{place} [{n}]')]
-    if isinstance(kept, float):
-        return [] if found == pytest.approx(kept, rel=2e-4, abs=1e-4) else [f'{place}: {found} instead of {kept}']
-    return [] if found == kept else [f'{place}: {found} instead of {kept}']
-
-
 @pytest.mark.parametrize('name', CASES)
 def test_the_numbers_are_those_they_were(name):
-    found = json.loads(json.dumps(CASES[name]()))
-    kept = json.loads(PATH.read_text()) if PATH.exists() else {}
-    if os.environ.get('MOE_ZOO_REWRITE'):
-        kept = {**{each: kept[each] for each in CASES if each in kept}, name: found}
-        lines = ',\n'.join(
-            f'{json.dumps(each)}: {json.dumps(value, separators=(",", ":"))}' for each, value in kept.items())
-        PATH.write_text(f'{{\n{lines}\n}}\n')
-    assert not close(found, kept[name], name)
+    compare(FILE, CASES, name)
 
 
 def test_no_number_is_left_over():
-    assert set(json.loads(PATH.read_text())) == set(CASES)
+    assert kept_names(FILE) == set(CASES)

@@ -1,0 +1,190 @@
+"""What the analyses say of small networks and made records is what it was: see kept_numbers.py.
+
+Letters: B images, E experts.
+"""
+from dataclasses import asdict, is_dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from kept_numbers import compare, kept_names, marks, wave
+from torch import nn
+
+from moe_zoo import layers
+from moe_zoo.analysis import bootstrap, consistency, experts, force, object_sizes, permutation, timing, usage
+from moe_zoo.analysis.object_gates import ATTRIBUTION, Objects
+from moe_zoo.routing import routing_context
+
+FILE = 'statistics.json'
+PIXELS, TARGETS = wave(7, 3, 16, 16), torch.tensor([0, 1, 2, 0, 1, 0, 0])
+BATCHES = [(PIXELS[:4], TARGETS[:4]), (PIXELS[4:], TARGETS[4:])]
+
+
+class Net(nn.Module):
+    """A map of 4 x 4 cells of 4 pixels, two routed layers, 4 classes, the last of which has no image."""
+
+    def __init__(self, make, tokens: bool):
+        super().__init__()
+        self.stem, self.first, self.second = nn.Conv2d(3, 6, 4, 4), make(), make()
+        self.head, self.tokens = nn.Linear(6, 4), tokens
+        with torch.no_grad():
+            for number, parameter in enumerate(self.parameters()):
+                parameter.copy_(.8 * wave(*parameter.shape, slope=1.3, start=number))
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x.flatten(2).transpose(1, 2) if self.tokens else x
+        x = x + self.first(x)
+        x = x + self.second(x)
+        return self.head(x.mean(dim=1 if self.tokens else (2, 3)))
+
+
+NETS = {
+    'top-k': lambda: Net(lambda: layers.MoEMlp(6, 8, num_experts=4, noise_std=0., capacity_factor=1.), True),
+    'by expert': lambda: Net(lambda: layers.MoEMlp(6, 8, num_experts=3, router='expert_choice', losses={}), True),
+    'soft': lambda: Net(lambda: layers.SoftMoEMlp(6, 8, num_experts=3), True),
+    'mix': lambda: Net(lambda: layers.RoutedConv2d(6, 6, 3, padding=1, num_experts=3), False),
+    'images': lambda: Net(lambda: layers.MoEConv2d(6, 6, 3, padding=1, num_experts=4), False),
+    'patches': lambda: Net(lambda: layers.PatchMoEConv2d(6, 3, 2, 5), False),
+}
+
+
+def plain(value):
+    """Anything as JSON, lists of numbers as two of them."""
+    if is_dataclass(value):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        flat = _flat(value)
+        return [*map(plain, value)] if flat is None else [len(flat), *marks(torch.tensor(flat, dtype=torch.float64))]
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return plain(value.tolist())
+    if isinstance(value, (float, np.floating)):
+        return float(f'{value:.5g}') if value == value else 'nan'
+    return int(value) if isinstance(value, np.integer) else value
+
+
+def _flat(values) -> list[float] | None:
+    """The numbers of nested lists, -9 for what is none; None where they hold anything else."""
+    found = []
+    for value in values:
+        inner = _flat(value) if isinstance(value, (list, tuple, np.ndarray)) else None
+        if inner is not None:
+            found += inner
+        elif value is None or isinstance(value, (int, float, np.number)):
+            found.append(-9. if value is None or value != value else float(value))
+        else:
+            return None
+    return found
+
+
+def _experts(name: str):
+    result = experts.analyze(NETS[name]().eval(), lambda title: BATCHES, 4, most_layers=1)
+    del result['meanings']
+    return plain(result)
+
+
+def _consistency(name: str):
+    model = NETS[name]()
+    found = consistency.measure_consistency(model, BATCHES, sigmas=(.1, 1.), seed=3)
+    pairs = consistency.locate_pairs(model, PIXELS[:2], hflip=1.)
+    return plain({'measured': found, 'pairs': pairs, 'said': consistency.describe_consistency([('a net', found)])})
+
+
+def _usage(name: str):
+    found = usage.measure_usage(NETS[name](), BATCHES)
+    table = usage.usage_table(found).splitlines()
+    return {'table': table, **{name: plain(each.as_dict()) for name, each in found.items()}}
+
+
+def _overruled(name: str):
+    """Outputs and records under every way to overrule a router."""
+    model, found = NETS[name]().eval(), {}
+    ways = {'forced': force.force_expert(model, 1),
+            'forced one': force.force_expert(model, 1, 'second', keep_mass=True),
+            'dropped': force.drop_expert(model, 0, 'first'), 'largest': force.keep_largest(model, 1),
+            'share': force.keep_largest(model, .5, keep_mass=False)}
+    if force.choosing_layers(model):
+        ways |= {'one': force.select_experts(model, 1), 'all': force.select_experts(model, 9, 'second')}
+    for way, context in ways.items():
+        with context, torch.no_grad(), routing_context() as seen:
+            out = model(PIXELS)
+        fields = {key: field for key, field in seen.routings[0]._asdict().items() if isinstance(field, torch.Tensor)}
+        found[way] = {'out': marks(out), **{key: marks(field) for key, field in fields.items()}}
+    return found
+
+
+def _objects(kind: str) -> list[Objects]:
+    """Of 12 images, one of which has none."""
+    found = []
+    for n in range(12):
+        number = n % 4
+        corner = np.array([[.1 * k, .05 * n] for k in range(number)]).reshape(-1, 2)
+        areas = [[200, 3000, 1024, 20000][(n + k) % 4] * (1 + .1 * k) for k in range(number)]
+        found.append(Objects(np.concatenate([corner, corner + .3], axis=1), areas,
+                             np.arange(number) % 3 if kind == 'level' else None))
+    return found
+
+
+def _sizes(kind: str):
+    positions = {'image': 1, 'tokens': 1, 'level': 3, 'place': 16}[kind]
+    maps = {name: wave(12, positions, 3, slope=slope).abs().double().numpy() for name, slope in (('a', .7), ('b', 1.9))}
+    maps['constant'] = np.full((12, positions, 2), .5)
+    maps['a'][:, :, 0] += np.arange(12)[:, None] % 4
+    found = object_sizes.analyze(maps, dict.fromkeys(maps, kind), _objects(kind), permutations=99, alpha=.05)
+    text = object_sizes.size_table(found).splitlines()
+    return {'table': text, 'layers': [{key: plain(getattr(layer, key)) for key in (
+        'mass', 'half', 'leads', 'expert_p', 'separation', 'explained', 'explained_by_chance', 'chance_p', 'leader')}
+        | {'curve': [marks(*map(torch.as_tensor, point[1:])) for point in layer.curve]} for layer in found.layers]}
+
+
+def _permutation():
+    values, images = wave(20, 2).double().numpy(), np.arange(20) // 3
+    weights = wave(20, slope=.4).abs().double().numpy()
+    return plain({
+        't': [permutation.t_quantile(n) for n in (3, 5, 10, 100)],
+        'means': permutation.clustered_means(values, weights, images),
+        'of three': permutation.clustered_means(values[:9], weights[:9], images[:9]),
+        'curve': [list(point) for point in permutation.curve(values, np.exp(4 * weights) * 100, images, points=5)],
+        'no curve': permutation.curve(values, np.full(20, 7.), images)})
+
+
+def _bootstrap():
+    ours, theirs = (wave(3, 40, slope=slope).numpy() > cut for slope, cut in ((.7, -.3), (.9, .1)))
+    return {'plain': plain(bootstrap.paired_difference(ours, theirs[:2])),
+            'paired': plain(bootstrap.paired_difference(ours, theirs, True, 500, 4)),
+            'one seed': plain(bootstrap.paired_difference(ours[:1], theirs[:1], resamples=100))}
+
+
+def _layer_words():
+    """What is said of a layer of every outcome."""
+    layer = dict(kind='image', separation=.1234, explained=.5, explained_by_chance=.25, chance_p=.01, untrained_p=.02,
+                 untrained_separation=.05, thinned_separation=.1234, separates=True)
+    outcomes = ({}, dict(kind='level'), dict(explained=None), dict(untrained_p=None), dict(thinned_separation=.1239),
+                dict(thinned_separation=.124), dict(separates=False), dict(separates=False, chance_p=.05),
+                dict(separates=False, chance_p=.051))
+    return [object_sizes.verdict(SimpleNamespace(**layer | outcome), .05) for outcome in outcomes]
+
+
+CASES = {
+    **{f'experts of {name}': lambda name=name: _experts(name) for name in NETS},
+    **{f'consistency of {name}': lambda name=name: _consistency(name) for name in ('top-k', 'by expert', 'patches')},
+    **{f'usage of {name}': lambda name=name: _usage(name) for name in NETS},
+    **{f'{name} overruled': lambda name=name: _overruled(name) for name in NETS},
+    **{f'object sizes by {kind}': lambda kind=kind: _sizes(kind) for kind in ATTRIBUTION},
+    'words about object sizes': _layer_words,
+    'permutation': _permutation,
+    'bootstrap': _bootstrap,
+    'ratio': lambda: plain(timing.ratio([1., 2., 4., 3.], [2., 2., 5., 1.])),
+}
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_the_statistics_are_those_they_were(name):
+    compare(FILE, CASES, name)
+
+
+def test_no_statistic_is_left_over():
+    assert kept_names(FILE) == set(CASES)
