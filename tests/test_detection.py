@@ -444,6 +444,22 @@ def test_a_run_trains_evaluates_and_resumes(tiny, tmp_path):
     assert evaluated['bbox'].keys() == results['bbox'].keys()
 
 
+def test_a_refused_run_leaves_earlier_results_and_their_config(tiny, tmp_path, capsys):
+    run, foreign = tmp_path / 'run', tmp_path / 'foreign.pth'
+    run.mkdir()
+    torch.save({'model': {'a': torch.ones(1)}}, foreign)
+    kept = {'results.json': '{"metrics": {}}', 'config.yaml': 'SEED: 1', 'unreadable_images.txt': 'a.png'}
+    for name, text in kept.items():
+        (run / name).write_text(text)
+    for wrong in (['--eval-only'], []):
+        sentence = refusal(capsys, [*tiny, 'MODEL.WEIGHTS', str(foreign), *wrong])
+        assert 'none of its 1 tensors belongs here' in sentence
+        assert {name: (run / name).read_text() for name in kept} == kept
+    (run / 'results.json').unlink()  # the config of a run without results is that of the last command
+    refusal(capsys, [*tiny, 'MODEL.WEIGHTS', str(foreign)])
+    assert (run / 'config.yaml').read_text() != 'SEED: 1'
+
+
 def test_coco_metrics_come_from_the_fast_evaluator(tiny, scenes):
     from detectron2.evaluation import coco_evaluation
     from faster_coco_eval import COCOeval_faster
