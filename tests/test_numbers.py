@@ -118,6 +118,54 @@ def run(module: nn.Module, *inputs, training: bool = False, **context) -> dict:
         module.macs(7) if hasattr(module, 'macs') else None}
 
 
+def _record(**changes) -> Routing:
+    """Ten items of five experts, two chosen, noise and all that a loss can ask for."""
+    logits, noisy = wave(10, 5), wave(10, 5) + .3 * wave(10, 5, slope=2.)
+    gates = torch.softmax(logits, dim=1)
+    weights, indices = gates.topk(2)
+    affinity = wave(5, 5).abs()
+    return Routing(logits, gates, weights, indices, weights > .2, noisy, wave(10, 5, slope=.2).abs() + .1, (5, 2),
+                   affinity=affinity)._replace(**changes)
+
+
+RECORDS = {
+    'one group': lambda: _record(), 'groups of four': lambda: _record(group_size=4),
+    'groups of five': lambda: _record(group_size=5), 'a larger group': lambda: _record(group_size=99),
+    'padded': lambda: _record(group_size=4, inside=torch.tensor([1, 1, 0, 1, 0, 0, 0, 0, 1, 1]).bool()),
+    'mixed': lambda: _record(indices=None, kept=None, weights=torch.softmax(wave(10, 5), dim=1), noise_std=None,
+                             noisy_logits=None),
+    'by expert': lambda: _record(indices=torch.arange(5).expand(10, 5), weights=wave(10, 5).abs(),
+                                 kept=wave(10, 5) > .5, by_expert=True),
+    'two levels': lambda: _record(logits=wave(10, 6), gates=torch.softmax(wave(10, 6), dim=1), noise_std=None,
+                                  noisy_logits=wave(10, 6), affinity=wave(6, 6).abs(), chances=wave(10, 6).abs(),
+                                  group_chances=wave(10, 3, slope=.9).abs()),
+}
+
+
+def _losses(record: Routing) -> dict:
+    names = [name for name in losses.LOSSES if name != 'vmoe_load' or record.group_chances is None]
+    fields = {'combined': record.combine_matrix(), 'dropped': record.dropped(),
+              'without padding': record.without_padding().gates}
+    return {**{name: marks(losses.LOSSES[name](record)) for name in names},
+            **{name: marks(field) for name, field in (losses.balance(record) | fields).items()}}
+
+
+def _losses_of_targets() -> dict:
+    record, pairs = _record(), torch.tensor([[0, 1, 2, 3, -1, 5], [4, 3, -1, 9, 0, 6]])
+    outputs, target = wave(10, 5, 3), torch.arange(10) % 3
+    local = {name: getattr(losses, name) for name in ('mixture_loss', 'competitive_loss', 'cooperative_loss')}
+    return {
+        'embedding': marks(losses.embedding_loss(record, torch.arange(10) % 5)),
+        'soft embedding': marks(losses.embedding_loss(record, torch.softmax(wave(10, 5, slope=.4), dim=1))),
+        **{name: marks(loss(outputs, record.logits, wave(10, 3, slope=.4))) for name, loss in local.items()},
+        'responsibilities': marks(losses.responsibilities(outputs, record.logits, wave(10, 3, slope=.4))),
+        'class mixture': marks(losses.class_mixture_loss(outputs, record.logits, target)),
+        'jsd': marks(losses.jsd_loss(record, pairs)), 'jsd eps': marks(losses.jsd_loss(record, pairs, 2., .1)),
+        'prc': marks(losses.prc_loss(record, pairs)), 'prc terms': marks(*losses.prc_terms(record, pairs)),
+        'squared cv': marks(losses.squared_cv(wave(3, 4)), losses.squared_cv(wave(3, 4), True),
+                            losses.squared_cv(wave(3, 4), eps=.5))}
+
+
 def cases() -> dict:
     """Name -> what makes the numbers."""
     found = {}
@@ -127,6 +175,8 @@ def cases() -> dict:
                 lambda make=make, shape=shape, training=training: run(make(), wave(*shape), training=training))
         if shape == MAP:
             found[f'{name}, padded'] = lambda make=make: run(make(), wave(*MAP), **PADDED)
+    found |= {f'losses of {name}': lambda make=make: _losses(make()) for name, make in RECORDS.items()}
+    found['losses of targets'] = _losses_of_targets
     for name, make in FUSIONS.items():
         found[f'fusion {name}'] = lambda make=make, name=name: _run_fusion(make())
     for name, make in ROUTER_CASES.items():

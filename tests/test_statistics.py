@@ -2,7 +2,9 @@
 
 Letters: B images, E experts.
 """
+import json
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +14,17 @@ from kept_numbers import compare, kept_names, marks, wave
 from torch import nn
 
 from moe_zoo import layers
-from moe_zoo.analysis import bootstrap, consistency, experts, force, object_sizes, permutation, timing, usage
+from moe_zoo.analysis import (
+    bootstrap,
+    consistency,
+    expert_words,
+    experts,
+    force,
+    object_sizes,
+    permutation,
+    timing,
+    usage,
+)
 from moe_zoo.analysis.object_gates import ATTRIBUTION, Objects
 from moe_zoo.routing import routing_context
 
@@ -148,7 +160,7 @@ def _permutation():
         'means': permutation.clustered_means(values, weights, images),
         'of three': permutation.clustered_means(values[:9], weights[:9], images[:9]),
         'curve': [list(point) for point in permutation.curve(values, np.exp(4 * weights) * 100, images, points=5)],
-        'no curve': permutation.curve(values, np.full(20, 7.), images)})
+        'no curve': permutation.curve(values, np.ones(20), images)})
 
 
 def _bootstrap():
@@ -168,7 +180,54 @@ def _layer_words():
     return [object_sizes.verdict(SimpleNamespace(**layer | outcome), .05) for outcome in outcomes]
 
 
+def _words():
+    """What is said of experts, of results at and around the limits of every sentence."""
+    base = json.loads((Path(__file__).parent / 'drawings' / 'experts.json').read_text())
+    first, second = base['layers']
+    gates = first['gates']
+
+    def changed(layer, **changes):
+        return base | {'layers': [layer | changes]}
+
+    def variance(between, error, chance=.1):
+        return first | {'gates': gates | {'variance': {'between': between, 'between_se': error, 'chance': chance}}}
+
+    def row(difference, accuracy=50.):
+        return dict(
+            expert=0, accuracy=accuracy, se=5., difference=difference, difference_se=1., k='K = 1', native=False)
+
+    alike = dict(experts=[0, 2], distance=.05, correlation=.9)
+    tie = {'class': 1, 'share': .6, 'se': .1, 'lift': 2.}
+    ends = [(.25, .25), (.4, .1), (.41, .09), (.3, .19), (0., 0.)]
+    results = [
+        base, base | {'trained': True}, changed(first, experts=1),
+        changed(first, dead=[0]), changed(first, dead=[0, 1]),
+        base | {'layers': [first | {'dead': [0]}] * 4}, base | {'layers': [first | {'dead': [0]}] * 6},
+        changed(first, entropy=.9999), changed(first, entropy=.99991), changed(first, most_alike=None),
+        *(changed(first, most_alike=alike | each, twins=[]) for each in (
+            {}, {'distance': .1}, {'distance': .02}, {'distance': .2, 'correlation': None})),
+        changed(first, twins=[[0, 1]]), base | {'layers': [first | {'twins': [[0, 1]]}] * 6},
+        *(changed(first, listed=[0], top_classes=[[tie | each]]) for each in (
+            {}, {'lift': 1.9}, {'lift': 1.5}, {'se': None}, {'se': .15}, {'se': .2}, {'lift': 0.})),
+        *(changed(first, gates=gates | {'near_zero': low, 'near_one': high}) for low, high in ends),
+        *(base | {'layers': layers} for layers in (
+            [variance(None, None)], [variance(.3, .1)], [variance(.3, .1, .5)], [variance(.3, .1, .51)],
+            [variance(.1, .03), variance(.2, .04)], [variance(.1, .01), variance(.2, .01)],
+            [variance(.2, .01), variance(.1, .01)], [variance(.2, .01), variance(.5, .1), variance(.1, None)])),
+        *(base | {'forced': forced} for forced in (
+            None, dict(everywhere=[], layers={}), dict(everywhere=[row(0.)], layers={}),
+            dict(everywhere=[row(9.)], layers={}), dict(everywhere=[row(0.), row(1., 50.04)], layers={}),
+            dict(everywhere=[], layers={'a': [row(9.), row(-9., 40.)], 'b': [row(0.)]}),
+            dict(everywhere=[row(9.), row(2.), row(3.)], layers={}))),
+        *(base | {'k': rows} for rows in (
+            [], [row(0.)], [row(0.) | {'native': True}, row(1.)], [row(9.), row(-9., 70.) | {'native': True}])),
+    ]
+    usual, *others = map(expert_words.findings, results)
+    return [usual, *({key: text for key, text in said.items() if usual.get(key) != text} for said in others)]
+
+
 CASES = {
+    'words about experts': _words,
     **{f'experts of {name}': lambda name=name: _experts(name) for name in NETS},
     **{f'consistency of {name}': lambda name=name: _consistency(name) for name in ('top-k', 'by expert', 'patches')},
     **{f'usage of {name}': lambda name=name: _usage(name) for name in NETS},
