@@ -270,6 +270,43 @@ def test_boxes_are_drawn_in_the_colour_of_their_expert(scenes, repository, tmp_p
         assert np.abs(edge - wanted).max() < 40
 
 
+def test_objects_that_no_box_overlaps_by_a_half_are_missed():
+    pytest.importorskip('detectron2')
+    from moe_zoo.detection.size_pictures import _missed
+    objects = np.array([[0., 0., 10., 10.], [20., 0., 30., 10.], [50., 50., 60., 60.]])
+    boxes = np.array([[0., 0., 10., 5.], [20., 0., 30., 4.9]])  # 50 of 100 and 49 of 100 square pixels in common
+    assert _missed(objects, boxes).tolist() == objects[1:].tolist()
+    assert _missed(objects, boxes[:0]).tolist() == objects.tolist() and _missed(objects[:0], boxes).shape == (0, 4)
+
+
+def test_missed_objects_are_dashed_and_boxes_of_no_expert_grey():
+    pytest.importorskip('detectron2')
+    from PIL import Image, ImageDraw
+
+    from moe_zoo.detection.size_pictures import GREY, _dashed, _labelled
+    image = Image.new('RGB', (60, 60))
+    _dashed(ImageDraw.Draw(image), [10, 10, 40, 40])
+    # Dashes of 6 pixels begin every 12: at 10, 22 and 34, above and below, left and right.
+    for x, white in ((12, True), (19, False), (24, True), (31, False), (36, True)):
+        for place in ((x, 10), (x, 40), (10, x), (40, x)):
+            assert image.getpixel(place) == ((255, 255, 255) if white else (0, 0, 0)), place
+    assert image.getpixel((25, 25)) == (0, 0, 0)
+    _labelled(ImageDraw.Draw(image), [10, 5, 50, 50], -1, 'no one')
+    # No room for 15 pixels of words above the box: they are inside, grey down to 20.
+    grey = tuple(int(GREY[i:i + 2], 16) for i in (1, 3, 5))
+    assert image.getpixel((10, 40)) == image.getpixel((11, 19)) == grey and image.getpixel((11, 4)) == (0, 0, 0)
+
+
+def test_a_picture_is_told_in_words():
+    pytest.importorskip('detectron2')
+    from moe_zoo.analysis.object_gates import Objects
+    from moe_zoo.detection.size_pictures import _words
+    objects = Objects(np.zeros((3, 4)), [100., 100., 20000.])  # below 32^2 is small, from 96^2 on large
+    assert _words(objects, [1, -1, 1], 2) == (
+        'Objects: 2 small, 1 large. Detections led: 1 by no one, 2 by expert 1. Missed: 2.')
+    assert _words(Objects([], []), [], 0) == 'Objects: none. Detections led: none. Missed: 0.'
+
+
 def test_what_cannot_be_tried_is_named(repository, tmp_path, capsys):
     from moe_zoo.detection.object_sizes import main
     demo = ['--config-file', str(repository / 'configs/demo/retinanet_digits.yaml'), '--output', str(tmp_path)]
