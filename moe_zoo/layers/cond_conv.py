@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..errors import InputError, nearest
 from ..routing import SigmoidRouter, SoftmaxRouter, check_num_selected, record
 from ..routing.routers import becomes_onnx
+from .ordered_kernels import Geometry, can_order, convolve_ordered
 from .routed import RoutedLayer, masked_mean
 
 # Where the decision of a block comes from. The paper compares such functions; their exact definitions were not at hand,
@@ -169,6 +170,8 @@ class CondConv2d(TimmCondConv2d):
         if not torch.jit.is_scripting():
             if becomes_onnx():
                 return self._convolve_windows(x, routing_weights)
+            if self.groups == 1 and can_order(x, self.weight):
+                return self._convolve_ordered(x, routing_weights)
         return self._convolve_in_calls(x, routing_weights, self.stride)
 
     def _few_positions(self, x: torch.Tensor) -> bool:
@@ -249,6 +252,13 @@ class CondConv2d(TimmCondConv2d):
         if self.groups > 1 or fitting >= self.out_channels:
             return images, self.out_channels
         return images, max(16, fitting // 16 * 16)
+
+    def _convolve_ordered(self, x: torch.Tensor, routing_weights: torch.Tensor) -> torch.Tensor:
+        geometry = Geometry(self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation)
+        out = convolve_ordered(x, routing_weights, self.weight, geometry)
+        if self.bias is not None:
+            out = out + torch.matmul(routing_weights, self.bias)[:, :, None, None]
+        return out
 
     def _convolve_pointwise(self, x: torch.Tensor, routing_weights: torch.Tensor) -> torch.Tensor:
         if self.stride[0] > 1 or self.stride[1] > 1:

@@ -1,0 +1,119 @@
+"""Kernels mixed in oneDNN's order: values and gradients against the plain computation, and who goes that way.
+
+Letters: B images, E experts.
+"""
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from moe_zoo.layers import cond_conv, ordered_kernels
+from moe_zoo.layers.cond_conv import CondConv2d
+
+needs_orders = pytest.mark.skipif(not ordered_kernels._HAS_ORDERS, reason='a CPU without AVX-512, or an older torch')
+
+GEOMETRIES = {
+    'plain': dict(kernel_size=3),
+    'stride_dilation_bias': dict(kernel_size=3, stride=2, dilation=2, bias=True),
+    'same_stride': dict(kernel_size=3, stride=2, padding='same'),
+    'oblong_valid': dict(kernel_size=(3, 5), stride=(1, 2), padding='valid'),
+    'pointwise_padded': dict(kernel_size=1, padding=1),
+}
+
+
+def gradients(out: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    slopes = torch.arange(out.numel(), dtype=out.dtype).view_as(out).cos()
+    return list(torch.autograd.grad((out * slopes).sum(), leaves))
+
+
+@pytest.fixture
+def ordered(monkeypatch) -> list[tuple]:
+    """Shapes of the batches that came to `convolve_ordered`."""
+    came, convolve = [], ordered_kernels.convolve_ordered
+    monkeypatch.setattr(
+        cond_conv, 'convolve_ordered', lambda x, *args: came.append(tuple(x.shape)) or convolve(x, *args))
+    return came
+
+
+@needs_orders
+@pytest.mark.parametrize('geometry', GEOMETRIES)
+@pytest.mark.parametrize('positions', [0, 10_000], ids=['library', 'windows'])  # how a kernel's gradient is computed
+@pytest.mark.parametrize('channels', [(5, 6), (32, 150)])  # less than oneDNN's blocks, and calls of 64, 64, 22 channels
+def test_values_and_gradients_are_those_of_the_plain_convolution(
+        geometry, positions, channels, ordered, monkeypatch):
+    monkeypatch.setattr(ordered_kernels, '_POSITIONS', positions)
+    monkeypatch.setattr(ordered_kernels, 'ELEMENTS', 1)
+    layer = CondConv2d(*channels, num_experts=2, **GEOMETRIES[geometry])
+    x = torch.randn(9, channels[0], 21, 23, requires_grad=True)  # 4, 4 and 1 image; too many positions for all experts
+    a = torch.rand(9, 2, requires_grad=True)
+    leaves = [x, a, *layer.parameters()]
+    expected = layer.forward_reference(x, a)
+    out = layer(x, a)
+    assert len(ordered) == 1 and out.is_contiguous(memory_format=torch.channels_last)
+    for found, plain in zip([out, *gradients(out, leaves)], [expected, *gradients(expected, leaves)]):
+        torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5 * float(plain.detach().abs().max()))
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x, a), expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+@needs_orders
+def test_no_kernel_is_kept_for_backward_and_it_can_be_differentiated_twice(ordered):
+    layer = CondConv2d(2, 2, 3, num_experts=2)
+    x = torch.randn(8, 2, 9, 9, requires_grad=True)
+    a = torch.rand(8, 2, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        out = layer(x, a)
+    assert kept == [tuple(x.shape), tuple(a.shape), tuple(layer.weight.shape)] and ordered
+    ours, plain = (
+        torch.autograd.grad(out.square().sum(), (x, a, layer.weight), create_graph=True)
+        for out in (out, layer.forward_reference(x, a)))
+    twice = [torch.autograd.grad(sum(g.sum() for g in first), (x, a, layer.weight)) for first in (ours, plain)]
+    for found, expected in zip([*ours, *twice[0]], [*plain, *twice[1]]):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.detach().abs().max()))
+
+
+@needs_orders
+def test_gradients_that_nobody_wants_are_not_computed(ordered):
+    layer = CondConv2d(2, 2, 3, num_experts=2)
+    x, a = torch.randn(8, 2, 9, 9), torch.rand(8, 2)
+    layer(x, a).sum().backward()
+    expected, = torch.autograd.grad(layer.forward_reference(x, a).sum(), layer.weight)
+    torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-5, atol=1e-4)
+    assert x.grad is None and ordered
+
+
+@needs_orders
+def test_an_image_does_not_meet_another_and_a_batch_comes_out_the_same_every_time(ordered):
+    layer = CondConv2d(4, 6, 3, num_experts=2)
+    x, a = torch.randn(16, 4, 9, 9), torch.rand(16, 2)
+    out = layer(x, a)
+    assert torch.equal(out, layer(x, a)) and len(ordered) == 2
+    torch.testing.assert_close(out[8:], layer(x[8:], a[8:]), rtol=0., atol=0.)
+
+
+@needs_orders
+def test_who_goes_that_way(ordered):
+    layer = CondConv2d(4, 6, 3, num_experts=2)
+    x, a = torch.randn(8, 4, 9, 9), torch.rand(8, 2)
+    out = layer(x, a)
+    assert len(ordered) == 1
+    for other, inputs in [
+        (layer, (x[:7], a[:7])),  # fewer than 4 images an expert
+        (CondConv2d(4, 6, 1, num_experts=2), (x, a)),
+        (CondConv2d(4, 6, 3, groups=2, num_experts=2), (x, a)),
+        (CondConv2d(4, 6, 3, num_experts=2, dtype=torch.float64), (x.double(), a)),
+        (CondConv2d(4, 6, 3, num_experts=2, device='meta'), (x.to('meta'), a.to('meta'))),
+        (torch.compile(layer, backend='eager', fullgraph=True), (x, a)),
+    ]:
+        other(*inputs)
+        assert len(ordered) == 1
+    with torch.autocast('cpu', torch.bfloat16):
+        layer(x, a)
+    with FlopCounterMode(display=False) as counter:
+        layer(x, a)
+    assert len(ordered) == 1
+    # 8 images: a kernel of 6 * 4 * 9 from 2, 9 x 9 positions of it; two operations a MAC
+    assert counter.get_total_flops() == 2 * 8 * (2 * 216 + 81 * 216)
+    with torch.backends.mkldnn.flags(enabled=False):
+        torch.testing.assert_close(layer(x, a), out, rtol=1e-4, atol=1e-5)
+    assert len(ordered) == 1
