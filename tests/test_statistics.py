@@ -3,7 +3,7 @@
 Letters: B images, E experts.
 """
 import json
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +17,8 @@ from moe_zoo import layers
 from moe_zoo.analysis import (
     bootstrap,
     consistency,
+    count,
+    count_images,
     expert_words,
     experts,
     force,
@@ -25,7 +27,11 @@ from moe_zoo.analysis import (
     timing,
     usage,
 )
+from moe_zoo.analysis.count_cli import depends_on_input
+from moe_zoo.analysis.count_remarks import remarks, time_notes
+from moe_zoo.analysis.count_tables import Result, breakdown, comparison, model_grid
 from moe_zoo.analysis.object_gates import ATTRIBUTION, Objects
+from moe_zoo.analysis.tables import as_csv, as_markdown
 from moe_zoo.routing import routing_context
 
 FILE = 'statistics.json'
@@ -240,10 +246,37 @@ CASES = {
 }
 
 
+def _costs(name: str):
+    """Counts of a blank image and of three, and every table of them."""
+    model = NETS[name]().eval()
+    cost, images = count(model, PIXELS[:1]), count_images(model, PIXELS[:3].split(1))
+    blank = Result(name, (3, 16, 16), depends_on_input(model, cost), cost, time_notes=time_notes(model, cost))
+    load = {key: each.load for key, each in usage.measure_usage(model, BATCHES).items()}
+    measured = replace(blank, name='measured', images=images, counted=('a', 'b', 'c'), skipped=('d',), loads=load,
+                       notes=('A note.',))
+    grids = [model_grid([blank]), model_grid([blank, measured]),
+             *(breakdown(result, 'module', depth) for result in (blank, measured) for depth in (0, 1, 2)),
+             *(breakdown(result, by, 1) for result in (blank, measured) for by in ('operator', 'expert')),
+             *(comparison(first, second, by, 2) for by in ('module', 'operator')
+               for first, second in ((blank, measured), (measured, measured)))]
+    return {'cost': plain(cost), 'images': plain(images), 'said': remarks([blank, measured]),
+            'tables': [[grid.title, *as_csv(grid).splitlines()] for grid in grids],
+            'shown': [as_markdown(grid).splitlines()[2:] for grid in grids[:2]]}
+
+
+# Not of convolutions whose way to compute is chosen for speed: it changes operators and memory.
+COSTS = {name: lambda name=name: _costs(name) for name in NETS if name not in ('mix', 'images')}
+
+
+@pytest.mark.parametrize('name', COSTS)
+def test_the_costs_are_those_they_were(name):
+    compare('costs.json', COSTS, name)
+
+
 @pytest.mark.parametrize('name', CASES)
 def test_the_statistics_are_those_they_were(name):
     compare(FILE, CASES, name)
 
 
 def test_no_statistic_is_left_over():
-    assert kept_names(FILE) == set(CASES)
+    assert kept_names(FILE) == set(CASES) and kept_names('costs.json') == set(COSTS)
