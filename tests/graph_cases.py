@@ -15,8 +15,10 @@ VIT = dict(patch_size=8, embed_dim=32, depth=2, num_heads=2, moe_layers=(1,), nu
 # By what is told apart: name, keywords, side of the images.
 CASES = {
     'condconv_resnet': ('condconv_resnet18', dict(RESNET, num_experts=3, start_block=4), 32),
+    'condconv_mobile': ('condconv_mobilenetv1_025', dict(num_experts=3), 32),
     'dyconv_resnet': ('dyconv_resnet10', dict(channels=(8, 8, 16, 16)), 32),
     'deepmoe_resnet': ('deepmoe_narrow_resnet18', dict(RESNET, embed_widths=(8, 8), embed_stem=8), 32),
+    'deepmoe_vgg': ('deepmoe_vgg16_cifar', dict(layers=(1, 1, 1, 1, 1), channels=(16, 16, 24, 24, 32)), 32),
     'moe_resnet': ('moe_resnet18_cifar', dict(RESNET, widths=8), 32),
     'moe_resnet_conv': ('moe_resnet18_cifar', dict(RESNET, layer='conv', num_selected=1, gate='conv'), 32),
     'pmoe_cnn': ('pmoe_cnn', {}, None),
