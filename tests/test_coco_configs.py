@@ -156,31 +156,48 @@ def test_both_kinds_of_config_build_the_same_model(name):
     assert torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor) and torch.equal(a.scores, b.scores)
 
 
-def run_fcos(scenes: Path, run: Path, device: str, iterations: int) -> subprocess.CompletedProcess:
-    """The lazy config of FCOS, small, under detectron2's own script."""
+SMALL_LAZY = {  # what else is small than in every LazyConfig; FCOS takes P6 from P5, RetinaNet from res5
+    'fcos_condconv_r50_fpn_1x': {'model.backbone.top_block.in_channels': 32},
+    'retinanet_condconv_r50_fpn_1x': {'model.backbone.top_block.in_channels': 4 * CONDCONV['channels'][-1]},
+    'retinanet_vmoe_s_fpn_1x': {'model.backbone.net.pretrained': False,
+                                'model.backbone.net.model_args': SMALL_TIMM['vmoe_vit_s']},
+}
+
+
+def run_lazy(name: str, scenes: Path, run: Path, device: str, iterations: int) -> subprocess.CompletedProcess:
+    """A lazy config, small, under detectron2's own script."""
     script = Path(sys.prefix) / 'share' / 'detectron2' / 'tools' / 'lazyconfig_train_net.py'
     if not script.is_file():
         pytest.skip(f'{script} is missing: tools/setup.sh installs the scripts of detectron2 there')
-    overrides = {
+    backbone = {
         'model.backbone.bottom_up.pretrained': False, 'model.backbone.bottom_up.norm': '',
-        'model.backbone.bottom_up.freeze_at': 0, 'model.num_classes': 5,
-        'model.backbone.bottom_up.model_args': CONDCONV, 'model.backbone.out_channels': 32,
-        'model.backbone.top_block.in_channels': 32, 'model.head.conv_dims': [32],
+        'model.backbone.bottom_up.freeze_at': 0, 'model.backbone.bottom_up.model_args': CONDCONV}
+    overrides = {
+        **(backbone if 'condconv' in name else {}), **SMALL_LAZY[name],
+        'model.num_classes': 5, 'model.backbone.out_channels': 32, 'model.head.conv_dims': [32],
         'model.head.input_shape': [{'channels': 32}] * 5,
         'dataloader.train.dataset.names': 'digit_scenes_train', 'dataloader.test.dataset.names': 'digit_scenes_val',
         'dataloader.train.total_batch_size': 2, 'dataloader.train.num_workers': 0, 'dataloader.test.num_workers': 0,
         'train.max_iter': iterations, 'train.device': device, 'train.output_dir': run,
     }
     return subprocess.run(
-        [sys.executable, '-m', 'moe_zoo', 'run', str(script),
-         '--config-file', str(COCO / 'fcos_condconv_r50_fpn_1x.py'),
+        [sys.executable, '-m', 'moe_zoo', 'run', str(script), '--config-file', str(COCO / f'{name}.py'),
          *(f'{key}={str(value).replace(chr(39), "")}' for key, value in overrides.items())],
         capture_output=True, text=True, env={**os.environ, 'DETECTRON2_DATASETS': str(scenes.parent)})
 
 
 @pytest.mark.slow
-def test_fcos_trains_and_evaluates_under_the_unmodified_script(scenes, tmp_path):
-    done = run_fcos(scenes, tmp_path / 'run', 'cpu', 2)
+@pytest.mark.parametrize('name', LAZY)
+def test_a_lazy_config_trains_and_evaluates_under_the_unmodified_script(name, scenes, tmp_path):
+    done = run_lazy(name, scenes, tmp_path / 'run', 'cpu', 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / 'run' / 'model_final.pth').exists()
     assert 'copypaste: Task: bbox' in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize('name', LAZY)
+def test_a_lazy_config_states_its_command_and_its_schedule(name):
+    text, cfg = flat((COCO / f'{name}.py').read_text()), LazyConfig.load(str(COCO / f'{name}.py'))
+    assert f'--config-file configs/coco/{name}.py' in text and 'Ours: ' in text
+    assert (cfg.train.max_iter, cfg.dataloader.train.total_batch_size) == (90000, 16)
+    assert 'Schedule 1x: 90,000 iterations of 16 images = 1.44 M images, 12.2 epochs' in text  # of 118,287
