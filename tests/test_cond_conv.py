@@ -151,6 +151,7 @@ def test_output_channels_go_in_several_calls_where_kernels_are_large(geometry, b
     kwargs = GEOMETRIES[geometry] | dict(in_channels=4, out_channels=40, num_experts=3, dtype=torch.float64)
     layer, made, conv2d = CondConv2d(**kwargs), [], F.conv2d
     layer.weights_per_call = 1000  # 3 images times 40 x 4 x 9 elements are 4,320
+    layer.weights_kept = 0
     x = torch.randn(batch, 4, 17, 19, dtype=torch.float64, requires_grad=True)
     a = torch.rand(batch, 3, dtype=torch.float64, requires_grad=True)
     leaves = [x, a, *layer.parameters()]
@@ -167,7 +168,7 @@ def test_output_channels_go_in_several_calls_where_kernels_are_large(geometry, b
 
 def test_kernels_of_several_calls_are_not_kept_for_backward_and_can_be_differentiated_twice():
     layer = CondConv2d(2, 2, 3, num_experts=2, dtype=torch.float64)
-    layer.images_per_call = 2
+    layer.images_per_call, layer.weights_kept = 2, 107
     x = torch.randn(3, 2, 9, 9, dtype=torch.float64, requires_grad=True)  # 81 positions: too many for all experts
     a = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
     kept = []
@@ -180,6 +181,25 @@ def test_kernels_of_several_calls_are_not_kept_for_backward_and_can_be_different
     torch.testing.assert_close(ours, plain)
     twice = [torch.autograd.grad(sum(g.sum() for g in first), (x, a, layer.weight)) for first in (ours, plain)]
     torch.testing.assert_close(*twice)
+
+
+def test_few_kernels_are_kept_for_backward_and_output_channels_stay_together(monkeypatch):
+    layer, made, conv2d = CondConv2d(2, 32, 3, num_experts=2, dtype=torch.float64), [], F.conv2d
+    monkeypatch.setattr(F, 'conv2d', lambda *args: made.append((args[6], args[1].shape[0])) or conv2d(*args))
+    layer.images_per_call, layer.weights_per_call = 2, 700  # a kernel has 32 * 2 * 9 = 576 elements
+    x = torch.randn(3, 2, 9, 9, dtype=torch.float64, requires_grad=True)
+    a = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
+    for weights_kept, calls in ((3 * 576, [(2, 64), (1, 32)]), (3 * 576 - 1, [(2, 32), (1, 16)] * 2)):
+        layer.weights_kept = weights_kept
+        made.clear()
+        slopes = gradients(lambda: layer(x, a), x, a, layer.weight)
+        assert made == calls
+        torch.testing.assert_close(slopes, gradients(lambda: layer.forward_reference(x, a), x, a, layer.weight))
+    made.clear()
+    layer.weights_kept = 3 * 576
+    with torch.no_grad():
+        layer(x, a)
+    assert made == [(2, 32), (1, 16)] * 2
 
 
 @pytest.mark.parametrize('geometry', ['pointwise', 'pointwise_stride_bias', 'pointwise_same_stride'])

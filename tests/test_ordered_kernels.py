@@ -92,6 +92,19 @@ def test_an_image_does_not_meet_another_and_a_batch_comes_out_the_same_every_tim
 
 
 @needs_orders
+@pytest.mark.parametrize('stride', [1, 2])
+def test_pointwise_in_channels_last_memory_goes_that_way_where_mkl_is_slow(stride, ordered, monkeypatch):
+    layer = CondConv2d(4, 6, 1, stride=stride, num_experts=2)
+    x, a = torch.randn(8, 4, 9, 9), torch.rand(8, 2)
+    nhwc, expected = x.contiguous(memory_format=torch.channels_last), layer.forward_reference(x, a)
+    for slow, inputs, calls in ((True, nhwc, 1), (True, x, 0), (False, nhwc, 0)):
+        monkeypatch.setattr(cond_conv, 'convolutions_beat_matmul', lambda slow=slow: slow)
+        ordered.clear()
+        torch.testing.assert_close(layer(inputs, a), expected)
+        assert len(ordered) == calls
+
+
+@needs_orders
 def test_who_goes_that_way(ordered):
     layer = CondConv2d(4, 6, 3, num_experts=2)
     x, a = torch.randn(8, 4, 9, 9), torch.rand(8, 2)
