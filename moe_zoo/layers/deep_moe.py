@@ -304,7 +304,8 @@ def sparse_inference(model: nn.Module, keep: Optional[Mapping[str, torch.Tensor]
 
     A single image runs its own live channels. A batch runs the channels that at least one of its images wants, with
     every image's own gates, so that only the cost, never the result, depends on the neighbours (but for rounding).
-    Or all images run the channels of a mask that is given: then channels outside it count as removed.
+    Or all images run the channels of a mask that is given: then channels outside it count as removed. What images want
+    is filled up to a multiple of C / 16 by dead channels, so that another image's shapes are seldom new.
 
     Args:
         model: A model with channel gates, in evaluation mode; it is left as it was.
