@@ -210,6 +210,8 @@ def _convert(name: str, value: Any, where: str) -> Any:
     kind, default = OPTIONS[name]
     if value is None:
         return _copy(default)
+    if name == 'torchcompile' and value is True:
+        return 'inductor'  # the flag without a value
     try:
         if isinstance(kind, list):
             items = value if isinstance(value, (list, tuple)) else str(value).replace(',', ' ').split()
@@ -228,8 +230,6 @@ def _scalar(kind: type, value: Any) -> Any:
             return str(value).lower() in ('true', 'yes', 'on', '1')
         raise ValueError
     if isinstance(value, (bool, list, dict)):
-        if kind is str and value is True:
-            return 'inductor'  # `torchcompile: true` is the flag without a value
         raise ValueError
     if kind is int and float(value) != int(float(value)):
         raise ValueError
