@@ -103,3 +103,49 @@ def test_defaults(name):
 
 def test_constraints():
     assert {name: cls(2).value for name, cls in STEP_CONSTRAINTS.items()} == {'relative': .5, 'mean': .3, 'bias': 1e-3}
+
+
+IMAGE, TOKEN = torch.ones(1, 2, 4, 4), torch.ones(1, 2, 2)
+LEAST = {  # the smallest numbers that each allows: one less is refused, or means another thing
+    'layers.CondConv2d': (lambda: layers.RoutedConv2d(2, 1, 1, num_experts=1, expert_drop_rate=0.), IMAGE),
+    'layers.CondLinear': (lambda: layers.CondLinear(2, 1, num_experts=1), TOKEN[0]),
+    'layers.DynamicConv2d': (
+        lambda: layers.DynamicConv2d(2, 1, 1, num_experts=1, reduction=1, temperature=1., anneal_epochs=1), IMAGE),
+    'layers.LocalExperts': (lambda: layers.LocalExperts(2, 1, num_experts=1, gate_hidden_features=1), TOKEN[0]),
+    'layers.MoEConv2d': (lambda: layers.MoEConv2d(2, 1, 1, num_experts=1, num_selected=1, perturb=0.), IMAGE),
+    'layers.MoEMlp': (lambda: layers.MoEMlp(2, 1, num_experts=1, num_selected=1, capacity=1, noise_std=0.,
+                                            capacity_multiple_of=1, group_images=1, expert_ratio=1), TOKEN),
+    'layers.MoEMlp by expert': (lambda: layers.MoEMlp(
+        2, 1, num_experts=1, num_selected=1, router='expert_choice', losses={}, group_size=1,
+        capacity_factor=1.), TOKEN),
+    'layers.MoEStage': (lambda: layers.MoEStage([nn.Conv2d(2, 2, 1)], 2, num_selected=1, perturb=0.), IMAGE),
+    'layers.PatchMoE': (lambda: layers.PatchMoE(
+        2, num_filters=1, patch_size=1, num_experts=1, patches_per_expert=1), IMAGE),
+    'layers.PatchMoE, all patches': (lambda: layers.PatchMoE(
+        2, num_filters=1, patch_size=2, num_experts=1, patches_per_expert=4), IMAGE),
+    'layers.PatchMoEConv2d': (lambda: layers.PatchMoEConv2d(2, 1, num_experts=1, patches_per_expert=1), IMAGE),
+    'layers.ShallowEmbedding': (lambda: layers.ShallowEmbedding(1, 2, widths=(1,), stem_width=0, dim=1), IMAGE),
+    'layers.SoftMoEMlp': (lambda: layers.SoftMoEMlp(2, 1, num_experts=1, num_slots=1, group_size=2), TOKEN),
+    'routing.HierarchicalRouter': (lambda: routing.HierarchicalRouter(
+        2, 1, num_selected=1, num_groups=1, groups_selected=1), TOKEN[0]),
+    'routing.HierarchicalRouter, all': (lambda: routing.HierarchicalRouter(
+        2, 4, num_selected=4, num_groups=2, groups_selected=2), TOKEN[0]),
+    **{f'routing.{name}': (lambda name=name: getattr(routing, name)(2, 1, num_selected=1), TOKEN[0])
+       for name in ('NoisyTopKRouter', 'SoftmaxTopKRouter', 'CosineTopKRouter', 'SigmoidTopKRouter')},
+    'routing.AnnealedSoftmaxRouter': (lambda: routing.AnnealedSoftmaxRouter(
+        2, 1, temperature=1., anneal_epochs=1, hidden_features=1), TOKEN[0]),
+}
+
+
+@pytest.mark.parametrize('name', LEAST)
+@pytest.mark.parametrize('training', [False, True])
+def test_the_least_is_allowed(name, training):
+    """One expert, one patch, one slot, one channel: it is made, it runs, and no number is infinite."""
+    make, x = LEAST[name]
+    with routing.routing_context() as context:
+        out = make().train(training)(x)
+    out = [out] if isinstance(out, torch.Tensor) else [out.weights, out.gates]
+    assert all(each.isfinite().all() for each in out)
+    assert all(record.num_experts == record.combine_matrix().shape[1] for record in context.routings)
+    for record in context.routings:
+        assert all(loss.isfinite() for loss in losses.balance(record).values() if loss.dim() == 0)
