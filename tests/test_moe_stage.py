@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moe_zoo.errors import InputError
 from moe_zoo.layers.image_moe import GATES
 from moe_zoo.layers.moe_stage import MoEStage, perturbed
+from moe_zoo.layers.routed import batch_norm_of_images
 from moe_zoo.losses import auxiliary_losses
 from moe_zoo.routing import routing_context, trace_routing
 
@@ -210,3 +211,51 @@ def test_matrices_are_perturbed_by_their_own_deviation_and_vectors_are_not():
         assert not torch.equal(changed, other)
     assert torch.equal(perturbed(vector, 'fc.bias', 1, 0.1), vector)
     assert torch.equal(perturbed(matrix, 'fc.weight', 1, 0.), matrix)
+
+
+# Statistics of some images of a batch
+
+SEEN = torch.tensor([True, False, True])
+
+
+def norms_of_three_images(images, size=4, **kwargs):
+    """A norm that met the whole batch but was told of some images, one that met only these, and both outputs."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, size, size, requires_grad=True)
+    norm = nn.BatchNorm2d(2, **kwargs).train()
+    if norm.affine:
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    plain = copy.deepcopy(norm)
+    with batch_norm_of_images(images):
+        out = norm(x)
+    return x, norm, plain, out
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(affine=False), dict(momentum=0.5, eps=0.1), dict(momentum=None)])
+def test_statistics_are_those_of_the_images_that_count(kwargs):
+    x, norm, plain, out = norms_of_three_images(SEEN, **kwargs)
+    expected = plain(x[SEEN])
+    torch.testing.assert_close(out[SEEN], expected)
+    torch.testing.assert_close(norm.state_dict(), plain.state_dict())
+    assert norm.num_batches_tracked == 1 and not torch.equal(norm.running_mean, torch.zeros(2))
+    slope = torch.linspace(-1, 1, expected.numel()).view_as(expected)
+    found, wanted = (torch.autograd.grad((y * slope).sum(), x)[0] for y in (out[SEEN], expected))
+    torch.testing.assert_close(found, wanted)
+    assert not found[1].any()  # the other image does not matter
+
+
+@pytest.mark.parametrize('images, size', [(torch.zeros(3, dtype=torch.bool), 4), (SEEN.roll(1) & SEEN, 1)])
+def test_running_statistics_stand_in_where_there_is_no_more_than_one_value(images, size):
+    """None of the images, and one image of one pixel: what the norm is in evaluation, and it learns nothing."""
+    x, norm, plain, out = norms_of_three_images(images, size)
+    torch.testing.assert_close(out, plain.eval()(x))
+    assert norm.running_mean.tolist() == [0, 0] and norm.running_var.tolist() == [1, 1]
+
+
+def test_norms_without_running_statistics_in_other_precisions_and_in_evaluation():
+    x, norm, plain, out = norms_of_three_images(SEEN, track_running_stats=False)
+    torch.testing.assert_close(out[SEEN], plain(x[SEEN]))
+    with batch_norm_of_images(SEEN):
+        assert nn.BatchNorm2d(2).bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+        still = nn.BatchNorm2d(2).eval()
+        torch.testing.assert_close(still(x), x / (1 + 1e-5) ** .5)  # whose statistics are 0 and 1
