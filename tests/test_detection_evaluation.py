@@ -36,7 +36,7 @@ from moe_zoo.detection import load_config, register_coco  # noqa: E402
 from moe_zoo.detection.benchmark import _set_width, widen  # noqa: E402
 from moe_zoo.detection.count_inputs import load_weights, noise  # noqa: E402
 from moe_zoo.detection.evaluation import Evaluator  # noqa: E402
-from moe_zoo.detection.export import _compare, _detect, load_exported  # noqa: E402
+from moe_zoo.detection.export import _compare, _detect, _same, load_exported  # noqa: E402
 from moe_zoo.detection.train import main  # noqa: E402
 from moe_zoo.errors import InputError  # noqa: E402
 
@@ -248,6 +248,23 @@ def test_a_model_that_gives_other_detections_is_not_exported(config, tmp_path):
         lambda image: _detect(model, [{'image': image + 9}]), noise(cfg)[0]['image'], check_trace=False)
     with pytest.raises(InputError, match='it gives other detections'):
         _compare(model, other, noise(cfg, seed=1))
+
+
+def test_detections_of_equal_scores_may_come_in_another_order():
+    boxes, classes, scores = torch.tensor([[0., 0., 9., 9.], [5., 5., 8., 8.], [1., 2., 3., 4.]]), torch.tensor(
+        [0, 1, 0]), torch.tensor([.5, .5, .25])
+    masks = torch.eye(3).bool().view(3, 1, 3)
+    wanted = boxes, classes, scores, masks
+    assert _same(wanted, wanted) and _same(tuple(each[:0] for each in wanted), tuple(each[:0] for each in wanted))
+    swapped = [1, 0, 2]
+    assert _same(tuple(each[swapped] for each in wanted), wanted)
+    assert not _same(tuple(each[[0, 2, 1]] for each in wanted), wanted)  # of other scores
+    assert not _same((boxes[swapped], classes, scores, masks), wanted)  # a box with the class of another
+    assert not _same((boxes[swapped], classes[swapped], scores, masks), wanted)  # with its mask
+    assert not _same((boxes[[0, 0, 2]], classes[[0, 0, 2]], scores, masks[[0, 0, 2]]), wanted)  # one twice, one never
+    assert not _same((boxes + 1e-2, classes, scores, masks), wanted) and _same(
+        (boxes + 1e-5, classes, scores, masks), wanted)
+    assert not _same(tuple(each[:2] for each in wanted), wanted)
 
 
 def test_an_export_without_weights_is_refused(config, tmp_path, capsys):
