@@ -143,7 +143,7 @@ def test_detectron2_configs(times, repository, tmp_path):
     def check(random):
         write_damaged(path, random.choice(texts), random)
         answers.append(answer(lambda: load_detector(path)))
-    fuzz(check, 8 * times)
+    fuzz(check, 12 * times)
     assert None in answers and any(answers)
 
 
@@ -284,7 +284,7 @@ def test_runs_that_are_resumed(times, interrupted, tmp_path):
         folder.mkdir()
         torch.save({**content, part: changed}, folder / path.name.replace('checkpoint-0', 'last'))
         answers.append(answer(lambda: train(recipe, output=folder, resume='auto', quiet=True)))
-    fuzz(check, 8 * times)
+    fuzz(check, 5 * times)
     assert None in answers and any(answers)
 
 
