@@ -79,6 +79,7 @@ def test_counts_what_is_executed_on_images(photos, tmp_path, capsys):
     executed = entry['executed']
     assert [row['path'] for row in executed['images']] == [str(photos / 'b.png'), str(photos / 'more' / 'a.jpg')]
     assert executed['skipped'] == [str(photos / 'torn.png')]
+    assert executed['load'] == {}  # only a table by expert asks for it
     rows = [row['macs_executed'] for row in executed['images']]
     assert all(4 < n < entry['macs_max'] for n in rows)  # capacity drops
     assert executed['mean'] == sum(rows) / 2 and (executed['min'], executed['max']) == (min(rows), max(rows))

@@ -83,6 +83,13 @@ def test_seeds_are_part_of_the_interval():
 def test_what_cannot_be_paired_is_refused():
     with pytest.raises(InputError, match=r'the same images \(and seeds\) on both sides, not \(1, 4\) and \(1, 5\)'):
         paired_difference(np.ones(4), np.ones(5))
+    with pytest.raises(InputError, match=r'not \(2, 4\) and \(3, 4\) outcomes'):  # paired seeds, but not as many
+        paired_difference(np.ones((2, 4)), np.ones((3, 4)), paired_seeds=True)
+    with pytest.raises(InputError, match=r'not \(1, 0\) and \(1, 0\) outcomes'):
+        paired_difference(np.ones((1, 0)), np.ones((1, 0)))
+    assert paired_difference(np.ones(4), np.ones(4), resamples=100).resamples == 100
+    with pytest.raises(InputError, match='--resamples 99: give at least 100'):
+        paired_difference(np.ones(4), np.ones(4), resamples=99)
     with pytest.raises(InputError, match='--resamples 5: give at least 100'):
         paired_difference(np.ones(4), np.ones(4), resamples=5)
 

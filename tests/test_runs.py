@@ -134,6 +134,15 @@ def test_what_a_detector_says(tmp_path):
     assert run.unit == 'iteration'
 
 
+def test_a_detector_routes_where_its_config_asks_for_it_or_its_log_shows_it(tmp_path):
+    plain, metrics = [{'iteration': 19, 'total_loss': 1.}], {'bbox': {'AP': 40.}}
+    assert only(write_detector(tmp_path / 'asked', plain, metrics)).routed
+    logged = only(write_detector(tmp_path / 'logged', iterations((.5, .5)), metrics, stages=(), seed=-1))
+    neither = only(write_detector(tmp_path / 'neither', plain, metrics, stages=(), seed=0))
+    assert logged.routed and not neither.routed
+    assert logged.seeds == (None,) and neither.seeds == (0,)  # a seed below 0 was drawn
+
+
 def test_a_dense_detector_is_the_twin_of_one_that_differs_in_its_network(tmp_path):
     metrics = {'bbox': {'AP': 40.}}
     write_detector(tmp_path / 'moe', iterations((.5, .5)), metrics)
@@ -146,6 +155,10 @@ def test_a_dense_detector_is_the_twin_of_one_that_differs_in_its_network(tmp_pat
 
 def break_summary(folder):
     (folder / 'summary.csv').write_text('epoch,eval_top1\n0,ninety\n')
+
+
+def lose_an_epoch(folder):
+    (folder / 'summary.csv').write_text('epoch,eval_top1\n0,50.\n,60.\n')
 
 
 def break_options(folder):
@@ -167,6 +180,7 @@ def write_results(folder, versions=None, **costs):
     (lambda folder: write_classifier(folder, epochs(50.), epochs=9), 'is unfinished: 1 of 9 epochs are done.'),
     (lambda folder: write_classifier(folder, epochs(50.), epochs=9, stop_epoch=3), 'is unfinished: 1 of 3 epochs'),
     (break_summary, "is damaged: could not convert string to float: 'ninety'."),
+    (lose_an_epoch, 'is damaged: summary.csv has a row without an epoch.'),
     (break_options, "is damaged: args.yaml is not yaml: expected ',' or ']', but got '<stream end>' in line 1."),
     (lambda folder: (folder / 'args.yaml').write_text('lr: 1'), 'is of another program: its args.yaml names no model'),
     (lambda folder: (folder / 'args.yaml').write_text('just words'), 'is damaged: args.yaml holds no options.'),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_zoo.analysis.usage import evaluation_mode, image_shares, measure_usage, usage_table
+from moe_zoo.analysis.usage import LayerUsage, evaluation_mode, image_shares, measure_usage, usage_table
 from moe_zoo.errors import InputError
 from moe_zoo.layers import RoutedLayer
 from moe_zoo.routing import Routing, record
@@ -110,3 +110,10 @@ def test_table_has_one_row_a_layer():
     assert len(lines) == 2
     # One of three experts has everything: cv = sqrt(2) = 1.41, entropy 0.
     assert lines[1].split() == ['0', '3', '1', '1.41', '0.000', '0.0', '%', '100.0', '0.0', '0.0']
+
+
+def test_entropy_of_one_and_of_two_experts():
+    """3 of 4 and 1 of 4: .75 log2(4 / 3) + .25 log2 4 = .8113 bits, of 1 at most; one expert is always even."""
+    one, two = (LayerUsage('a', 4, torch.tensor(choices), torch.tensor(choices), 0.) for choices in ([4.], [3., 1.]))
+    assert one.entropy == 1. and two.entropy == pytest.approx(.8113, abs=1e-4)
+    assert two.cv == pytest.approx(.5) and one.cv == 0.  # shares .75 and .25: deviation .25 of a mean of .5
