@@ -1,7 +1,9 @@
 """The estimate of `moe-zoo estimate-scale`, against arithmetic by hand and against the page that shows it."""
+import re
+
 import pytest
 
-from moe_zoo.analysis.scale_cli import Rates, Shapes, estimate, main, shapes_of
+from moe_zoo.analysis.scale_cli import Rates, Shapes, estimate, main, parser, shapes_of
 
 # A dense part of 1000 parameters, 400 of experts, 8 of them, 2 a token; 10 tokens of width 4, experts of 6.
 SHAPES = Shapes(
@@ -58,3 +60,13 @@ def test_what_does_not_fit_is_refused(arguments, sentence, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2 and capsys.readouterr().err.startswith(sentence)
+
+
+def test_the_help_says_what_the_defaults_are():
+    """`(default 60)` of --macs, and so on; and those without words: 8, 64 and 512 GPUs."""
+    made = parser()
+    defaults = vars(made.parse_args(['vmoe_vit_s']))
+    told = {action.dest: re.search(r'\(default ([\d.]+)\)', action.help or '') for action in made._actions}
+    told = {name: float(found[1]) for name, found in told.items() if found}
+    assert told == {name: defaults[name] for name in told} and len(told) == 6
+    assert defaults['gpus'] == [8, 64, 512] and defaults['expert_parallel'] is None
