@@ -206,7 +206,8 @@ def _describe(figure) -> list[str]:
     from matplotlib.ticker import FixedLocator
     lines = [f'figure {_numbers(figure.get_size_inches())}']
     for axis in figure.axes:
-        lines += [f'axis {axis.get_title()!r} {axis.get_xlabel()!r} {axis.get_ylabel()!r} shown {axis.axison}',
+        lines += [f'axis {axis.get_title()!r} {axis.get_xlabel()!r} {axis.get_ylabel()!r} shown {axis.axison} '
+                  f'{_numbers([part.get_fontsize() for part in (axis.title, axis.xaxis.label, axis.yaxis.label)])}',
                   f'  x {_numbers(axis.get_xlim())}, y {_numbers(axis.get_ylim())}']
         chosen = [side for side in (axis.xaxis, axis.yaxis) if isinstance(side.get_major_locator(), FixedLocator)]
         lines += [f'  tick {_numbers(tick.get_position())} {tick.get_text()!r} {tick.get_fontsize():.4g} '
@@ -227,7 +228,8 @@ def _describe(figure) -> list[str]:
         for image in axis.images:
             shades = f'{_numbers(image.get_clim())} {image.get_cmap().name} ' if image.get_array().ndim == 2 else ''
             lines.append(f'  image {_numbers(image.get_extent())} {shades}{_numbers(image.get_array())}')
-    return lines + [f'legend {[text.get_text() for text in legend.get_texts()]}' for legend in figure.legends]
+    return lines + [f'legend {[(text.get_text(), round(text.get_fontsize(), 2)) for text in legend.get_texts()]}'
+                    for legend in figure.legends]
 
 
 def _shape(found: re.Match) -> str:

@@ -192,3 +192,11 @@ def test_bad_arguments_are_named():
         MoEConv2d(4, 4, num_selected=5)
     with pytest.raises(InputError, match='groups=3 does not divide 4 input and 6 output channels'):
         MoEConv2d(4, 6, groups=3)
+
+
+def test_noisy_gates_start_at_zero_but_the_one_that_is_never_trained():
+    """From zero every expert has the same chance; drawn once and for all, the control must not be zero."""
+    for gate in ('gap_fc', 'relu_gap_fc', 'random_fc'):
+        weight = MoEConv2d(4, 6, 3, gate=gate, noise=True).router.weight
+        assert bool((weight == 0).all()) == (gate != 'random_fc')
+    assert MoEConv2d(4, 6, 3, gate='gap_fc', noise=False).router.weight.abs().min() > 0
