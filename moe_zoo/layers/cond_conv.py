@@ -211,7 +211,7 @@ class CondConv2d(TimmCondConv2d):
         images, channels = self._call_size(x)
         again = False
         if not torch.jit.is_scripting():
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a graph is for every number of images
                 again = x.shape[0] * self.weight.shape[1] > self.weights_kept
                 if not again:
                     channels = self.out_channels
