@@ -2,10 +2,7 @@
 
 Letters: B images, E experts.
 """
-import importlib
-import inspect
 import json
-import pkgutil
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +13,7 @@ import torch
 from kept_numbers import compare, kept_names, marks, wave
 from torch import nn
 
-from moe_zoo import analysis, layers
+from moe_zoo import layers
 from moe_zoo.analysis import (
     bootstrap,
     consistency,
@@ -235,23 +232,7 @@ def _words():
     return [usual, *({key: text for key, text in said.items() if usual.get(key) != text} for said in others)]
 
 
-def _defaults():
-    """What every function of the analyses does where nothing is asked for."""
-    found = {}
-    for module in pkgutil.iter_modules(analysis.__path__):
-        place = importlib.import_module(f'moe_zoo.analysis.{module.name}')
-        for name, function in inspect.getmembers(place, inspect.isroutine):
-            if function.__module__ == place.__name__ and not name.startswith('_'):
-                given = {key: each.default for key, each in inspect.signature(function).parameters.items()}
-                kept = {key: repr(value) for key, value in given.items()
-                        if isinstance(value, (bool, int, float, str, tuple))}
-                if kept:
-                    found[f'{module.name}.{name}'] = kept
-    return found
-
-
 CASES = {
-    'defaults': _defaults,
     'words about experts': _words,
     **{f'experts of {name}': lambda name=name: _experts(name) for name in NETS},
     **{f'consistency of {name}': lambda name=name: _consistency(name) for name in ('top-k', 'by expert', 'patches')},
