@@ -1,0 +1,360 @@
+"""Limits and rare cases of the analyses, on both sides of the limit, by hand.
+
+Letters: B images, E experts, N images of a data set.
+"""
+import json
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_benchmark import QUICK
+from test_drawings import FOLDER, RESULT, SIZE_LAYERS
+from test_scale import RATES, SHAPES
+from test_speed_page import a_model
+from test_tables import GRID
+from timm.layers import Mlp
+from torch import nn
+
+from moe_zoo.analysis import (
+    bootstrap,
+    charts,
+    count_cli,
+    expert_figures,
+    expert_page,
+    expert_trials,
+    figures,
+    model_cases,
+    origin,
+    paper_charts,
+    paper_figures,
+    report_page,
+    run_folders,
+    shuffled_routers,
+    targets,
+    timing,
+)
+from moe_zoo.analysis.cost import ImageCosts, _num_images
+from moe_zoo.analysis.count_tables import Result, breakdown
+from moe_zoo.analysis.page import Section
+from moe_zoo.analysis.runs import LayerUse
+from moe_zoo.analysis.scale_cli import estimate
+from moe_zoo.analysis.tables import as_rich
+from moe_zoo.errors import InputError
+from moe_zoo.layers import ChannelGate, MoEMlp
+
+matplotlib = pytest.importorskip('matplotlib')
+PAGE = json.loads((FOLDER / 'experts.json').read_text())
+
+
+# ---- where a number comes from
+
+@pytest.mark.parametrize('top, head, status, name', [
+    (None, 'abc', '', None),  # no git, or no repository
+    ('/elsewhere', 'abc', '', None),  # installed inside somebody else's
+    ('here', 'abc', '', 'abc'), ('here', 'abc', ' M moe_zoo/a.py', 'abc-dirty'), ('here', None, '', None)])
+def test_the_commit_says_whether_it_was_changed(top, head, status, name, monkeypatch):
+    answers = {'rev-parse --show-toplevel': str(origin._root()) if top == 'here' else top, 'rev-parse HEAD': head,
+               'status --porcelain -- moe_zoo configs': status}
+    monkeypatch.setattr(origin, '_git', lambda *words: answers[' '.join(words)])
+    assert origin.commit() == name
+    if name:
+        assert origin.short_commit(name.replace('abc', 'abc' * 9)) == name.replace('abc', 'abc' * 4)
+
+
+# ---- costs
+
+def image_costs(*macs):
+    return ImageCosts(macs, macs, macs, macs, macs, macs, {'': 1.}, {'': 1.}, {}, {})
+
+
+def test_two_images_have_a_deviation_and_one_has_none():
+    assert image_costs(1, 3).std == pytest.approx(2 ** .5)  # (1 + 1) / (2 - 1)
+    assert tuple(image_costs(5).spread()) == (5., 0., 5, 5)
+    assert tuple(image_costs(1, 3, 8).spread('activations')) == pytest.approx((4., 13 ** .5, 1, 8))  # (9 + 1 + 16) / 2
+
+
+def test_images_of_every_kind_of_input():
+    x = torch.zeros(3, 2)
+    assert [_num_images(each) for each in (x, (x, x[:1]), {'a': x}, [{}, {}], ([{}] * 4, x), torch.tensor(1.), ())] == \
+        [3, 3, 3, 2, 4, 1, 1]
+
+
+def test_modules_below_a_twentieth_of_a_thousandth_are_left_out():
+    """5e-5 of 1,000,000 is 50. Two levels of names, of which the second is asked for or not."""
+    macs = {'': 1_000_000, 'a': 50, 'b': 49, 'a.x': 60, 'a.x.y': 70}
+    cost = SimpleNamespace(by_module=macs, by_module_max=macs, parameters_by_module={'a': 7})
+    result = Result('net', (3, 8, 8), False, cost)
+    assert [row[0] for row in breakdown(result, 'module', 1).rows] == ['whole model', '  a']
+    grid = breakdown(result, 'module', 2)
+    assert [row[0] for row in grid.rows] == ['whole model', '  a', '    a.x']
+    assert grid.rows[1][1] == 7 and [row[-2] for row in grid.rows] == pytest.approx([100., .005, .006])
+
+
+def test_use_is_measured_where_it_is_asked_for(tmp_path, monkeypatch):
+    """The load of experts takes a pass of its own."""
+    (tmp_path / 'a.png').touch(), (tmp_path / 'b.txt').touch(), (tmp_path / 'c.JPG').touch()
+    monkeypatch.setattr(count_cli, 'count_images', lambda model, inputs: [*inputs])
+    monkeypatch.setattr(count_cli, 'measure_usage', lambda model, inputs: {
+        'layer': SimpleNamespace(load=[path.name for path in inputs])})
+
+    def loads(by, experts, most=9):
+        cost = SimpleNamespace(parameters_by_expert=experts)
+        found = count_cli._on_images(Result('net', (3,), False, cost), None, lambda path: path, Namespace(
+            images=str(tmp_path), max_images=most, by=by))
+        assert found.counted == tuple(str(tmp_path / name) for name in ('a.png', 'c.JPG')[:most])
+        return found.loads
+
+    assert loads('module', {'layer': (1, 1)}) == loads('expert', {}) == {}
+    assert loads('expert', {'layer': (1, 1)}) == {'layer': ['a.png', 'c.JPG']}
+    assert loads('expert', {'layer': (1, 1)}, 1) == {'layer': ['a.png']}
+
+
+def test_numbers_do_not_wrap_and_names_do():
+    columns = as_rich(GRID).columns  # a name, three numbers, a mark
+    assert [column.no_wrap for column in columns] == [False, True, True, True, False]
+    assert [column.justify for column in columns] == ['left', 'right', 'right', 'right', 'left']
+
+
+# ---- estimates of many GPUs
+
+@pytest.mark.parametrize('gpus, batch, shared_by, fits', [
+    (2, 20, 2, True), (2, 10, 1, True), (2, 6, 2, False),  # 6 images go to 2 GPUs, not by fives
+    (6, 60, 3, False), (4, 40, 8, False)])  # 8 experts do not go to 3, nor do 8 share what 4 have
+def test_numbers_that_divide_each_other(gpus, batch, shared_by, fits):
+    if fits:
+        assert estimate(SHAPES, RATES, gpus, batch, 5, shared_by).times == batch // (gpus * 5)
+    else:
+        with pytest.raises(InputError, match='does not divide|is no multiple'):
+            estimate(SHAPES, RATES, gpus, batch, 5, shared_by)
+
+
+def test_one_full_machine_uses_no_network():
+    """4 GPUs, in pairs, on one machine or on two: 800 bytes at 100 a second, or at 10."""
+    rates = replace(RATES, per_node=4)
+    found, split = (estimate(SHAPES, each, 4, 20, 5, 2) for each in (rates, RATES))
+    assert found.sent_gradients == split.sent_gradients == 2 * 4 * 400 / 2 / 2  # a ring of 2: half of 200 numbers, twice
+    assert (found.seconds_gradients, split.seconds_gradients) == (8., 80.)
+    assert found.seconds_tokens == split.seconds_tokens  # the pair is on one machine both times
+
+
+# ---- statistics
+
+def test_outcomes_of_no_image_are_refused_and_so_are_99_resamples():
+    for ours, theirs, paired in (((2, 0), (2, 0), False), ((2, 3), (2, 4), False), ((2, 3), (1, 3), True)):
+        with pytest.raises(InputError, match='needs the same images'):
+            bootstrap.paired_difference(np.zeros(ours), np.zeros(theirs), paired)
+    assert bootstrap.paired_difference(np.zeros((2, 3)), np.zeros((1, 3)), resamples=100).resamples == 100
+    with pytest.raises(InputError, match='--resamples 99: give at least 100'):
+        bootstrap.paired_difference(np.zeros((2, 3)), np.zeros((1, 3)), resamples=99)
+
+
+def test_nobody_is_infallible_on_a_few_images():
+    """Of N right ones the error is that of one wrong: sqrt(1/N (1 - 1/N) / N); of one image that of a coin."""
+    errors = [expert_trials.proportion(torch.ones(count, dtype=torch.bool)).se for count in (1, 2, 4)]
+    assert errors == pytest.approx([50., 100 * (.25 / 2) ** .5, 100 * (.1875 / 4) ** .5])
+
+
+def test_four_places_evenly_over_an_object():
+    assert shuffled_routers._thinned(np.array([0., .2, 0., .3])).tolist() == [0., .5, 0., .5]
+    assert np.flatnonzero(shuffled_routers._thinned(np.full(10, .1))).tolist() == [0, 3, 6, 9]
+    assert shuffled_routers._thinned(np.full(10, .1)).sum() == 1.
+
+
+# ---- timing
+
+def test_memory_on_the_target_reaches_it():
+    """Ours 3.4 MB, of which 0.8 MB are gradients of further parameters; the twin 2 MB: 2.6 / 2 = 1.3, as aimed at."""
+    row = a_model('vmoe_vit_s', 1, 1, 1, 'train', equal_macs=True) | {'memory': 3_400_000}
+    assert [each.verdict for each in targets.judge([row]) if each.target.what == 'memory'] == ['reached']
+    assert [each.verdict for each in targets.judge([row | {'memory': 3_400_001}])][1:] == ['missed']
+
+
+def test_what_allocates_nothing_holds_nothing():
+    assert timing.peak_memory(lambda: None, 'cpu') == 0
+    held = []  # 1000 and 500 numbers at one time, then 250 more after the first are gone
+    assert timing.peak_memory(lambda: held.append(torch.empty(1000)) or held.append(torch.empty(500)), 'cpu') == 6000
+
+
+def test_memory_is_measured_without_gradients_of_before():
+    layer, seen = nn.Linear(2, 1), []
+    layer(torch.ones(1, 2)).sum().backward()
+    model_cases.memory_of(layer, lambda: seen.append(layer.weight.grad), 'cpu')
+    assert seen == [None]
+
+
+def test_twins_are_as_wide_as_all_experts_of_a_token():
+    """2 chosen ones and one that all tokens share, of 6 each: 18."""
+    for shared, hidden in ((1, 18), (0, 12)):
+        model = nn.ModuleDict({'mlp': MoEMlp(4, 6, num_experts=4, num_shared_experts=shared)})
+        twin = nn.ModuleDict({'mlp': Mlp(4, 6)})
+        assert model_cases.widen(twin, model) == ['mlp']
+        assert [*twin['mlp'].fc1.weight.shape, *twin['mlp'].fc2.weight.shape] == [hidden, 4, 4, hidden]
+    assert model_cases.widen(twin, nn.Linear(1, 1)) == []
+
+
+@pytest.mark.parametrize('share', [0., 1.01, -1.])
+def test_no_channel_or_more_than_all_are_no_share(share):
+    with pytest.raises(InputError, match=f'--live {share:g}: give the share'):
+        model_cases.benchmark_live('deepmoe_resnet50', share, None, QUICK)
+
+
+def test_gates_are_closed_at_even_distances():
+    gate = ChannelGate(8, 1)
+    opened = []
+    for share in (.25, .5, 1.):
+        model_cases.close(gate, share)
+        opened.append((gate.weight[:, 0] > 0).nonzero().flatten().tolist())
+    assert opened == [[3, 7], [1, 3, 5, 7], [*range(8)]]
+
+
+# ---- folders of runs
+
+def test_every_row_of_a_summary_needs_an_epoch(tmp_path):
+    path = tmp_path / 'summary.csv'
+    path.write_text('epoch,train_loss,eval_top1\n0,1.5,\n1,1.25,50\n')
+    assert run_folders._summary(path) == [{'epoch': 0., 'train_loss': 1.5},
+                                          {'epoch': 1., 'train_loss': 1.25, 'eval_top1': 50.}]
+    path.write_text('epoch,train_loss\n0,1.5\n,1.25\n')
+    with pytest.raises(ValueError, match='summary.csv has a row without an epoch'):
+        run_folders._summary(path)
+    path.write_text('epoch,train_loss\n0,1.5\n1,1.2')
+    with pytest.raises(ValueError, match='the last row of summary.csv is cut off'):
+        run_folders._summary(path)
+    assert run_folders._summary(Path('none.csv')) == []
+
+
+def test_deviations_around_a_mean_do_not_reach_zero():
+    assert report_page._around(10., 3., 2.) == (3.5, 6.5)
+    assert report_page._around(10., 8., 1.) == (5., 18.)  # half of the mean, not 2
+    assert report_page._around(10., 0., 1.) is None
+
+
+# ---- the page about experts
+
+def test_further_sections_come_before_what_was_left_out():
+    pixels = torch.zeros(22, 1, 16, 16, dtype=torch.uint8)
+    titles = [part.title for part in expert_page.expert_page(PAGE, pixels, (), [Section('more', 'done')]).sections]
+    assert titles[-2:] == ['more', 'What was left out'] and titles[0] == 'What was found'
+
+
+def test_what_was_left_out_is_said():
+    first = PAGE['layers'][0]
+
+    def said(**changes):
+        return expert_page._left_out(PAGE | {
+            'left_out': [], 'corrupt': [], 'chosen_classes': [], 'layers': [first], 'drawn_layers': ['a']} | changes)[:-1]
+
+    assert said() == ['Nothing.'] and said(left_out=['That.']) == ['That.']
+    assert said(layers=[first] * 3, drawn_layers=['a', 'b']) == [
+        '2 of 3 layers are drawn, evenly over the depth.']
+    assert said(layers=[first] * 3, drawn_layers=['a'] * 3) == ['Nothing.']
+    assert said(layers=[first] * 4, drawn_layers=['a'] * 4) == [
+        'Tables of classes and images are drawn for three layers.']
+    assert said(layers=[first | {'experts': 8}]) == ['Nothing.']
+    assert said(layers=[first | {'experts': 9}])[0].startswith('At most 8 experts of a layer are drawn with images')
+    seen = PAGE['targets'][0]
+    assert said(chosen_classes=[seen]) == ['Nothing.']
+    assert said(targets=[0], classes=['cat', 'dog'], chosen_classes=[0, 1]) == ['There is no image of dog.']
+    assert said(corrupt=['a', 'b']) == ['2 images could not be read: a and b.']
+
+
+def test_bars_are_drawn_of_up_to_32_experts(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(expert_page, 'share_bars', lambda bars: drawn.append([name for name, _ in bars]) or '')
+    monkeypatch.setattr(expert_page, '_fair', lambda layers: '')
+    layers = [PAGE['layers'][0] | {'layer': f'of {number}', 'experts': number} for number in (31, 32, 33)]
+    expert_page._use(PAGE | {'layers': layers, 'drawn_layers': [layer['layer'] for layer in layers]}, {})
+    assert drawn == [['of 31', 'of 32']]
+
+
+def test_shares_of_more_than_32_experts_have_a_digit(monkeypatch):
+    formats = []
+    monkeypatch.setattr(expert_page, 'heat_map', lambda *args, value_format, **rest: formats.append(value_format) or '')
+    for number in (32, 33):
+        layer = PAGE['layers'][0] | {'experts': number}
+        expert_page._classes(PAGE | {'layers': [layer], 'drawn_layers': [layer['layer']]}, None)
+    assert formats == ['{:.0f}', '{:.1f}']
+
+
+def test_patches_are_cut_out_with_their_surroundings(monkeypatch):
+    """6 x 4 places of 2 x 3 pixels: three of them each way, moved inwards at the borders."""
+    cut = []
+    monkeypatch.setattr(expert_page, 'picture', lambda crop, size: cut.append(
+        (int(crop[0, 0, 0]), int(crop[0, -1, -1]))) or b'')
+    monkeypatch.setattr(expert_page, 'pictures', lambda *args, **rest: '')
+    pixels = (torch.arange(12)[:, None] * 12 + torch.arange(12))[None, None]  # 12 row + column
+    spots = [dict(row=row, column=column, image=0) for row, column in ((0, 0), (2, 1), (3, 2), (5, 3))]
+    layer = PAGE['layers'][0] | {'grid': [6, 4], 'listed': [0], 'experts': 1, 'top_places': [spots], 'importance': [1.]}
+    expert_page._crops(PAGE | {'layers': [layer], 'drawn_layers': [layer['layer']], 'targets': [0]}, pixels)
+    corners = [(0, 0), (2, 0), (4, 3), (6, 3)]  # top and left; 6 pixels high and 9 wide
+    assert cut == [(12 * top + left, 12 * (top + 5) + left + 8) for top, left in corners]
+
+
+# ---- figures
+
+def test_the_ninth_bar_has_the_first_colour_again():
+    rows = {'free': dict(APs=1.), **{f'expert {e}': dict(APs=1.) for e in range(9)}}
+    figure = figures.size_figure(SimpleNamespace(layers=SIZE_LAYERS[:1]), rows)
+    colours = [matplotlib.colors.to_hex(bars[0].get_facecolor()) for bars in figure.axes[-1].containers]
+    assert colours == ['#7b8794', *figures.COLOURS, figures.COLOURS[0]] and len(set(colours)) == 9
+
+
+def test_every_shown_image_has_a_row_of_panels():
+    result = RESULT | {'shown': [2, 0], 'places': [dict(
+        RESULT['places'][0], images=[dict(top=[[0, 1], [1, 1]]), dict(top=[[1, 0], [0, None]])])]}
+    axes = expert_figures.patches(result, torch.zeros(3, 3, 8, 8, dtype=torch.uint8)).axes
+    assert [axis.get_title() for axis in axes] == ['dog', 'blocks.1', '', 'cat', 'blocks.1', '']  # targets 0, 1, 1
+    assert [len(axis.images) for axis in axes] == [1, 2, 0, 1, 2, 0]
+
+
+def test_a_legend_of_bars_names_twelve_experts():
+    layer = dict(layer='a', experts=14, importance=[1 / 14] * 14, listed=[*range(14)])
+    legend, = expert_figures.usage_bars([layer]).legends
+    assert [text.get_text() for text in legend.get_texts()] == [f'expert {e}' for e in range(12)]
+
+
+def test_dashes_are_twice_as_long_as_gaps():
+    chart = charts.curves([('a', [(1, 1), (2, 2)]), ('b', [(1, 2), (2, 3)])], 'x', 'y', dashed=[1])
+    lines = paper_charts.redraw(chart, 3.25).axes[0].lines
+    dashes = {tuple(dash) for line in lines if (dash := line._unscaled_dash_pattern[1])}
+    assert dashes == {(4, 2)}
+
+
+def looks(*names):
+    return [paper_figures.Look(name, 'red', 'o', '-', False) for name in names]
+
+
+@pytest.mark.parametrize('names, columns, rows', [
+    (['a', 'b', 'c'], 3, 1),  # .45 + .062 inches each: six of them in 3.25 inches
+    (['a'] * 7, 6, 2), (['n' * 19] * 2, 1, 2), (['n' * 18] * 2, 2, 1),  # .45 + .062 x 19 = 1.628 > 3.25 / 2 > 1.566
+    (['n' * 60], 1, 1)])
+def test_a_legend_has_columns_for_its_names(names, columns, rows):
+    figure = matplotlib.figure.Figure(figsize=(3.25, 1.))
+    paper_figures._legend(figure, looks(*names), 3.25)
+    assert figure.legends[0]._ncols == columns and figure.get_figheight() == pytest.approx(1 + .14 * rows)
+
+
+def test_costs_are_logarithmic_from_a_factor_of_three():
+    scales = []
+    for top in (2.9, 3.):
+        axis = matplotlib.figure.Figure().subplots()
+        paper_figures._scale(axis, [1., top, 2.])
+        scales.append(axis.get_xscale())
+    assert scales == ['linear', 'log']
+
+
+def test_use_is_drawn_a_row_a_layer_with_whole_experts():
+    use = [LayerUse(name, (.5, .5), (.5, .5), 1., 0., ()) for name in ('n' * 22, 'n' * 23, 'n' * 34, 'n' * 35)]
+    found = {}
+    for width in (3.25, 6.75):
+        figure = paper_figures.usage_map(use, width)
+        axis = figure.axes[0]
+        found[width] = [len(tick.get_text()) for tick in axis.get_yticklabels()]
+        assert all(tick == int(tick) for tick in axis.get_xticks()) and axis.get_xlim() == (-.5, 1.5)
+    assert found == {3.25: [22, 22, 22, 22], 6.75: [22, 23, 34, 34]}
+    heights = [paper_figures.usage_map(use[:1] * layers, 6.75).get_figheight() for layers in (1, 5, 10)]
+    assert heights == pytest.approx([1.4, 1.4, 2.2])  # half an inch, and .17 a layer, .9 at least
