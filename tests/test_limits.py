@@ -136,7 +136,7 @@ def test_one_full_machine_uses_no_network():
     """4 GPUs, in pairs, on one machine or on two: 800 bytes at 100 a second, or at 10."""
     rates = replace(RATES, per_node=4)
     found, split = (estimate(SHAPES, each, 4, 20, 5, 2) for each in (rates, RATES))
-    assert found.sent_gradients == split.sent_gradients == 2 * 4 * 400 / 2 / 2  # a ring of 2: half of 200 numbers, twice
+    assert found.sent_gradients == split.sent_gradients == 800  # a ring of 2: half of 200 numbers, twice
     assert (found.seconds_gradients, split.seconds_gradients) == (8., 80.)
     assert found.seconds_tokens == split.seconds_tokens  # the pair is on one machine both times
 
@@ -245,8 +245,8 @@ def test_what_was_left_out_is_said():
     first = PAGE['layers'][0]
 
     def said(**changes):
-        return expert_page._left_out(PAGE | {
-            'left_out': [], 'corrupt': [], 'chosen_classes': [], 'layers': [first], 'drawn_layers': ['a']} | changes)[:-1]
+        usual = dict(left_out=[], corrupt=[], chosen_classes=[], layers=[first], drawn_layers=['a'])
+        return expert_page._left_out(PAGE | usual | changes)[:-1]
 
     assert said() == ['Nothing.'] and said(left_out=['That.']) == ['That.']
     assert said(layers=[first] * 3, drawn_layers=['a', 'b']) == [
