@@ -19,8 +19,9 @@ from torch import nn
 
 from moe_zoo import layers, losses, routing
 from moe_zoo.errors import InputError
-from moe_zoo.layers import cond_conv, fast_linear, ordered_kernels
+from moe_zoo.layers import ChannelGate, cond_conv, deep_moe, fast_linear, ordered_kernels
 from moe_zoo.layers.cond_conv import CondConv2d, convolutions_beat_matmul
+from moe_zoo.layers.deep_moe import ChannelGated, scale_channels
 from moe_zoo.layers.ordered_kernels import Geometry
 from moe_zoo.layers.situational_fusion import SituationalFusion, linear_cka, measure_affinity
 from moe_zoo.routing import Routing, routing_context
@@ -267,6 +268,85 @@ def test_windows_of_oblong_kernels_and_paddings(padding):
     found = ordered_kernels._windows(x, geometry)
     expected = nn.functional.unfold(x, (2, 3), (1, 2), padding, (2, 1))[0]  # (C x 6, positions)
     torch.testing.assert_close(found.view(-1, 6, 3), expected.view(3, 6, -1).permute(2, 1, 0))
+
+
+# Channels of DeepMoE
+
+class Gated(ChannelGated):
+    """A 3 x 3 convolution of stride 2 to 3 channels and a 1 x 1 one to 2, a gate behind each."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(2, 3, 3, 2, 1), nn.Conv2d(3, 2, 1)])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(3, eps=.5), nn.BatchNorm2d(2, affine=False)])
+        self.gated = nn.ModuleList([ChannelGate(3, 4), ChannelGate(2, 4)])
+        self.act = nn.Tanh()
+        self.count_experts()
+
+    def chain(self):
+        return [(*link, self.act) for link in zip(self.convs, self.norms, self.gated)]
+
+    def forward(self, x, e):
+        for i, (conv, norm, gate, act) in enumerate(self.chain()):
+            x = scale_channels(norm(conv(x)), gate.gates(e))
+            x = act(x) if i == 0 else x
+        return x
+
+
+def test_costs_of_gated_channels_by_hand():
+    block = Gated()
+    # 5 x 7 becomes 3 x 4: 12 x 54 and 12 x 6 MACs, gates 3 x 4 and 2 x 4
+    assert block.max_macs((2, 2, 5, 7)) == 2 * (12 * 54 + 12 * 6 + 12 + 8) and block.num_experts == 5
+    # A channel: 18 weights and a bias, 2 of the norm, 4 of the gate; then 3 and 1, none, 4
+    assert block.expert_sizes() == [25, 25, 25, 8, 8]
+    # 1.5 of 3 channels live: half of 648; a quarter of 2 live and half of what comes in: 7/8 of 72
+    assert block.spared_macs((2, 2, 5, 7), [1., .5, 0., .5, 0.]) == 2 * (324 + 63)
+    assert block.spared_macs((2, 2, 5, 7), [1.] * 5) == 0
+
+
+@pytest.mark.parametrize('dead', [[], [0], [4], [0, 1], [0, 4], [0, 1, 2], [3, 4], [0, 1, 2, 3, 4]])
+def test_live_channels_of_a_block_with_biases(dead):
+    block, x, e = prepared(Gated()).eval(), wave(2, 2, 5, 7), wave(2, 4).abs() + .1
+    for place in range(5):
+        with torch.no_grad():
+            gate, row = (block.gated[0], place) if place < 3 else (block.gated[1], place - 3)
+            gate.weight[row].abs_().mul_(-1 if place in dead else 1)
+    live, channels = block.run_live(x, e)
+    expected = block(x, e)
+    channels = torch.arange(2) if channels is None else channels
+    torch.testing.assert_close(live, expected[:, channels])
+    assert not expected[:, [c for c in range(2) if c not in channels]].any()
+    assert set(range(2)) - {c - 3 for c in dead} <= set(channels.tolist())
+
+
+@pytest.mark.parametrize('size', [(1, 1), (1, 2), (2, 1), (3, 3)])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_kernels_between_some_channels(size, memory_format):
+    weight = torch.randn(5, 4, *size).to(memory_format=memory_format)
+    outs, ins = torch.tensor([3, 0]), torch.tensor([2])
+    assert torch.equal(deep_moe._cut(weight, ins, outs), weight[outs][:, ins])
+    assert torch.equal(deep_moe._cut(weight, ins, None), weight[:, ins])
+    assert torch.equal(deep_moe._cut(weight, None, outs), weight[outs]) and deep_moe._cut(weight, None, None) is weight
+
+
+def test_a_fresh_embedding():
+    """He's normal on the fan out; activations overwrite their input."""
+    embedding = layers.ShallowEmbedding(10, widths=(64, 128), stem_width=32)
+    for conv in (m for m in embedding.modules() if isinstance(m, nn.Conv2d)):
+        assert conv.weight.std().item() == pytest.approx((2 / (9 * conv.out_channels)) ** .5, rel=.1)
+        assert conv.bias is None
+    assert all(m.inplace for m in embedding.modules() if isinstance(m, nn.ReLU))
+
+
+@pytest.mark.parametrize('frozen', [False, True])
+@pytest.mark.parametrize('training', [False, True])
+def test_a_new_classifier_of_the_embedding_is_as_the_embedding_is(frozen, training):
+    embedding = layers.ShallowEmbedding(10, widths=(4,), dim=3)
+    embedding.freeze(frozen)
+    embedding.train(training).reset_classifier(5)
+    assert embedding.classifier.training == (training and not frozen)
+    assert {p.requires_grad for p in embedding.classifier.parameters()} == {not frozen}
+    assert embedding.classifier.weight.shape == (5, 3)
 
 
 # Norms
