@@ -16,6 +16,7 @@ from kept_numbers import wave
 from test_cond_conv import GEOMETRIES, build
 from test_numbers import FUSIONS, LAYERS, MAP, PADDED, RECORDS, prepared
 from torch import nn
+from torch.nn import functional as F
 
 from moe_zoo import layers, losses, routing
 from moe_zoo.errors import InputError
@@ -23,6 +24,7 @@ from moe_zoo.layers import ChannelGate, cond_conv, deep_moe, fast_linear, ordere
 from moe_zoo.layers.cond_conv import CondConv2d, convolutions_beat_matmul
 from moe_zoo.layers.deep_moe import ChannelGated, scale_channels
 from moe_zoo.layers.ordered_kernels import Geometry
+from moe_zoo.layers.routed import batch_norm_of_images, channels_last_on_cpu
 from moe_zoo.layers.situational_fusion import SituationalFusion, linear_cka, measure_affinity
 from moe_zoo.routing import Routing, routing_context
 from moe_zoo.routing.routers import _Router
@@ -266,7 +268,7 @@ def test_windows_of_oblong_kernels_and_paddings(padding):
     x = torch.randn(1, 3, 9, 13).contiguous(memory_format=torch.channels_last)
     geometry = Geometry(1, (2, 3), (2, 1), padding, (1, 2))
     found = ordered_kernels._windows(x, geometry)
-    expected = nn.functional.unfold(x, (2, 3), (1, 2), padding, (2, 1))[0]  # (C x 6, positions)
+    expected = F.unfold(x, (2, 3), (1, 2), padding, (2, 1))[0]  # (C x 6, positions)
     torch.testing.assert_close(found.view(-1, 6, 3), expected.view(3, 6, -1).permute(2, 1, 0))
 
 
@@ -349,7 +351,32 @@ def test_a_new_classifier_of_the_embedding_is_as_the_embedding_is(frozen, traini
     assert embedding.classifier.weight.shape == (5, 3)
 
 
-# Norms
+# Norms and memory
+
+@pytest.mark.parametrize('images', [2, 5])
+@pytest.mark.parametrize('with_statistics', [True, False])
+def test_a_norm_whose_images_all_count_is_the_usual_one(images, with_statistics):
+    """Defaults included; two values a channel are the fewest that have a variance."""
+    x, normed = wave(images, 3, 1, 1), []
+    kept = [[torch.tensor([1., 2., 3.]), torch.tensor([4., 5., 6.])] if with_statistics else [None, None] for _ in '12']
+    normed.append(F.batch_norm(x, *kept[0], training=True))
+    with batch_norm_of_images(torch.ones(images, dtype=torch.bool)):
+        normed.append(F.batch_norm(x, *kept[1], training=True))
+    torch.testing.assert_close(normed[1], normed[0])
+    torch.testing.assert_close(kept[1], kept[0])
+
+
+@pytest.mark.parametrize('shape, fewest, changed', [
+    ((4, 2, 5, 5), 4, True), ((3, 8, 5, 5), 4, False), ((1, 2, 5, 5), 1, True), ((0, 2, 5, 5), 1, False),
+    ((4, 2, 5), 1, False), ((4, 2, 5), 8, False)])
+def test_maps_of_enough_images_lie_channels_last(shape, fewest, changed):
+    x = wave(*shape)
+    found = channels_last_on_cpu(x, fewest)
+    assert torch.equal(found, x) and (found is not x) == changed
+    assert not changed or found.is_contiguous(memory_format=torch.channels_last)
+    ghost = x.to('meta')
+    assert channels_last_on_cpu(ghost, fewest) is ghost
+
 
 @pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('norm_first', [False, True])
