@@ -19,9 +19,12 @@ from moe_zoo.analysis import (
     consistency,
     count,
     count_images,
+    expert_records,
+    expert_trials,
     expert_words,
     experts,
     force,
+    object_gates,
     object_sizes,
     permutation,
     timing,
@@ -176,6 +179,55 @@ def _bootstrap():
             'one seed': plain(bootstrap.paired_difference(ours[:1], theirs[:1], resamples=100))}
 
 
+def _collected(name: str):
+    """Both tests of object sizes, of what the layers of a network do with three batches of images."""
+    model, objects, pixels = NETS[name]().eval(), _objects('image'), wave(12, 3, 16, 16, slope=2.3)
+    with object_sizes.SizeCollector(model, shuffles=99, seed=2, cells=4) as collector, torch.no_grad():
+        for start in range(0, 12, 4):
+            with collector.batch(objects[start:start + 4], (16, 16)):
+                model(pixels[start:start + 4])
+    found = collector.analyze(permutations=99, alpha=.05)
+    return {'whole': plain(found.as_dict()), 'table': object_sizes.size_table(found).splitlines(),
+            'gates': [marks(torch.as_tensor(collector.gates(layer.name))) for layer in found.layers]}
+
+
+def _tables():
+    """Classes, gates and places of made numbers: 45 images of 5 classes, the last of which has one."""
+    shares, targets = wave(45, 4, slope=1.1).abs(), torch.tensor([n % 4 for n in range(44)] + [4])
+    shares[:, 3] = .25
+    return plain({
+        'classes': [each.nan_to_num(nan=-9.) for each in experts.class_table(shares, targets, 6)],
+        'top': [experts.top_classes(shares, targets, 6), experts.top_images(shares)],
+        'split': [experts.variance_split(shares[:count], targets[:count]) for count in (45, 20, 19)],
+        'alike': experts.use_correlations(shares).nan_to_num(nan=-9.)})
+
+
+def _grids():
+    """Shares of cells, and gate masses of permuted images."""
+    low, high = np.array([0., .25, .3, .9, .5]), np.array([1., .3, .85, 1.2, .5])
+    objects = _objects('place')
+    extents = np.array([[1., .75], [.5, 1.]])
+    gates, boxes = (wave(*shape).abs().double().numpy() for shape in ((6, 4, 3), (6, 3, 4)))
+    order = np.stack([np.roll(np.arange(6), by) for by in range(4)])
+    boxes[:, 2] *= .05
+    return plain({
+        'overlaps': [object_gates.overlaps(low, high, cells) for cells in (1, 3, 4)],
+        'at': [each.at('place', 9) for each in objects[:4]],
+        'cells': [object_gates._cells(3, 5, each, 2) for each in (None, extents)],
+        'mass': permutation.permuted_mass(gates, boxes, order),
+        'of none': permutation.permuted_mass(gates, boxes * [[[1.], [0.], [1.]]], order),
+        'separation': [permutation.separation(wave(3, 4).double().numpy(), np.array(counts))
+                       for counts in ([3, 5, 1], [2, 0, 2])],
+        'levels': permutation.level_permutations(5, 3, 4, np.random.default_rng(1))})
+
+
+def _places(name: str):
+    """Who had which place of two images, and which numbers of experts are tried."""
+    model = NETS[name]().eval()
+    return plain({'places': expert_records.locate(model, PIXELS[:2]), 'sweeps': [
+        [sweep.label, sweep.native] for sweep in expert_trials.sweeps(model, True)]})
+
+
 def _layer_words():
     """What is said of a layer of every outcome."""
     layer = dict(kind='image', separation=.1234, explained=.5, explained_by_chance=.25, chance_p=.01, untrained_p=.02,
@@ -238,11 +290,18 @@ CASES = {
     **{f'consistency of {name}': lambda name=name: _consistency(name) for name in ('top-k', 'by expert', 'patches')},
     **{f'usage of {name}': lambda name=name: _usage(name) for name in NETS},
     **{f'{name} overruled': lambda name=name: _overruled(name) for name in NETS},
-    **{f'object sizes by {kind}': lambda kind=kind: _sizes(kind) for kind in ATTRIBUTION},
-    'words about object sizes': _layer_words,
-    'permutation': _permutation,
+    **{f'places of {name}': lambda name=name: _places(name) for name in NETS},
+    'tables of classes': _tables,
     'bootstrap': _bootstrap,
     'ratio': lambda: plain(timing.ratio([1., 2., 4., 3.], [2., 2., 5., 1.])),
+}
+
+SIZES = {
+    **{f'object sizes by {kind}': lambda kind=kind: _sizes(kind) for kind in ATTRIBUTION},
+    **{f'object sizes of {name}': lambda name=name: _collected(name) for name in NETS if name != 'patches'},
+    'grids': _grids,
+    'words about object sizes': _layer_words,
+    'permutation': _permutation,
 }
 
 
@@ -273,6 +332,11 @@ def test_the_costs_are_those_they_were(name):
     compare('costs.json', COSTS, name)
 
 
+@pytest.mark.parametrize('name', SIZES)
+def test_what_is_said_of_object_sizes_is_what_it_was(name):
+    compare('object_sizes.json', SIZES, name)
+
+
 @pytest.mark.parametrize('name', CASES)
 def test_the_statistics_are_those_they_were(name):
     compare(FILE, CASES, name)
@@ -280,3 +344,4 @@ def test_the_statistics_are_those_they_were(name):
 
 def test_no_statistic_is_left_over():
     assert kept_names(FILE) == set(CASES) and kept_names('costs.json') == set(COSTS)
+    assert kept_names('object_sizes.json') == set(SIZES)
