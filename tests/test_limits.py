@@ -2,6 +2,8 @@
 
 Letters: B images, E experts, N images of a data set.
 """
+import contextlib
+import io
 import json
 from argparse import Namespace
 from dataclasses import replace
@@ -11,6 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from drawn_runs import trainings
+from PIL import Image
 from test_benchmark import QUICK
 from test_drawings import FOLDER, RESULT, SIZE_LAYERS
 from test_scale import RATES, SHAPES
@@ -18,33 +22,42 @@ from test_speed_page import a_model
 from test_tables import GRID
 from timm.layers import Mlp
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from moe_zoo.analysis import (
+    benchmark_cli,
     bootstrap,
     charts,
+    count,
     count_cli,
+    count_remarks,
     expert_figures,
     expert_page,
     expert_trials,
     figures,
     model_cases,
+    object_sizes,
     origin,
     paper_charts,
     paper_figures,
     report_page,
     run_folders,
+    runs,
     shuffled_routers,
     targets,
     timing,
+    view_figures,
 )
 from moe_zoo.analysis.cost import ImageCosts, _num_images
 from moe_zoo.analysis.count_tables import Result, breakdown
+from moe_zoo.analysis.object_gates import Objects
 from moe_zoo.analysis.page import Section
 from moe_zoo.analysis.runs import LayerUse
 from moe_zoo.analysis.scale_cli import estimate
 from moe_zoo.analysis.tables import as_rich
 from moe_zoo.errors import InputError
-from moe_zoo.layers import ChannelGate, MoEMlp
+from moe_zoo.layers import ChannelGate, MoEConv2d, MoEMlp
+from moe_zoo.routing import routing_context
 
 matplotlib = pytest.importorskip('matplotlib')
 PAGE = json.loads((FOLDER / 'experts.json').read_text())
@@ -358,3 +371,189 @@ def test_use_is_drawn_a_row_a_layer_with_whole_experts():
     assert found == {3.25: [22, 22, 22, 22], 6.75: [22, 23, 34, 34]}
     heights = [paper_figures.usage_map(use[:1] * layers, 6.75).get_figheight() for layers in (1, 5, 10)]
     assert heights == pytest.approx([1.4, 1.4, 2.2])  # half an inch, and .17 a layer, .9 at least
+
+
+# ---- colours, pictures and names
+
+def test_eight_experts_have_their_own_colours_and_of_nine_the_most_frequent():
+    assert expert_page._most_common([[[0, 7, None]]]) == [*range(8)]
+    cells = [8, 8, 8, 1, 1, 2, 3, 4, 5, 6, 7, 7, 0]  # 0 stands once, the others twice or three times
+    assert expert_page._most_common([[cells, [2, 3, 4, 5, 6]]]) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_only_larger_pictures_are_made_small():
+    wide = torch.zeros(1, 4, 10, dtype=torch.uint8)
+    found = [Image.open(io.BytesIO(expert_page.picture(wide, size))) for size in (10, 5)]
+    assert [(image.format, image.size) for image in found] == [('PNG', (10, 4)), ('JPEG', (5, 2))]
+
+
+def test_a_name_goes_where_nothing_is():
+    """Of 10 letters, 73 wide: beside the point, then above and below it, ever further away."""
+    taken, name = [], 10 * 'n'
+    found = [charts._place(200., 100., name, taken, 50., 160.) for _ in range(8)]
+    assert found == [(212, 104), (115, 104), *((163.5, 100 + dy) for dy in (-13, 22, -30, 39, -47, 56))]
+    for top, y in ((91, 87), (90, 122)):  # above it the name ends at 90; not into the axis, at 50
+        assert charts._place(60., 100., name, [(70, top, 80, 100)], 50., 160.) == (52, y)
+    assert charts._place(420., 100., name, [], 50., 160.) == (440 - 73, 104)  # nor over the edge
+    assert [charts._place(200., 100., name, [], 50., bottom) for bottom in (107., 108.)] == [(163.5, 87), (212, 104)]
+
+
+def test_patches_need_not_be_square():
+    axis = matplotlib.figure.Figure().subplots()
+    view_figures._draw(axis, torch.zeros(1, 8, 16), [[0, None, 1, 1]], None, {0: 'red', 1: 'blue'})
+    assert axis.get_aspect() == 2.  # 4 patches of 4 x 8 pixels: drawn twice as high as wide
+    axis = matplotlib.figure.Figure().subplots()
+    view_figures._draw(axis, torch.zeros(1, 8, 16), [[0, 1], [0, 1]], None, {0: 'red', 1: 'blue'})
+    assert axis.get_aspect() == .5
+
+
+def test_bars_have_two_spines_and_legends_no_frame():
+    figure = figures.size_figure(SimpleNamespace(layers=SIZE_LAYERS[:1]))
+    spines = figure.axes[0].spines
+    assert [side for side in spines if spines[side].get_visible()] == ['left', 'bottom']
+    view = matplotlib.figure.Figure(figsize=(6, 2))
+    view_figures._legend(view, {0: 'red', 1: 'blue'}, True)
+    for legend, words in ((figure.legends[0], 2), (view.legends[0], 4)):
+        assert not legend.get_frame_on() and len(legend.get_texts()) == words
+    assert view.legends[0]._ncols == 4
+
+
+# ---- words and rows of benchmarks
+
+def test_what_was_measured_is_of_one_image_unless_it_says_so():
+    row = dict(mode='forward', twin='b', macs_ratio=1., time_ratio=dict(median=2., low=2., high=2.))
+    machine = dict(device='a chip', threads=2)
+    assert count_remarks._sentence(row, machine).startswith('measured: a forward pass of 1 image takes 2.00 (spread')
+    assert 'of 3 images' in count_remarks._sentence(row | dict(batch_size=3), machine)
+
+
+@pytest.mark.parametrize('groups, channels, said', [(1, 1, False), (2, 2, True), (1, 2, False)])
+def test_depthwise_convolutions_have_more_than_one_channel(groups, channels, said):
+    model = nn.Sequential(nn.Conv2d(channels, channels, 3, groups=groups))
+    notes = count_remarks.time_notes(model, count(model, torch.zeros(1, channels, 4, 4)))
+    assert any('depthwise' in note for note in notes) == said
+
+
+def test_depthwise_convolutions_are_named_above_a_hundredth():
+    model = nn.Sequential(nn.Conv2d(2, 2, 1, groups=2))
+    for macs, said in ((1, False), (2, True)):
+        cost = SimpleNamespace(macs_max=100, images=1, by_module={'0': macs})
+        assert bool(count_remarks.time_notes(model, cost)) == said
+
+
+class Turns:
+    """Calls everything twice and says what it took."""
+    device = 'cpu'
+
+    def alternate(self, runs):
+        for run in [*runs, *runs]:
+            run()
+        return timing.Timings([[float(n), n + 1., n + 2.] for n, _ in enumerate(runs, 1)], [.5, .5])
+
+
+class Gated(nn.Module):
+    """Its copy says 0.0005 of it more."""
+
+    def __init__(self, out: float):
+        super().__init__()
+        self.out, self.gate = out, ChannelGate(4, 1)
+
+    def __deepcopy__(self, memo):
+        return Gated(1.0005 * self.out)
+
+    def forward(self, x):
+        return x.new_full((1, 1), self.out)
+
+
+def test_live_channels_are_compared_by_how_much_outputs_differ(monkeypatch):
+    monkeypatch.setattr(model_cases, 'sparse_inference', lambda model: contextlib.nullcontext())
+    made = []
+
+    def build(name, device, size, **more):
+        made.append((name, device, size, more, Gated(1000.)))
+        return made[-1][-1]
+
+    row, = model_cases.benchmark_live('deepmoe_resnet50', .5, build, Turns(), img_size=8)
+    assert made[0][:4] == ('deepmoe_resnet50', 'cpu', (8, 8), {})
+    assert (made[0][-1].gate.weight[:, 0] > 0).tolist() == [False, True, False, True]
+    assert row.pop('difference') == pytest.approx(5e-4, rel=1e-3) and row.pop('memory') and row.pop('twin_memory')
+    ratio = row.pop('time_ratio')  # 1 / 2, 2 / 3 and 3 / 4
+    assert ratio == pytest.approx(dict(median=2 / 3, low=7 / 12, high=17 / 24))
+    assert row == dict(
+        kind='model', model='deepmoe_resnet50', twin_args={}, equal_macs=False, live=.5, macs_ratio=1., batch_size=1,
+        input_size=[3, 8, 8], twin='all channels, masked', mode='forward', loads=[.5, .5], seconds=[1., 2., 3.],
+        twin_seconds=[2., 3., 4.])
+    monkeypatch.setattr(Gated, '__deepcopy__', lambda self, memo: Gated(1.001095 * self.out))
+    with pytest.raises(InputError, match='sliced and masked outputs differ by 0.00109'):
+        model_cases.benchmark_live('deepmoe_resnet50', .5, build, Turns(), img_size=8)
+
+
+def test_the_optimiser_steps_and_changes_nothing():
+    layer = nn.Linear(2, 1)
+    layer(torch.ones(1, 2)).sum().backward()
+    before, steps = layer.weight.detach().clone(), []
+    hook = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    assert model_cases.optimizer_seconds([layer, layer], Turns()) == [[1., 2., 3.], [2., 3., 4.]]
+    hook.remove()
+    assert len(steps) == 4 and torch.equal(layer.weight, before)
+
+
+def test_a_batch_of_all_images_can_be_loaded():
+    for images, batch, fits in ((8, 8, True), (8, 9, False), (8, 0, False)):
+        with contextlib.nullcontext() if fits else pytest.raises(InputError, match='give at least one batch'):
+            assert benchmark_cli.data_jobs(Namespace(images=images, batch_size=batch, workers=0), QUICK)
+
+
+@pytest.mark.parametrize('command', ['model', 'compile'])
+def test_no_image_is_no_batch(command, capsys):
+    with pytest.raises(SystemExit):
+        benchmark_cli.main([command, 'condconv_mobilenetv1_025', '--batch-size', '0'])
+    assert 'error: --batch-size 0: use at least 1 image.' in capsys.readouterr().err
+
+
+# ---- experts
+
+def test_all_numbers_of_experts_up_to_the_largest_layer_are_tried():
+    model = nn.Sequential(*(MoEMlp(4, 4, num_experts=experts, num_selected=k) for experts, k in ((3, 1), (5, 2))))
+    assert [(sweep.label, sweep.native) for sweep in expert_trials.sweeps(model, False)] == [
+        ('K = 1', False), ('K = 2', False), ('K = 3', False), ('K = 4', False), ('K = 5', False)]  # 1 here, 2 there
+
+
+@pytest.mark.parametrize('areas, expert', [([], 0), ([2000.], 1), ([20000., 100., 30000.], 2), ([100., 2000.], 0)])
+def test_planted_routers_follow_the_most_frequent_size(areas, expert):
+    model = MoEConv2d(2, 2, 1, num_experts=4, num_selected=1, noise=False).eval()
+    objects = Objects([[0., 0., 1., 1.]] * len(areas), areas)
+    with object_sizes.planted_sizes(model, SimpleNamespace(now=[objects])), routing_context() as seen:
+        model(torch.ones(1, 2, 2, 2))
+    assert seen.routings[0].combine_matrix().argmax(dim=1).tolist() == [expert]
+
+
+def test_without_objects_there_is_no_analysis():
+    with pytest.raises(InputError, match='object'):
+        object_sizes.analyze({'a': np.ones((2, 1, 2))}, {'a': 'image'}, [Objects([], []), Objects([], [])])
+
+
+def test_seeds_are_in_order_and_options_may_stand_in_any(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = trainings('a', False, {3: 50., 1: 60.})
+    made = [replace(first, options={'a': 1, 'b': 2}), replace(second, options={'b': 2, 'a': 1}),
+            replace(first, seed=None, options={'a': 1, 'b': 2})]
+    run, = runs._group(made)
+    assert [training.seed for training in run.trainings] == [1, 3, None]
+    assert len(runs._group([*made, made[0]])) == 2  # a seed that comes twice
+    assert len(runs._group([made[0], replace(second, options={'a': 1, 'b': 3})])) == 2
+
+
+@pytest.mark.parametrize('processor, text, name', [
+    ('', None, 'arm64'), ('a kind', None, 'a kind'), ('x', 'flags: none\n', 'x'),
+    ('x', 'model name\t: A chip\n', 'A chip')])
+def test_the_processor_has_a_name_everywhere(processor, text, name, monkeypatch):
+    def read(*_, **__):
+        if text is None:
+            raise OSError
+        return text
+
+    monkeypatch.setattr(timing.platform, 'processor', lambda: processor)
+    monkeypatch.setattr(timing.platform, 'machine', lambda: 'arm64')
+    monkeypatch.setattr(timing.Path, 'read_text', read)
+    assert timing.machine('cpu')['device'] == name
