@@ -28,6 +28,7 @@ from moe_zoo.analysis import (
     benchmark_cli,
     bootstrap,
     charts,
+    consistency,
     count,
     count_cli,
     count_remarks,
@@ -35,6 +36,7 @@ from moe_zoo.analysis import (
     expert_page,
     expert_trials,
     figures,
+    measure_runs,
     model_cases,
     object_sizes,
     origin,
@@ -50,11 +52,13 @@ from moe_zoo.analysis import (
 )
 from moe_zoo.analysis.cost import ImageCosts, _num_images
 from moe_zoo.analysis.count_tables import Result, breakdown
+from moe_zoo.analysis.layer_cases import half_live
 from moe_zoo.analysis.object_gates import Objects
 from moe_zoo.analysis.page import Section
 from moe_zoo.analysis.runs import LayerUse
 from moe_zoo.analysis.scale_cli import estimate
 from moe_zoo.analysis.tables import as_rich
+from moe_zoo.data import Grid
 from moe_zoo.errors import InputError
 from moe_zoo.layers import ChannelGate, MoEConv2d, MoEMlp
 from moe_zoo.routing import routing_context
@@ -557,3 +561,57 @@ def test_the_processor_has_a_name_everywhere(processor, text, name, monkeypatch)
     monkeypatch.setattr(timing.platform, 'machine', lambda: 'arm64')
     monkeypatch.setattr(timing.Path, 'read_text', read)
     assert timing.machine('cpu')['device'] == name
+
+
+# ---- layers and runs
+
+def test_use_is_as_even_as_its_entropy():
+    """One expert and no use at all are even; all by one of two is 0; 3 of 4 and 1 of 4 are .8113 bits."""
+    shares = ([3.], [0., 0.], [2., 0.], [3., 1.], [1., 1., 1.])
+    assert [run_folders.evenness(each) for each in shares] == pytest.approx([1., 1., 0., .8113, 1.], abs=1e-4)
+
+
+def test_the_expert_of_a_size_is_above_its_usual_share():
+    """Of small objects expert 0 has .6, but .75 of all; expert 1 has .4 instead of .25. Of large ones nobody knows."""
+    layer = SimpleNamespace(
+        mass=np.array([[.6, .4], [.9, .1], [np.nan, np.nan]]), gates=np.array([[.6, .4], [.9, .1]]))
+    assert [object_sizes.LayerSizes.expert_of(layer, size) for size in range(3)] == [1, 0, 0]
+    layer.gates = np.array([[.2, .8], [0., 0.], [1e-10, 0.], [.7, .3]])
+    assert object_sizes.LayerSizes.leader.fget(layer).tolist() == [1, -1, -1, 0]
+
+
+def test_what_is_measured_of_a_run():
+    """A linear layer of 2 x 3 for images of one and of two rows: 6 and 12 MACs."""
+    class Fourier(nn.Linear):
+        def forward(self, x):
+            return torch.fft.fft(super().forward(x)).real
+
+    inputs = [torch.ones(1, 2), torch.ones(2, 2)]
+    found = measure_runs.measure(measure_runs.Opened(Fourier(2, 3), inputs, None, True))
+    assert (found.images, found.input_size, found.parameters, found.active_parameters) == (2, (2,), 9, 9)
+    assert (found.macs_max, found.macs_executed, found.macs_sd) == (9., 9., pytest.approx(18 ** .5))
+    assert found.layers == () and len(found.uncounted) == 1 and 'fft' in found.uncounted[0]
+    noise = measure_runs.measure(measure_runs.Opened(Fourier(2, 3), inputs[:1], None, False))
+    assert (noise.images, noise.macs_sd) == (0, 0.)
+
+
+def test_gated_convolutions_count_their_channels():
+    layer, _ = half_live(1, channels=6, size=3)
+    assert (layer.module.num_experts, layer.module.num_selected) == (6, 6)
+
+
+def test_patches_without_a_partner_are_left_out():
+    """2 x 2 patches of 2 x 2 pixels, seen again one patch further: a row of each view is in the other."""
+    maps, areas = torch.eye(3).repeat(1, 2, 1, 1), torch.ones(1, 2)
+    same = consistency.patch_pairs(maps, areas, (4, 4), Grid(2, 2, 0))
+    assert same.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    maps[0, 1, 0, 2] = 2.
+    assert consistency.patch_pairs(maps, areas, (4, 4), Grid(2, 2, 0)).tolist() == [[0, 1], [6, 7]]
+
+
+def test_maps_of_logits_have_the_shape_of_the_image(monkeypatch):
+    ratios = []
+    monkeypatch.setattr(expert_page, 'pictures', lambda *args, ratio=1., **rest: ratios.append(ratio) or '')
+    place = dict(layer='a', experts=[0], images=[dict(logits=[[[1., 2.]]])])
+    expert_page._logit_maps(PAGE | {'places': [place], 'shown': [0]}, torch.zeros(22, 1, 8, 16, dtype=torch.uint8))
+    assert ratios == [.5]
