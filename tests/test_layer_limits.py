@@ -353,11 +353,11 @@ def test_a_new_classifier_of_the_embedding_is_as_the_embedding_is(frozen, traini
 
 # Norms and memory
 
-@pytest.mark.parametrize('images', [2, 5])
+@pytest.mark.parametrize('images, size', [(2, (1, 1)), (5, (1, 1)), (2, (2, 3))])
 @pytest.mark.parametrize('with_statistics', [True, False])
-def test_a_norm_whose_images_all_count_is_the_usual_one(images, with_statistics):
+def test_a_norm_whose_images_all_count_is_the_usual_one(images, size, with_statistics):
     """Defaults included; two values a channel are the fewest that have a variance."""
-    x, normed = wave(images, 3, 1, 1), []
+    x, normed = wave(images, 3, *size), []
     kept = [[torch.tensor([1., 2., 3.]), torch.tensor([4., 5., 6.])] if with_statistics else [None, None] for _ in '12']
     normed.append(F.batch_norm(x, *kept[0], training=True))
     with batch_norm_of_images(torch.ones(images, dtype=torch.bool)):
