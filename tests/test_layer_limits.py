@@ -23,7 +23,6 @@ from moe_zoo.errors import InputError
 from moe_zoo.layers import ChannelGate, cond_conv, deep_moe, fast_linear, ordered_kernels
 from moe_zoo.layers.cond_conv import CondConv2d, convolutions_beat_matmul
 from moe_zoo.layers.deep_moe import ChannelGated, scale_channels
-from moe_zoo.layers.ordered_kernels import Geometry
 from moe_zoo.layers.routed import batch_norm_of_images, channels_last_on_cpu
 from moe_zoo.layers.situational_fusion import SituationalFusion, linear_cka, measure_affinity
 from moe_zoo.routing import Routing, routing_context
@@ -228,7 +227,7 @@ def fresh(module, monkeypatch, capability='AVX512', mkldnn=True):
 def test_onednn_is_asked_where_it_is_and_the_cpu_has_avx_512(module, flag, monkeypatch):
     assert not getattr(fresh(module, monkeypatch, capability='AVX2'), flag)
     assert not getattr(fresh(module, monkeypatch, mkldnn=False), flag)
-    wanted = ['_linear_pointwise'] + (['_reorder_convolution_weight', '_nbytes'] if flag == '_HAS_ORDERS' else [])
+    wanted = ['_reorder_convolution_weight', '_nbytes'] if flag == '_HAS_ORDERS' else ['_linear_pointwise']
     assert getattr(fresh(module, monkeypatch), flag) == all(hasattr(torch.ops.mkldnn, name) for name in wanted)
     monkeypatch.setattr(torch.ops, 'mkldnn', object())  # an older torch
     assert not getattr(fresh(module, monkeypatch), flag)
@@ -248,28 +247,6 @@ def test_onednn_multiplies_from_33_million_products_a_thread(threads, monkeypatc
     (2343, 128), (2344, 64), (4688, 64), (300_001, 64)])  # 128.04; 127.99; 63.99: 64 are the fewest
 def test_kernels_are_mixed_in_parts_that_stay_in_the_cache(kernel, channels):
     assert ordered_kernels._channels(torch.empty(2, 700 * kernel, device='meta'), 700) == channels
-
-
-@needs_orders
-@pytest.mark.parametrize('size, windows', [((16, 16), True), ((1, 257), False)])
-def test_gradients_of_kernels_are_products_up_to_256_positions(size, windows, monkeypatch):
-    layer, calls, make = CondConv2d(3, 5, (1, 3), num_experts=1), [], ordered_kernels._windows
-    monkeypatch.setattr(ordered_kernels, '_windows', lambda *args: calls.append(1) or make(*args))
-    x, a = torch.randn(9, 3, *size), torch.rand(9, 1)
-    layer(x, a).sum().backward()
-    assert len(calls) == 9 * windows
-    expected, = torch.autograd.grad(layer.forward_reference(x, a).sum(), layer.weight)
-    torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-4, atol=1e-3)
-
-
-@needs_orders
-@pytest.mark.parametrize('padding', [(1, 2), (2, 0), (0, 3)])
-def test_windows_of_oblong_kernels_and_paddings(padding):
-    x = torch.randn(1, 3, 9, 13).contiguous(memory_format=torch.channels_last)
-    geometry = Geometry(1, (2, 3), (2, 1), padding, (1, 2))
-    found = ordered_kernels._windows(x, geometry)
-    expected = F.unfold(x, (2, 3), (1, 2), padding, (2, 1))[0]  # (C x 6, positions)
-    torch.testing.assert_close(found.view(-1, 6, 3), expected.view(3, 6, -1).permute(2, 1, 0))
 
 
 # Channels of DeepMoE
