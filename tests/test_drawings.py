@@ -255,28 +255,32 @@ def away(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def _compare(name: str, drawn: str) -> None:
+def _kept(name: str, drawn: str) -> list[str]:
+    """The lines of a file of drawings, which MOE_ZOO_REDRAW=1 writes anew."""
     path = FOLDER / name
     if os.environ.get('MOE_ZOO_REDRAW'):
         path.write_text(drawn, encoding='utf-8')
-    assert drawn.splitlines() == path.read_text(encoding='utf-8').splitlines()
+    return path.read_text(encoding='utf-8').splitlines()
 
 
 @pytest.mark.parametrize('name', DRAWINGS)
 def test_a_drawing_is_the_one_that_was_looked_at(name):
-    _compare(f'{name}.svg', DRAWINGS[name]().replace('><', '>\n<') + '\n')
+    drawn = DRAWINGS[name]().replace('><', '>\n<') + '\n'
+    assert drawn.splitlines() == _kept(f'{name}.svg', drawn)
 
 
 @pytest.mark.parametrize('name', FIGURES)
 def test_a_figure_holds_what_was_looked_at(name):
     pytest.importorskip('matplotlib')
-    _compare(f'{name}.txt', '\n'.join(_describe(FIGURES[name]())) + '\n')
+    drawn = '\n'.join(_describe(FIGURES[name]())) + '\n'
+    assert drawn.splitlines() == _kept(f'{name}.txt', drawn)
 
 
 @pytest.mark.parametrize('name', TEXTS)
 def test_what_a_paper_takes_is_what_was_looked_at(name):
     pytest.importorskip('matplotlib')
-    _compare(f'{name}.txt', '\n'.join(TEXTS[name]()) + '\n')
+    drawn = '\n'.join(TEXTS[name]()) + '\n'
+    assert drawn.splitlines() == _kept(f'{name}.txt', drawn)
 
 
 @pytest.mark.parametrize('name', PAGES)
@@ -284,7 +288,8 @@ def test_a_page_says_what_was_read(name):
     text = re.sub(r'<(style|script)>.*?</\1>|<link rel="icon".*?>', '', PAGES[name]().html(), flags=re.S)
     text = re.sub(r'<svg.*?</svg>', _shape, text, flags=re.S) if name in MARKED else text
     text = re.sub(r'data:\w+/(\w+);base64,([^"]*)', _content, text)
-    _compare(f'{name}.html', text.replace('><', '>\n<'))
+    drawn = text.replace('><', '>\n<')
+    assert drawn.splitlines() == _kept(f'{name}.html', drawn)
 
 
 def test_no_drawing_is_left_over():

@@ -253,7 +253,7 @@ def test_a_detector_trains_and_evaluates(name, scenes, tmp_path):
 @pytest.mark.parametrize('name', ['retinanet_moe_res5_r50_fpn_1x', 'retinanet_condconv_r50_fpn_1x'])
 def test_a_detector_trains_in_mixed_precision(name, scenes, tmp_path):
     """detectron2's AMPTrainer on CUDA; bfloat16 on the CPU."""
-    train_detector(name, scenes, tmp_path / 'run', 'SOLVER.AMP.ENABLED', 'True')
+    assert 'AP' in train_detector(name, scenes, tmp_path / 'run', 'SOLVER.AMP.ENABLED', 'True')['bbox']
 
 
 def test_fcos_trains_and_evaluates_under_the_unmodified_script(scenes, tmp_path):

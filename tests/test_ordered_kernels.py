@@ -36,12 +36,14 @@ def test_values_are_those_of_the_plain_convolution(geometry, channels, ordered, 
     monkeypatch.setattr(ordered_kernels, 'ELEMENTS', 1)
     layer = CondConv2d(*channels, num_experts=2, **GEOMETRIES[geometry])
     x, a = torch.randn(9, channels[0], 21, 23), torch.rand(9, 2)  # too many positions for all experts
+    weight = layer.weight.detach().clone()
     for without_gradients in (torch.no_grad, torch.inference_mode):
         ordered.clear()
         with without_gradients():
             expected, out = layer.forward_reference(x, a), layer(x, a)
         assert len(ordered) == 1 and out.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+        assert torch.equal(layer.weight, weight)  # mixtures are written into memory of the ordered kernels
 
 
 @needs_orders
