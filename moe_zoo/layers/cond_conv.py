@@ -98,8 +98,8 @@ class CondConv2d(TimmCondConv2d):
 
     The kernels are mixed first, then every image meets its own: for 1 x 1 in a batched matrix product (or in a
     convolution, on CPUs where that is faster: `convolutions_beat_matmul`), otherwise in a convolution with B x groups
-    groups. On CPU larger batches go image by image with kernels in the library's own order (`ordered_kernels`), or in
-    several calls (`_call_size`), or, where maps are small, every expert runs and the outputs are mixed
+    groups. On CPU larger batches go in several calls (`_call_size`), without gradients image by image with kernels in
+    the library's own order (`ordered_kernels`), or, where maps are small, every expert runs and the outputs are mixed
     (`_few_positions`).
     Under torch.compile, export and on meta tensors it is one call whatever B. `forward_reference` and
     `forward_experts` compute the same in the two plain ways; the tests hold `forward` to them.
