@@ -1,4 +1,5 @@
 """Fixtures of every test: fixed seeds, few threads, and the folders of real data where they exist."""
+import logging
 import os
 import random
 from pathlib import Path
@@ -20,6 +21,13 @@ def seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def loggers():
+    """No detector that was trained before goes on writing to what was its test's standard output."""
+    for name in ('detectron2', 'fvcore', 'moe_zoo'):
+        logging.getLogger(name).handlers.clear()
 
 
 @pytest.fixture(scope='session')
